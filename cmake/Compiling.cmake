@@ -1,0 +1,10 @@
+# How every target of this project is compiled: warnings and sanitizers, in one place.
+add_library(deeppcr_compiling INTERFACE)
+target_compile_options(deeppcr_compiling INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual)
+if(DEEPPCR_WARNINGS_AS_ERRORS)
+  target_compile_options(deeppcr_compiling INTERFACE -Werror)
+endif()
+if(DEEPPCR_SANITIZE)
+  add_compile_options(-fsanitize=${DEEPPCR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${DEEPPCR_SANITIZE})
+endif()

@@ -1,0 +1,56 @@
+// The linear algebra of DeepPCR: block bidiagonal systems, solved by substitution, by parallel cyclic reduction, or
+// by a work-efficient scan.
+#pragma once
+
+#include <type_traits>
+
+#include <deeppcr/array.hpp>
+#include <deeppcr/execution.hpp>
+
+namespace deeppcr {
+
+/// x_t = A_t x_{t-1} + b_t for t = 1..T, in each of `batch` sequences: identity on the diagonal, -A_t below it.
+template <class T>
+struct BidiagonalSystem {
+    Jacobian<const T> subdiagonal;  ///< A: [steps,batch,width/block,block,block], in
+    View<const T> right_side;       ///< b: [steps,batch,width], in
+    View<const T> initial = {};     ///< x_0: [1,batch,width], in; zero where empty, so that A_1 then plays no part
+};
+
+/// How a bidiagonal system is solved.
+enum class Reduction {
+    automatic,   ///< sequential where the sequences alone fill the threads, scan otherwise
+    sequential,  ///< forward substitution (block Thomas): T dependent steps, no products of Jacobians
+    pcr,         ///< parallel cyclic reduction, DeepPCR's Algorithm 1: ceil(log2 T) dependent steps, T log2 T products
+    scan,  ///< serial per chunk, PCR over the chunk summaries, replay: T products, chunk + log2(T/chunk) + chunk steps
+};
+
+struct SolveOptions {
+    Reduction method = Reduction::automatic;
+    Execution execution = {};
+    index chunk = 0;                 ///< steps per chunk of `scan`; 0: from the thread count and the shape
+    Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
+};
+
+/// Solves `system` for `solution`: x, [steps,batch,width], out. `solution` may be the very view `right_side` (solved
+/// in place); any other overlap with the inputs is refused. steps == 0 is a no-op. Non-finite inputs propagate as in
+/// IEEE arithmetic (a sequence never affects another). Any sizes; width must be a multiple of block.
+/// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; `sequential` and `pcr`
+/// give the same bits for every thread count, `scan` for every thread count where `chunk` is given.
+/// Throws InvalidArgument, OutOfMemory. Source: arXiv 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
+template <class T>
+void solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution, const SolveOptions& options = {});
+
+/// Solves the transposed system: y_t = A_{t+1}^T y_{t+1} + b_t for t = T..1, with y_{T+1} = 0. A_1 and `initial` play
+/// no part (the gradient with respect to x_0 is A_1^T y_1: `multiply_transposed`). Otherwise as `solve`.
+template <class T>
+void solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                      const SolveOptions& options = {});
+
+/// product = A^T y for one step of every sequence; `subdiagonal` has one step, y and product are [1,batch,width].
+/// `product` must not overlap the inputs.
+template <class T>
+void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T> product,
+                         const Execution& execution = {});
+
+}  // namespace deeppcr

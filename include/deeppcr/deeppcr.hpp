@@ -1,0 +1,11 @@
+// deeppcr: sequential computations evaluated in parallel. Everything public, in one include.
+#pragma once
+
+#include <deeppcr/array.hpp>
+#include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/check.hpp>
+#include <deeppcr/dense_chain.hpp>
+#include <deeppcr/error.hpp>
+#include <deeppcr/evaluate.hpp>
+#include <deeppcr/execution.hpp>
+#include <deeppcr/recurrence.hpp>

@@ -1,0 +1,166 @@
+// evaluate: a recurrence's whole trajectory by Newton's method. adjoint: its gradient, by one transposed solve.
+#pragma once
+
+#include <functional>
+#include <iosfwd>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/dense_chain.hpp>
+#include <deeppcr/recurrence.hpp>
+
+namespace deeppcr {
+
+enum class Method {
+    newton,      ///< all steps of a window at once: linearise, solve the bidiagonal system, repeat
+    sequential,  ///< Recurrence::run, step after step
+};
+
+/// What stands for the Jacobian in Newton's method. Fewer operations per pass against more passes.
+enum class Surrogate {
+    full,      ///< Newton: converges quadratically
+    diagonal,  ///< quasi-Newton: the Jacobian's diagonal
+    identity,  ///< Picard iteration
+    zero,      ///< Jacobi iteration: x_t <- f(x_{t-1})
+};
+
+/// Where Newton's method starts.
+enum class Guess {
+    initial_state,  ///< x_0, repeated
+    first_step,     ///< f_t(x_0), each step from the initial state
+    given,          ///< what the trajectory argument holds on entry
+};
+
+/// What to do where Newton's method does not converge.
+enum class OnFailure {
+    finish,  ///< go on sequentially from the confirmed prefix: the result is right
+    report,  ///< stop, and say so in the Report
+    raise,   ///< throw NotConverged
+};
+
+enum class Status {
+    converged,              ///< every step passed the residual test
+    finished_sequentially,  ///< right: the confirmed prefix by Newton, the rest step after step
+    max_iterations,         ///< not converged; only the first `confirmed` steps are right
+    non_finite,             ///< f is not finite from step `confirmed` + 1 on, sequentially too
+};
+std::string to_string(Status status);
+
+struct Options {
+    Method method = Method::newton;
+    Surrogate surrogate = Surrogate::full;
+    Reduction reduction = Reduction::automatic;
+    index chunk = 0;  ///< steps per chunk of the scan; see SolveOptions
+    Guess guess = Guess::initial_state;
+    /// A step is confirmed where max|x_t - f(x_{t-1})| <= absolute + relative * max|x_t| and every step before it is.
+    /// Negative: `tolerance`. tolerance 0: 64 machine epsilons.
+    double tolerance = 0;
+    double absolute_tolerance = -1;
+    double relative_tolerance = -1;
+    index window = 0;          ///< steps solved at once, sliding; 0: as many as `memory_limit` allows
+    index max_iterations = 0;  ///< passes per evaluation; 0: no limit but progress (see docs/method.md)
+    OnFailure on_failure = OnFailure::finish;
+    index memory_limit = 0;  ///< bytes of workspace; 0: half of what the machine has available
+    bool estimates = true;   ///< also compute the Report's error and Lyapunov estimates (one more solve)
+    Execution execution = {};
+    Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
+    /// Called after each pass with (confirmed steps of the slowest sequence, all steps, passes); false stops the
+    /// evaluation as `max_iterations` does.
+    std::function<bool(index confirmed, index steps, index iterations)> progress = {};
+};
+
+/// What an evaluation did, and how far to trust its result.
+struct Report {
+    struct Sequence {
+        Status status = Status::converged;
+        index iterations = 0;  ///< Newton passes until the last step was confirmed
+        index confirmed = 0;   ///< leading steps that are right
+        double residual = 0;   ///< max over confirmed t of max|x_t - f(x_{t-1})|; 0 where evaluated sequentially
+        double relative_residual = 0;  ///< the same, as a fraction of the tolerance: <= 1 where converged
+        double error = 0;  ///< first-order estimate of max|x_t - exact|, from the residuals (0 if not wanted)
+    };
+    struct Stage {
+        double seconds = 0;
+        index bytes = 0;  ///< read and written by the algorithm, counted, not measured
+    };
+
+    Status status = Status::converged;  ///< the worst of the sequences
+    std::string method;                 ///< "newton, full Jacobian, scan" or "sequential"
+    std::vector<Sequence> sequences;
+    index iterations = 0;                                   ///< Newton passes, all windows
+    double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences
+    /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (up to 4,096 steps);
+    /// negative: contractive, Newton converges fast; positive: chaotic. NaN where not computed.
+    double lyapunov = 0;
+    Stage linearise, reduce, update, sequential, estimate;
+    double seconds = 0;
+    index workspace_bytes = 0;    ///< peak memory beyond the trajectory itself
+    index window = 0;             ///< steps solved at once, at the start
+    index window_shrinks = 0;     ///< times the ladder shortened the window
+    index non_finite_resets = 0;  ///< states beyond the confirmed prefix that were reset
+    index sequential_steps = 0;   ///< steps finished sequentially, the sum over the sequences
+
+    /// Whether the trajectory is right: converged or finished sequentially.
+    bool ok() const { return status == Status::converged || status == Status::finished_sequentially; }
+};
+std::ostream& operator<<(std::ostream& out, const Report& report);
+
+template <class T>
+struct Evaluation {
+    Buffer<T> trajectory;  ///< x_1..x_T, [steps,batch,width]
+    Report report;
+};
+
+/// Evaluates `recurrence`: the trajectory satisfies the residual test of `options`, or the Report says which part of
+/// it does (and under OnFailure::raise, NotConverged is thrown). Refuses, before it allocates, a problem whose window
+/// of Jacobians does not fit `memory_limit`.
+/// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
+/// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
+/// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
+/// Method::sequential. Throws InvalidArgument, OutOfMemory, NotConverged, and what the recurrence's callbacks throw.
+/// Source: arXiv 2309.16318, eqs. 2-5.
+template <class T>
+Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
+
+/// The same, into a buffer of its own.
+template <class T>
+Evaluation<T> evaluate(const Recurrence<T>& recurrence, const Options& options = {}) {
+    Evaluation<T> result{Buffer<T>(recurrence.shape()), {}};
+    result.report = evaluate(recurrence, result.trajectory.view(), options);
+    return result;
+}
+
+template <class T>
+struct Adjoint {
+    Buffer<T> states;   ///< dL/dx_t, t = 1..T, [steps,batch,width]
+    Buffer<T> initial;  ///< dL/dx_0, [1,batch,width]
+    Report report;      ///< stages and bytes; exact, so no residual
+};
+
+/// Gradient of a loss L with respect to every state, given output_gradient = the part of dL/dx_t that does not pass
+/// through later states ([steps,batch,width], in): one transposed solve with the Jacobians at the final states,
+/// window after window from the end, exact. Of `options`, reduction, chunk, window, memory_limit, execution and
+/// workspace count. Refuses (InvalidArgument) a trajectory whose `report` is not ok(). Deterministic as `evaluate`.
+template <class T>
+Adjoint<T> adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+                   const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                   const Options& options = {});
+
+template <class T>
+struct DenseChainGradients {
+    Buffer<T> weights;  ///< dL/dW, [layers, out, in]
+    Buffer<T> biases;   ///< dL/db, [layers, 1, width]
+    Buffer<T> initial;  ///< dL/dx_0, [1,batch,width]
+    Report report;
+};
+
+/// The same for a chain, with the gradients of its parameters. options.method sequential takes the fused backward
+/// pass instead of the transposed solve. slopes: what DenseChain::run_with_slopes wrote, or empty.
+template <class T>
+DenseChainGradients<T> adjoint(const DenseChain<T>& chain, View<const std::type_identity_t<T>> trajectory,
+                               const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                               const Options& options = {}, View<const std::type_identity_t<T>> slopes = {});
+
+}  // namespace deeppcr

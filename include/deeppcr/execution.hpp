@@ -1,0 +1,34 @@
+// Where and how a call runs: the backend, the number of threads, and what this build and machine offer.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <deeppcr/array.hpp>
+
+namespace deeppcr {
+
+/// reference: plain loops, for checking by hand. cpu: threads and SIMD.
+enum class Backend { reference, cpu };
+
+/// How a call is executed. Results depend on nothing here but the backend, the thread count where a function says
+/// so, and the SIMD target (see `simd_target`).
+struct Execution {
+    Backend backend = Backend::cpu;
+    int threads = 0;  ///< 0: `default_threads()`
+};
+
+/// Threads that a call with `threads == 0` uses: DEEPPCR_THREADS from the environment, else the processors this
+/// process may run on.
+int default_threads();
+
+/// Name of the SIMD instruction set in use ("AVX3", "AVX2", "SSE2", ...). DEEPPCR_SIMD in the environment caps it:
+/// one of the names of `simd_targets()`.
+std::string simd_target();
+/// Instruction sets that were compiled in and that this machine can run, best first.
+std::vector<std::string> simd_targets();
+
+/// "0.1.0"
+std::string version();
+
+}  // namespace deeppcr

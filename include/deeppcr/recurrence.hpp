@@ -1,0 +1,67 @@
+// Recurrence: what a user extends. A step x_t = f_t(x_{t-1}), given for many steps at once.
+#pragma once
+
+#include <span>
+
+#include <deeppcr/array.hpp>
+#include <deeppcr/execution.hpp>
+
+namespace deeppcr {
+
+/// A part of a trajectory: steps first+1 .. last of the listed sequences. In the arrays that come with it, row (i, j)
+/// belongs to step first + i + 1 of sequence sequences[j]: `before` holds x_{t-1}, `after` receives x_t.
+struct Section {
+    index first = 0;
+    index last = 0;
+    std::span<const index> sequences;
+    Execution execution = {};
+
+    index steps() const { return last - first; }
+    index batch() const { return index(sequences.size()); }
+};
+
+/// A recurrence x_t = f_t(x_{t-1}), t = 1..T, over `batch` independent sequences of width numbers.
+/// All callbacks are const and deterministic, and are called once per pass for a whole section, not per step.
+template <class T>
+class Recurrence {
+public:
+    using value_type = T;
+
+    /// `block`: size of the Jacobian's diagonal blocks: 1 diagonal, width dense (the default, -1), or a divisor of
+    /// width. Throws InvalidArgument.
+    explicit Recurrence(const Shape& shape, index block = -1);
+    virtual ~Recurrence() = default;
+
+    const Shape& shape() const { return shape_; }
+    index block() const { return block_; }
+
+    /// Writes x_0 of the sequences of `section` to `state` [1, section.batch(), width]. Zeros unless overridden.
+    virtual void initial(const Section& section, View<T> state) const;
+
+    /// after = f(before) for every step of the section, independently. before, after: contiguous
+    /// [section.steps(), section.batch(), width], not overlapping.
+    virtual void step(const Section& section, View<const T> before, View<T> after) const = 0;
+
+    /// As `step`, and the Jacobian of each step at `before`: contiguous, all entries must be written.
+    virtual void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const = 0;
+
+    /// Only the diagonal of the Jacobian ([steps,batch,width], block 1), for quasi-Newton. Unless overridden it is
+    /// taken from `linearise`, a few steps at a time.
+    virtual void linearise_diagonal(const Section& section, View<const T> before, View<T> after,
+                                    Jacobian<T> diagonal) const;
+
+    /// Sequential evaluation: trajectory[i] = f(trajectory[i-1]) from `state` [1,batch,width] on. The same numbers,
+    /// bit for bit, as repeated `step`. Unless overridden it calls `step` once per step; a fused kernel here is the
+    /// baseline that every parallel method is measured against. trajectory: contiguous [steps,batch,width].
+    virtual void run(const Section& section, View<const T> state, View<T> trajectory) const;
+
+protected:
+    Recurrence(const Recurrence&) = default;
+    Recurrence& operator=(const Recurrence&) = default;
+
+private:
+    Shape shape_;
+    index block_;
+};
+
+}  // namespace deeppcr

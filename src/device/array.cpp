@@ -1,0 +1,111 @@
+#include <deeppcr/array.hpp>
+
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <numbers>
+#include <random>
+
+namespace deeppcr {
+
+index Shape::count() const {
+    if (steps < 0 || batch < 0 || width < 0) throw InvalidArgument("shape", "sizes of 0 or more", to_string(*this));
+    index count = 0;
+    if (__builtin_mul_overflow(steps, batch, &count) || __builtin_mul_overflow(count, width, &count))
+        throw InvalidArgument("shape", "fewer than 2^63 elements", to_string(*this));
+    return count;
+}
+
+std::string to_string(const Shape& shape) {
+    return "[" + std::to_string(shape.steps) + "," + std::to_string(shape.batch) + "," + std::to_string(shape.width) +
+           "]";
+}
+
+index available_memory() {
+    std::ifstream file("/proc/meminfo");
+    std::string name;
+    index kilobytes = 0;
+    while (file >> name >> kilobytes) {
+        if (name == "MemAvailable:") return kilobytes * 1024;
+        file.ignore(64, '\n');
+    }
+    return index(sysconf(_SC_AVPHYS_PAGES)) * index(sysconf(_SC_PAGESIZE));
+}
+
+namespace detail {
+
+std::shared_ptr<void> allocate(index bytes) {
+    constexpr std::size_t alignment = 64;
+    const std::size_t rounded = (std::size_t(bytes) / alignment + 1) * alignment;
+    void* memory = std::aligned_alloc(alignment, rounded);
+    if (memory == nullptr) throw OutOfMemory("cannot allocate " + std::to_string(bytes) + " bytes");
+    return {memory, [](void* pointer) { std::free(pointer); }};
+}
+
+namespace {
+/// Box-Muller on a Mersenne Twister: both are specified exactly, unlike std::normal_distribution.
+template <class T>
+void fill(T* data, index count, std::uint64_t seed) {
+    std::mt19937_64 generator(seed);
+    const auto uniform = [&] { return (double(generator() >> 11) + 0.5) * 0x1p-53; };
+    for (index i = 0; i < count; i += 2) {
+        const double radius = std::sqrt(-2 * std::log(uniform())), angle = 2 * std::numbers::pi * uniform();
+        data[i] = T(radius * std::cos(angle));
+        if (i + 1 < count) data[i + 1] = T(radius * std::sin(angle));
+    }
+}
+}  // namespace
+
+void fill_normal(float* data, index count, std::uint64_t seed) { fill(data, count, seed); }
+void fill_normal(double* data, index count, std::uint64_t seed) { fill(data, count, seed); }
+
+}  // namespace detail
+
+Workspace::Workspace() = default;
+Workspace::~Workspace() = default;
+Workspace::Workspace(Workspace&&) noexcept = default;
+Workspace& Workspace::operator=(Workspace&&) noexcept = default;
+
+void* Workspace::take_bytes(index bytes) {
+    constexpr index alignment = 64;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    while (block_ < blocks_.size() && index(offset_) + bytes > blocks_[block_].bytes) {
+        ++block_;
+        offset_ = 0;
+    }
+    if (block_ == blocks_.size()) {
+        const index grown = std::max(bytes, index(1) << 16);
+        blocks_.push_back({detail::allocate(grown), grown});
+        offset_ = 0;
+    }
+    void* memory = static_cast<char*>(blocks_[block_].memory.get()) + offset_;
+    offset_ += std::size_t(bytes);
+    used_ += bytes;
+    peak_ = std::max(peak_, used_);
+    return memory;
+}
+
+index Workspace::used_bytes() const { return used_; }
+index Workspace::peak_bytes() const { return peak_; }
+
+Workspace::Scope::Scope(Workspace& workspace)
+    : workspace_(workspace), block_(workspace.block_), offset_(workspace.offset_), used_(workspace.used_) {}
+
+Workspace::Scope::~Scope() {
+    workspace_.block_ = block_;
+    workspace_.offset_ = offset_;
+    workspace_.used_ = used_;
+    // Once everything has been given back, many small blocks become one large one.
+    if (used_ == 0 && workspace_.blocks_.size() > 1) {
+        workspace_.blocks_.clear();
+        workspace_.block_ = workspace_.offset_ = 0;
+        try {
+            workspace_.blocks_.push_back({detail::allocate(workspace_.peak_), workspace_.peak_});
+        } catch (const OutOfMemory&) {  // the next call allocates what it needs
+        }
+    }
+}
+
+}  // namespace deeppcr
