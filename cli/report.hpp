@@ -1,0 +1,93 @@
+// A report as one self-contained HTML page: prose, tables and line plots, the plots inline as SVG.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace deeppcr::cli {
+
+/// How numbers are written for people: 1,024; 3 significant digits; 12.3 µs; 1.2e-06. "-" where not finite.
+std::string count_text(long long value);
+std::string number_text(double value, int digits = 3);
+std::string seconds_text(double seconds);
+std::string scientific_text(double value);
+std::string percent_text(double fraction, int decimals = 1);
+
+enum class Unit { number, seconds, percent };
+
+/// One axis of a plot. Without `first` and `last` it spans the data, with a little space around it.
+struct Axis {
+    std::string label;
+    Unit unit = Unit::number;
+    int logarithm = 0;  ///< base of a logarithmic scale, 2 or 10; 0: linear
+    std::optional<double> first = {}, last = {};
+};
+
+/// A line through points; it is broken where a coordinate is not finite (or not positive, on a logarithmic axis).
+/// Up to 24 points are marked, and each mark tells its coordinates when pointed at.
+struct Series {
+    enum class Stroke { solid, wide, dashed };
+
+    std::string name;
+    std::vector<double> x, y;
+    Stroke stroke = Stroke::solid;
+    int colour = -1;  ///< position in the palette; -1: that of the series
+};
+
+struct Plot {
+    std::string title, caption;
+    Axis x, y;
+    std::vector<Series> series;
+    std::optional<double> reference = {};  ///< a horizontal line at this y
+    std::string reference_label = {};
+};
+
+/// The plot as an <svg> element; its colours are defined by the page's style.
+std::string svg(const Plot& plot);
+
+struct Table {
+    enum class Tone { plain, good, bad };
+    struct Column {
+        std::string heading;
+        bool number = true;  ///< aligned to the right
+    };
+    struct Cell {
+        std::string text;
+        Tone tone = Tone::plain;
+
+        Cell(std::string content, Tone mood = Tone::plain)  // NOLINT(google-explicit-constructor)
+            : text(std::move(content)), tone(mood) {}
+        Cell(const char* content) : text(content) {}  // NOLINT(google-explicit-constructor)
+    };
+
+    std::string title, caption;
+    std::vector<Column> columns;
+    std::vector<std::vector<Cell>> rows;
+};
+
+/// The table in aligned columns, for a terminal: title, headings, rows, caption; each line ends with a newline.
+std::string text(const Table& table);
+
+/// Put together from top to bottom. All texts are plain: they are escaped here.
+class Page {
+public:
+    explicit Page(std::string title) : title_(std::move(title)) {}
+
+    void heading(std::string_view content);
+    void paragraph(std::string_view content);
+    /// A framed message: good, bad, or plain.
+    void notice(std::string_view content, Table::Tone tone);
+    void table(const Table& table);
+    /// Plots side by side, as many as fit.
+    void plots(const std::vector<Plot>& plots);
+
+    std::string html() const;
+
+private:
+    std::string title_, body_;
+};
+
+}  // namespace deeppcr::cli
