@@ -1,0 +1,11 @@
+// The program deeppcr.
+#include "command.hpp"
+
+int main(int argc, char** argv) {
+    using namespace deeppcr::program;
+    Program program;
+    add_solve(program);
+    add_check(program);
+    add_info(program);
+    return program.run(argc, argv);
+}
