@@ -1,0 +1,262 @@
+// Solving bidiagonal systems: arguments are checked, the method and its chunk are chosen, the backend does the rest.
+#include "reduce/reduce.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "device/threads.hpp"
+
+namespace deeppcr {
+namespace {
+
+using reduce::OrderedSystem;
+
+/// Elements of an array that lie `step`, `batch` and 1 apart, `steps` x `batch` x `width` of them.
+struct Extent {
+    const void* data;
+    index element_bytes, steps, batch, width, step_stride, batch_stride;
+
+    index lowest() const {
+        return std::min<index>(0, (steps - 1) * step_stride) + std::min<index>(0, (batch - 1) * batch_stride);
+    }
+    index highest() const {
+        return std::max<index>(0, (steps - 1) * step_stride) + std::max<index>(0, (batch - 1) * batch_stride) + width;
+    }
+    const char* begin() const { return static_cast<const char*>(data) + lowest() * element_bytes; }
+    const char* end() const { return static_cast<const char*>(data) + highest() * element_bytes; }
+};
+
+template <class T>
+Extent extent(const View<T>& view) {
+    return {view.data(), sizeof(T), view.steps(), view.batch(), view.width(), view.step_stride(), view.batch_stride()};
+}
+template <class T>
+Extent extent(const Jacobian<T>& jacobian) {
+    return {jacobian.data(),
+            sizeof(T),
+            jacobian.steps(),
+            jacobian.batch(),
+            jacobian.width() * jacobian.block(),
+            jacobian.step_stride(),
+            jacobian.batch_stride()};
+}
+
+/// Whether two arrays share an element: exact where their strides are equal (slices of one array), otherwise whether
+/// their ranges of addresses meet.
+bool overlap(const Extent& a, const Extent& b) {
+    if (a.end() <= b.begin() || b.end() <= a.begin()) return false;
+    const index bytes = static_cast<const char*>(b.data) - static_cast<const char*>(a.data);
+    if (a.step_stride != b.step_stride || a.batch_stride != b.batch_stride || a.batch_stride <= 0 ||
+        bytes % a.element_bytes != 0)
+        return true;
+    // Element (i, j, k) of a is element (i - di, j - dj, k - dk) of b: is there such a difference within both shapes?
+    const index offset = bytes / a.element_bytes;
+    for (index steps = 1 - b.steps; steps < a.steps; ++steps) {
+        const index rest = offset - steps * a.step_stride;
+        const index below = rest >= 0 ? rest / a.batch_stride : -((-rest + a.batch_stride - 1) / a.batch_stride);
+        for (index sequences = below; sequences <= below + 1; ++sequences) {
+            const index element = rest - sequences * a.batch_stride;
+            if (sequences > -b.batch && sequences < a.batch && element > -b.width && element < a.width) return true;
+        }
+    }
+    return false;
+}
+
+/// Whether no element of a view lies where another one does.
+bool distinct(const Extent& a) {
+    index inner = std::abs(a.step_stride), inner_count = a.steps;
+    index outer = std::abs(a.batch_stride), outer_count = a.batch;
+    if (inner > outer || inner_count <= 1) {
+        std::swap(inner, outer);
+        std::swap(inner_count, outer_count);
+    }
+    if (inner_count <= 1) inner = 0;
+    return (inner_count <= 1 || inner >= a.width) && (outer_count <= 1 || outer >= (inner_count - 1) * inner + a.width);
+}
+
+void require_shape(const std::string& name, const Shape& expected, const std::string& of, const Shape& actual) {
+    if (expected != actual)
+        throw InvalidArgument(name, "shape " + to_string(expected) + " to match " + of, "shape " + to_string(actual));
+}
+
+template <class Array>
+void require_data(const std::string& name, const Array& array) {
+    if (array.data() == nullptr) throw InvalidArgument(name, "data", "a null pointer");
+}
+
+void require_apart(const std::string& name, const Extent& output, const std::string& other, const Extent& input) {
+    if (overlap(output, input)) throw InvalidArgument(name, "memory apart from " + other, "memory that overlaps it");
+}
+
+void require_distinct(const std::string& name, const Extent& output) {
+    if (!distinct(output))
+        throw InvalidArgument(name, "strides that give every element a place of its own",
+                              "strides " + std::to_string(output.step_stride) + " (steps) and " +
+                                  std::to_string(output.batch_stride) + " (sequences) for width " +
+                                  std::to_string(output.width));
+}
+
+template <class T>
+void require_block(const std::string& name, const Jacobian<const T>& jacobian) {
+    const index block = jacobian.block(), width = jacobian.width();
+    if (block < 0 || (block == 0 && width != 0) || (block != 0 && width % block != 0))
+        throw InvalidArgument(name, "a block size that divides the width " + std::to_string(width),
+                              "block " + std::to_string(block));
+}
+
+/// Checks everything that a solve is given. False where there is nothing to solve.
+template <class T>
+bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const SolveOptions& options) {
+    const auto& [subdiagonal, right_side, initial] = system;
+    const Shape& shape = subdiagonal.states();
+    if (options.chunk < 0) throw InvalidArgument("options.chunk", "0 or more", std::to_string(options.chunk));
+    const index count = shape.count();
+    require_block("system.subdiagonal", subdiagonal);
+    require_shape("system.right_side", shape, "system.subdiagonal", right_side.shape());
+    require_shape("solution", shape, "system.subdiagonal", solution.shape());
+    if (initial.data() != nullptr)
+        require_shape("system.initial", {1, shape.batch, shape.width}, "system.subdiagonal", initial.shape());
+    if (count == 0) return false;
+
+    require_data("system.subdiagonal", subdiagonal);
+    require_data("system.right_side", right_side);
+    require_data("solution", solution);
+    require_distinct("solution", extent(solution));
+    require_apart("solution", extent(solution), "system.subdiagonal", extent(subdiagonal));
+    if (!initial.empty()) require_apart("solution", extent(solution), "system.initial", extent(initial));
+    const bool in_place = solution.data() == right_side.data() &&
+                          (shape.steps == 1 || solution.step_stride() == right_side.step_stride()) &&
+                          (shape.batch == 1 || solution.batch_stride() == right_side.batch_stride());
+    if (!in_place)
+        require_apart("solution", extent(solution), "system.right_side (or to be the same view)", extent(right_side));
+    return true;
+}
+
+/// The transposed system, in the order in which it is solved: y_t = A_{t+1}^T y_{t+1} + b_t from the last step on.
+template <class T>
+OrderedSystem<T> reversed(const BidiagonalSystem<T>& system, const View<T>& solution) {
+    const auto& [factor, right_side, initial] = system;
+    const Shape& shape = solution.shape();
+    return {{factor.at(shape.steps, 0), shape, factor.block(), -factor.step_stride(), factor.batch_stride()},
+            {right_side.at(shape.steps - 1, 0), shape, -right_side.step_stride(), right_side.batch_stride()},
+            {},
+            {solution.at(shape.steps - 1, 0), shape, -solution.step_stride(), solution.batch_stride()},
+            true};
+}
+
+/// Bytes that `method` takes from the workspace; saturates where they exceed the address space.
+template <class T>
+index workspace_bytes(const OrderedSystem<T>& system, Reduction method, index chunk) {
+    if (method == Reduction::sequential) return 0;
+    const index rows = method == Reduction::pcr ? system.steps() : (system.steps() + chunk - 1) / chunk;
+    // Two copies of the blocks and of the states; the reference's scan reduces its summaries by PCR: three of each.
+    const index copies = method == Reduction::pcr ? 2 : 3;
+    index elements = 0;
+    if (__builtin_mul_overflow(rows * system.batch() * system.width(), (system.block() + 1) * copies, &elements) ||
+        __builtin_mul_overflow(elements, index(sizeof(T)), &elements))
+        return std::numeric_limits<index>::max();
+    return elements;
+}
+
+/// The sequences alone fill the threads where each thread has a few cache lines of channels (diagonal) or a block of
+/// its own (otherwise); below that, a scan gives every thread chunks of steps. Its products cost about `block` times
+/// what substitution does, so that for blocks it takes as many idle threads to be worth it.
+template <class T>
+Reduction choose_method(const OrderedSystem<T>& system, int threads) {
+    const index block = system.block(), chains = system.batch() * system.width() / block;
+    if (block == 1) {
+        constexpr index line = 64 / sizeof(T);
+        return chains >= 4 * line * threads ? Reduction::sequential : Reduction::scan;
+    }
+    const index idle = threads / std::min<index>(chains, threads);
+    return idle > block / 2 ? Reduction::scan : Reduction::sequential;
+}
+
+/// Steps per chunk: a few chunks per thread, so that none waits long for the others.
+template <class T>
+index choose_chunk(const OrderedSystem<T>& system, int threads) {
+    const index parts = std::max<index>(1, 4 * index(threads) / system.batch());
+    return (system.steps() + parts - 1) / parts;
+}
+
+template <Backend backend, class T>
+void run(const OrderedSystem<T>& system, const SolveOptions& options) {
+    const int threads = device::thread_count(options.execution);
+    const Reduction method = options.method == Reduction::automatic ? choose_method(system, threads) : options.method;
+    const index chunk = options.chunk > 0 ? std::min(options.chunk, system.steps()) : choose_chunk(system, threads);
+
+    const index bytes = workspace_bytes(system, method, chunk);
+    const index kept = options.workspace ? options.workspace->peak_bytes() - options.workspace->used_bytes() : 0;
+    if (bytes > kept && bytes - kept > available_memory())
+        throw OutOfMemory("solve: this method needs " + std::to_string(bytes) + " bytes of workspace, and " +
+                          std::to_string(available_memory()) + " are available");
+    Workspace local;
+    Workspace& workspace = options.workspace ? *options.workspace : local;
+
+    switch (method) {
+        case Reduction::sequential:
+            return reduce::solve_sequential<backend>(system, threads);
+        case Reduction::pcr:
+            return reduce::solve_pcr<backend>(system, threads, workspace);
+        case Reduction::scan:
+            return reduce::solve_scan<backend>(system, chunk, threads, workspace);
+        case Reduction::automatic:
+            break;
+    }
+    throw InvalidArgument("options.method", "a Reduction", std::to_string(int(method)));
+}
+
+template <class T>
+void dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
+    if (options.execution.backend == Backend::reference)
+        run<Backend::reference>(system, options);
+    else
+        run<Backend::cpu>(system, options);
+}
+
+}  // namespace
+
+template <class T>
+void solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution, const SolveOptions& options) {
+    if (!check<T>(system, solution, options)) return;
+    dispatch<T>({system.subdiagonal, system.right_side, system.initial, solution, false}, options);
+}
+
+template <class T>
+void solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                      const SolveOptions& options) {
+    if (!check<T>(system, solution, options)) return;
+    dispatch<T>(reversed<T>(system, solution), options);
+}
+
+template <class T>
+void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T> product, const Execution& execution) {
+    const Shape& shape = subdiagonal.states();
+    if (shape.steps != 1) throw InvalidArgument("subdiagonal", "one step", to_string(shape));
+    const index count = shape.count();
+    require_block("subdiagonal", subdiagonal);
+    require_shape("y", shape, "subdiagonal", y.shape());
+    require_shape("product", shape, "subdiagonal", product.shape());
+    if (count == 0) return;
+    require_data("subdiagonal", subdiagonal);
+    require_data("y", y);
+    require_data("product", product);
+    require_distinct("product", extent(product));
+    require_apart("product", extent(product), "subdiagonal", extent(subdiagonal));
+    require_apart("product", extent(product), "y", extent(y));
+    const int threads = device::thread_count(execution);
+    if (execution.backend == Backend::reference)
+        reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, threads);
+    else
+        reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, threads);
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                                                      \
+    template void solve(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>, const SolveOptions&);            \
+    template void solve_transposed(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>, const SolveOptions&); \
+    template void multiply_transposed(Jacobian<const T>, View<const T>, View<T>, const Execution&);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace deeppcr

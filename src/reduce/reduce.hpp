@@ -1,0 +1,45 @@
+// The backends of the bidiagonal solvers: each method is declared here once and instantiated by every backend.
+#pragma once
+
+#include <deeppcr/bidiagonal.hpp>
+
+namespace deeppcr::reduce {
+
+/// A bidiagonal system in the order in which it is solved: x_s = M_s x_{s-1} + b_s for s = 0 .. steps-1.
+/// The transposed solve runs from the last step to the first: the same recurrence on views with reversed steps,
+/// where M_s is the transpose of the stored block. Products of transposes are kept the way A is stored, too:
+/// M_s M_r is held as (M_s M_r)^T = A_r A_s.
+template <class T>
+struct OrderedSystem {
+    Jacobian<const T> factor;  ///< M; the first one is read only where `initial` is not empty
+    View<const T> right_side;  ///< b
+    View<const T> initial;     ///< x_{-1}; zero where empty
+    View<T> solution;          ///< x; either b itself or apart from every input
+    bool transposed = false;   ///< whether M_s is the transpose of what `factor` holds
+
+    index steps() const { return solution.steps(); }
+    index batch() const { return solution.batch(); }
+    index width() const { return solution.width(); }
+    index block() const { return factor.block(); }
+    bool in_place() const { return right_side.data() == solution.data(); }
+};
+
+/// Forward substitution.
+template <Backend backend, class T>
+void solve_sequential(const OrderedSystem<T>& system, int threads);
+
+/// Parallel cyclic reduction, out of place: takes `pcr_bytes` from `workspace`.
+template <Backend backend, class T>
+void solve_pcr(const OrderedSystem<T>& system, int threads, Workspace& workspace);
+
+/// Chunk summaries, the states at the chunks' ends from the summaries, and the chunks again from those states.
+/// Takes `scan_bytes` from `workspace`. chunk >= 1.
+template <Backend backend, class T>
+void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace);
+
+/// product = A^T y for the one step of `subdiagonal`.
+template <Backend backend, class T>
+void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
+                         int threads);
+
+}  // namespace deeppcr::reduce

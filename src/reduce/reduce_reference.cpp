@@ -1,0 +1,176 @@
+// The bidiagonal solvers as plain loops: one sequence, one block, one row after the other, to be checked by hand.
+#include "reduce/reduce.hpp"
+
+namespace deeppcr::reduce {
+namespace {
+
+/// M(row, column) of the diagonal block that holds `row`; `column` counts within the block.
+template <class T>
+T entry(const T* blocks, index block, index row, index column, bool transposed) {
+    const T* first = blocks + row / block * block * block;
+    return transposed ? first[column * block + row % block] : first[row % block * block + column];
+}
+
+/// result = M state + right_side, for one step of one sequence; `result` may be `right_side`.
+template <class T>
+void advance(const T* blocks, index width, index block, bool transposed, const T* state, const T* right_side,
+             T* result) {
+    for (index row = 0; row < width; ++row) {
+        T sum = right_side[row];
+        for (index column = 0; column < block; ++column)
+            sum += entry(blocks, block, row, column, transposed) * state[row / block * block + column];
+        result[row] = sum;
+    }
+}
+
+/// result = left right, block by block. The blocks of M_s M_r, the way they are stored, are A_s A_r, or A_r A_s where
+/// transposed.
+template <class T>
+void multiply(const T* left, const T* right, index width, index block, T* result) {
+    for (index row = 0; row < width; ++row) {
+        const T* below = right + row / block * block * block;
+        for (index column = 0; column < block; ++column) {
+            T sum = 0;
+            for (index inner = 0; inner < block; ++inner)
+                sum += left[row * block + inner] * below[inner * block + column];
+            result[row * block + column] = sum;
+        }
+    }
+}
+
+/// The first state, which needs no M where there is no initial state.
+template <class T>
+void begin(const OrderedSystem<T>& system, index sequence, T* state) {
+    const T* right_side = system.right_side.at(0, sequence);
+    if (system.initial.empty())
+        std::copy_n(right_side, system.width(), state);
+    else
+        advance(system.factor.at(0, sequence), system.width(), system.block(), system.transposed,
+                system.initial.at(0, sequence), right_side, state);
+}
+
+}  // namespace
+
+template <Backend backend, class T>
+void solve_sequential(const OrderedSystem<T>& system, int /*threads*/) {
+    const auto& [factor, right_side, initial, solution, transposed] = system;
+    for (index sequence = 0; sequence < system.batch(); ++sequence) {
+        begin(system, sequence, solution.at(0, sequence));
+        for (index step = 1; step < system.steps(); ++step)
+            advance(factor.at(step, sequence), system.width(), system.block(), transposed,
+                    solution.at(step - 1, sequence), right_side.at(step, sequence), solution.at(step, sequence));
+    }
+}
+
+// Algorithm 1 of arXiv 2309.16318. Before the pass with distance i, row s holds x_s = M_s x_{s-i} + b_s for s >= i, and
+// the solution for s < i. Substituting row s-i into row s doubles the distance:
+//
+//     i = 1     x0   x1<-x0  x2<-x1  x3<-x2  x4<-x3        b_s <- b_s + M_s b_{s-i}
+//     i = 2     x0   x1      x2<-x0  x3<-x1  x4<-x2        M_s <- M_s M_{s-i}
+//     i = 4     x0   x1      x2      x3      x4<-x0
+//
+// Row s needs its product only while s >= 2i: M_0 never enters a product.
+template <Backend backend, class T>
+void solve_pcr(const OrderedSystem<T>& system, int /*threads*/, Workspace& workspace) {
+    const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
+    const Workspace::Scope scope(workspace);
+    auto state = workspace.take_states<T>({steps, batch, width});
+    auto next_state = workspace.take_states<T>({steps, batch, width});
+    auto product = workspace.take_jacobian<T>({steps, batch, width}, block);
+    auto next_product = workspace.take_jacobian<T>({steps, batch, width}, block);
+    for (index sequence = 0; sequence < batch; ++sequence) {
+        begin(system, sequence, state.at(0, sequence));
+        for (index step = 1; step < steps; ++step) {
+            std::copy_n(system.right_side.at(step, sequence), width, state.at(step, sequence));
+            std::copy_n(system.factor.at(step, sequence), width * block, product.at(step, sequence));
+        }
+    }
+    for (index distance = 1; distance < steps; distance *= 2) {
+        for (index step = 0; step < steps; ++step) {
+            for (index sequence = 0; sequence < batch; ++sequence) {
+                if (step < distance) {
+                    std::copy_n(state.at(step, sequence), width, next_state.at(step, sequence));
+                    continue;
+                }
+                advance<T>(product.at(step, sequence), width, block, system.transposed,
+                           state.at(step - distance, sequence), state.at(step, sequence),
+                           next_state.at(step, sequence));
+                if (step < 2 * distance) continue;
+                const T* late = product.at(step, sequence);
+                const T* early = product.at(step - distance, sequence);
+                multiply(system.transposed ? early : late, system.transposed ? late : early, width, block,
+                         next_product.at(step, sequence));
+            }
+        }
+        std::swap(state, next_state);
+        std::swap(product, next_product);
+    }
+    for (index step = 0; step < steps; ++step)
+        for (index sequence = 0; sequence < batch; ++sequence)
+            std::copy_n(state.at(step, sequence), width, system.solution.at(step, sequence));
+}
+
+template <Backend backend, class T>
+void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace) {
+    const auto& [factor, right_side, initial, solution, transposed] = system;
+    const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
+    const index chunks = (steps + chunk - 1) / chunk;
+    const Workspace::Scope scope(workspace);
+    const auto product = workspace.take_jacobian<T>({chunks, batch, width}, block);
+    const auto end = workspace.take_states<T>({chunks, batch, width});
+    T* scratch = workspace.take<T>(width * block);
+
+    // A chunk is one long step: x_end = product x_before + end, where `end` is what it makes of a zero state.
+    for (index sequence = 0; sequence < batch; ++sequence) {
+        for (index part = 0; part < chunks; ++part) {
+            const index first = part * chunk, last = std::min(first + chunk, steps);
+            T* state = end.at(part, sequence);
+            T* total = product.at(part, sequence);
+            if (part == 0)
+                begin(system, sequence, state);
+            else
+                std::copy_n(right_side.at(first, sequence), width, state);
+            std::copy_n(factor.at(first, sequence), part == 0 ? 0 : width * block, total);
+            for (index step = first + 1; step < last; ++step) {
+                const T* now = factor.at(step, sequence);
+                std::copy_n(state, width, scratch);
+                advance<T>(now, width, block, transposed, scratch, right_side.at(step, sequence), state);
+                if (part == 0) continue;
+                multiply<T>(transposed ? total : now, transposed ? now : total, width, block, scratch);
+                std::copy_n(scratch, width * block, total);
+            }
+        }
+    }
+    solve_pcr<backend, T>({product, end, {}, end, transposed}, threads, workspace);
+
+    // Replay every chunk from the state before it.
+    for (index sequence = 0; sequence < batch; ++sequence) {
+        begin(system, sequence, solution.at(0, sequence));
+        for (index step = 1; step < steps; ++step)
+            advance<T>(factor.at(step, sequence), width, block, transposed,
+                       step % chunk == 0 ? end.at(step / chunk - 1, sequence) : solution.at(step - 1, sequence),
+                       right_side.at(step, sequence), solution.at(step, sequence));
+    }
+}
+
+template <Backend backend, class T>
+void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
+                         int /*threads*/) {
+    for (index sequence = 0; sequence < y.batch(); ++sequence) {
+        std::fill_n(product.at(0, sequence), y.width(), T(0));
+        advance<T>(subdiagonal.at(0, sequence), y.width(), subdiagonal.block(), true, y.at(0, sequence),
+                   product.at(0, sequence), product.at(0, sequence));
+    }
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                                               \
+    template void solve_sequential<Backend::reference, T>(const OrderedSystem<T>&, int);                     \
+    template void solve_pcr<Backend::reference, T>(const OrderedSystem<T>&, int, Workspace&);                \
+    template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, int, Workspace&);        \
+    template void multiply_transposed<Backend::reference, T>(const Jacobian<const T>&, const View<const T>&, \
+                                                             const View<T>&, int);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace deeppcr::reduce
