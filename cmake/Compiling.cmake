@@ -8,3 +8,13 @@ if(DEEPPCR_SANITIZE)
   add_compile_options(-fsanitize=${DEEPPCR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${DEEPPCR_SANITIZE})
 endif()
+# The sanitizers of GCC 12 and clang 14 cannot live with addresses randomised by 32 bits, as newer kernels do by default:
+# what prefixes a sanitized program to switch that off, where the machine lets one.
+execute_process(COMMAND setarch -R true RESULT_VARIABLE setarch_result OUTPUT_QUIET ERROR_QUIET)
+set(without_address_randomisation "")
+if(setarch_result EQUAL 0)
+  set(without_address_randomisation setarch -R)
+endif()
+if(DEEPPCR_SANITIZE)
+  set(CMAKE_CROSSCOMPILING_EMULATOR ${without_address_randomisation})
+endif()
