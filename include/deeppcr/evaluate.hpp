@@ -67,7 +67,7 @@ struct Options {
     Execution execution = {};
     Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
     /// Called after each pass with (confirmed steps of the slowest sequence, all steps, passes); false stops the
-    /// evaluation as `max_iterations` does.
+    /// evaluation with Status::max_iterations.
     std::function<bool(index confirmed, index steps, index iterations)> progress = {};
 };
 
@@ -91,8 +91,8 @@ struct Report {
     std::vector<Sequence> sequences;
     index iterations = 0;                                   ///< Newton passes, all windows
     double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences
-    /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (up to 4,096 steps);
-    /// negative: contractive, Newton converges fast; positive: chaotic. NaN where not computed.
+    /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (of a few sequences, up to
+    /// 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic. NaN where not computed.
     double lyapunov = 0;
     Stage linearise, reduce, update, sequential, estimate;
     double seconds = 0;

@@ -1,0 +1,230 @@
+// The backward pass: one transposed, reversed bidiagonal solve with the Jacobians at the final states, exact, window
+// after window from the end.
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <numeric>
+#include <vector>
+
+#include <deeppcr/evaluate.hpp>
+
+#include "newton/options.hpp"
+
+namespace deeppcr {
+namespace newton {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+template <class T>
+void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                     View<const T> output_gradient, const Options& options) {
+    check_options(options);
+    const Shape& shape = recurrence.shape();
+    const auto check = [&](const char* name, View<const T> states) {
+        if (states.shape() != shape)
+            throw InvalidArgument(name, "the recurrence's shape " + to_string(shape), to_string(states.shape()));
+        if (states.data() == nullptr && shape.count() > 0)
+            throw InvalidArgument(name, "memory of shape " + to_string(shape), "a null pointer");
+    };
+    check("trajectory", trajectory);
+    check("output_gradient", output_gradient);
+    if (!report.ok())
+        throw InvalidArgument("report", "a trajectory that converged or was finished sequentially",
+                              "one that ended as " + to_string(report.status));
+}
+
+/// States x_{first} .. x_{last-1} (x_0 is the initial state), contiguous in `before`.
+template <class T>
+void gather_before(const Recurrence<T>& recurrence, View<const T> trajectory, const Section& section, View<T> before) {
+    for (index i = section.first; i < section.last; ++i) {
+        if (i == 0) {
+            recurrence.initial(section, before.steps(0, 1));
+            continue;
+        }
+        for (index j = 0; j < section.batch(); ++j)
+            std::copy_n(trajectory.at(i - 1, j), before.width(), before.at(i - section.first, j));
+    }
+}
+
+/// Called for each window, the last first, with x_{t-1} and dL/dx_t of its steps, contiguous.
+template <class T>
+using Visit = std::function<void(const Section& section, View<const T> before, View<const T> adjoint)>;
+
+template <class T>
+Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                        const Options& options, View<T> initial, const Visit<T>& visit) {
+    const Clock::time_point begin = Clock::now();
+    Report report;
+    Options solving = options;
+    solving.surrogate = Surrogate::full;
+    report.method = "adjoint, " + describe(solving);
+    const auto [steps, batch, width] = recurrence.shape();
+    std::fill_n(initial.data(), batch * width, T(0));
+    if (recurrence.shape().count() == 0) return report;
+
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const index length = window_length(recurrence, solving, recurrence.block());
+    report.window = length;
+    const Workspace::Scope scope(workspace);
+    const Shape whole{length, batch, width};
+    T* const before_memory = workspace.take<T>(whole.count());
+    T* const after_memory = workspace.take<T>(whole.count());
+    T* const adjoint_memory = workspace.take<T>(whole.count());
+    T* const jacobian_memory = workspace.take<T>(whole.count() * recurrence.block());
+    std::vector<index> sequences(static_cast<std::size_t>(batch));
+    std::iota(sequences.begin(), sequences.end(), index(0));
+
+    for (index last = steps; last > 0;) {
+        const index first = std::max<index>(0, last - length), rows = last - first;
+        const Section section{first, last, sequences, options.execution};
+        const Shape shape{rows, batch, width};
+        const View<T> before(before_memory, shape), after(after_memory, shape), adjoint(adjoint_memory, shape);
+        const Jacobian<T> jacobian(jacobian_memory, shape, recurrence.block());
+
+        const Clock::time_point linearised = Clock::now();
+        gather_before(recurrence, trajectory, section, before);
+        recurrence.linearise(section, View<const T>(before), after, jacobian);
+        report.linearise.seconds += seconds_since(linearised);
+        report.linearise.bytes += rows * batch * width * (4 + recurrence.block()) * index(sizeof(T));
+
+        const Clock::time_point reduced = Clock::now();
+        for (index i = 0; i < rows; ++i)
+            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(first + i, j), width, adjoint.at(i, j));
+        // What the later window passes back reaches this one's last state.
+        for (index k = 0; k < batch * width; ++k) adjoint.at(rows - 1, 0)[k] += initial.data()[k];
+        solve_transposed(BidiagonalSystem<T>{jacobian, adjoint}, adjoint,
+                         {options.reduction, options.execution, options.chunk, &workspace});
+        multiply_transposed<T>(jacobian.steps(0, 1), adjoint.steps(0, 1), initial, options.execution);
+        report.reduce.seconds += seconds_since(reduced);
+        report.reduce.bytes += rows * batch * width * (4 + recurrence.block()) * index(sizeof(T));
+
+        const Clock::time_point visited = Clock::now();
+        visit(section, View<const T>(before), View<const T>(adjoint));
+        report.update.seconds += seconds_since(visited);
+        last = first;
+    }
+    for (index j = 0; j < batch; ++j) report.sequences.push_back({.confirmed = steps});
+    report.seconds = seconds_since(begin);
+    report.workspace_bytes = workspace.peak_bytes();
+    return report;
+}
+
+template <class T>
+Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                          View<const T> output_gradient, const Options& options) {
+    check_arguments(recurrence, trajectory, report, output_gradient, options);
+    const Shape& shape = recurrence.shape();
+    Adjoint<T> result{Buffer<T>::uninitialised(shape), Buffer<T>::uninitialised({1, shape.batch, shape.width}), {}};
+    result.report = transposed_sweep<T>(recurrence, trajectory, output_gradient, options, result.initial,
+                                        [&](const Section& section, View<const T>, View<const T> adjoint) {
+                                            std::copy_n(adjoint.data(), section.steps() * shape.batch * shape.width,
+                                                        result.states.view().at(section.first, 0));
+                                        });
+    return result;
+}
+
+/// The fused backward pass reads x_{t-1} and dL/dx_t in place: first the steps after the first, whose predecessors
+/// are rows of the trajectory, then step 1 from the initial state.
+template <class T>
+void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<const T> output_gradient,
+                  View<const T> slopes, const Options& options, Workspace& workspace, DenseChainGradients<T>& result) {
+    const auto [steps, batch, width] = chain.shape();
+    const index layers_per_step = std::max<index>(chain.options().skip, 1);
+    std::vector<index> sequences(static_cast<std::size_t>(batch));
+    std::iota(sequences.begin(), sequences.end(), index(0));
+    const Workspace::Scope scope(workspace);
+    const auto contiguous = [&](View<const T> states) {
+        if (states.contiguous()) return states;
+        const View<T> copy = workspace.take_states<T>(states.shape());
+        for (index i = 0; i < states.steps(); ++i)
+            for (index j = 0; j < batch; ++j) std::copy_n(states.at(i, j), width, copy.at(i, j));
+        return View<const T>(copy);
+    };
+    const View<const T> states = contiguous(trajectory), gradient = contiguous(output_gradient);
+    const View<T> first_gradient = workspace.take_states<T>({1, batch, width});
+    const View<T> initial = workspace.take_states<T>({1, batch, width});
+    const auto part = [&](index first, index last, View<const T> before, View<const T> gradients) {
+        const auto layers = [&](auto view) { return view.steps(first * layers_per_step, last * layers_per_step); };
+        chain.run_backward({first, last, sequences, options.execution}, before,
+                           slopes.empty() ? View<const T>() : View<const T>(layers(slopes)), gradients,
+                           layers(result.weights.view()), layers(result.biases.view()), View<T>(), result.initial);
+    };
+    std::copy_n(gradient.data(), batch * width, first_gradient.data());
+    if (steps > 1) {
+        part(1, steps, states.steps(0, steps - 1), gradient.steps(1, steps));
+        for (index k = 0; k < batch * width; ++k) first_gradient.data()[k] += result.initial.data()[k];
+    }
+    chain.initial({0, 0, sequences, options.execution}, initial);
+    part(0, 1, initial, first_gradient);
+}
+
+template <class T>
+DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T> trajectory, const Report& report,
+                                       View<const T> output_gradient, const Options& options, View<const T> slopes) {
+    check_arguments(chain, trajectory, report, output_gradient, options);
+    const auto [steps, batch, width] = chain.shape();
+    const index layers_per_step = std::max<index>(chain.options().skip, 1);
+    if (!slopes.empty() && slopes.shape() != Shape{chain.layers(), batch, width})
+        throw InvalidArgument("slopes", "one row per layer, " + to_string(Shape{chain.layers(), batch, width}),
+                              to_string(slopes.shape()));
+    DenseChainGradients<T> result{Buffer<T>::uninitialised({chain.layers(), width, width}),
+                                  Buffer<T>::uninitialised({chain.layers(), 1, width}),
+                                  Buffer<T>({1, batch, width}),
+                                  {}};
+    if (options.method == Method::sequential && chain.shape().count() > 0) {
+        const Clock::time_point begin = Clock::now();
+        Workspace own;
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
+        result.report.method = "adjoint, sequential";
+        for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});
+        result.report.seconds = result.report.sequential.seconds = seconds_since(begin);
+        result.report.workspace_bytes = workspace.peak_bytes();
+        return result;
+    }
+    if (batch == 0) {
+        std::fill_n(result.weights.data(), result.weights.size(), T(0));
+        std::fill_n(result.biases.data(), result.biases.size(), T(0));
+    }
+    result.report = transposed_sweep<T>(
+        chain, trajectory, output_gradient, options, result.initial,
+        [&](const Section& section, View<const T> before, View<const T> adjoint) {
+            const index first = section.first * layers_per_step, last = section.last * layers_per_step;
+            chain.parameter_gradients(section, before, adjoint, result.weights.view().steps(first, last),
+                                      result.biases.view().steps(first, last));
+        });
+    return result;
+}
+
+}  // namespace
+}  // namespace newton
+
+template <>
+Adjoint<float> adjoint(const Recurrence<float>& recurrence, View<const float> trajectory, const Report& report,
+                       View<const float> output_gradient, const Options& options) {
+    return newton::adjoint_states(recurrence, trajectory, report, output_gradient, options);
+}
+template <>
+Adjoint<double> adjoint(const Recurrence<double>& recurrence, View<const double> trajectory, const Report& report,
+                        View<const double> output_gradient, const Options& options) {
+    return newton::adjoint_states(recurrence, trajectory, report, output_gradient, options);
+}
+template <>
+DenseChainGradients<float> adjoint(const DenseChain<float>& chain, View<const float> trajectory, const Report& report,
+                                   View<const float> output_gradient, const Options& options,
+                                   View<const float> slopes) {
+    return newton::chain_gradients(chain, trajectory, report, output_gradient, options, slopes);
+}
+template <>
+DenseChainGradients<double> adjoint(const DenseChain<double>& chain, View<const double> trajectory,
+                                    const Report& report, View<const double> output_gradient, const Options& options,
+                                    View<const double> slopes) {
+    return newton::chain_gradients(chain, trajectory, report, output_gradient, options, slopes);
+}
+
+}  // namespace deeppcr

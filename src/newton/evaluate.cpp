@@ -1,0 +1,532 @@
+// Newton's method over a sliding window. Each pass reads: linearise, test, (report and slide), solve, update. It ends
+//   converged              every row of every sequence passed the residual test
+//   non_finite             f of a confirmed state is not finite: the sequence ends there, as it does sequentially
+//   max_iterations         the limit, or the caller's `progress`, said stop
+//   finished_sequentially  no progress even after the window was shortened: step after step from the confirmed prefix
+
+#include <deeppcr/evaluate.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <optional>
+
+#include "device/threads.hpp"
+#include "newton/lyapunov.hpp"
+#include "newton/options.hpp"
+#include "newton/update.hpp"
+
+namespace deeppcr {
+namespace newton {
+namespace {
+
+constexpr index review_period = 8;             // passes between two looks at the progress
+constexpr double enough_decrease = 0.8;        // of the worst residual, from one review to the next
+constexpr double enough_confirmed = 1.0 / 16;  // rows confirmed per row worked on, from one review to the next
+constexpr index smallest_window = 8;           // below this, step after step is as good
+constexpr index sequential_piece = 1024;       // steps between two copies to the caller's array
+
+class Stopwatch {
+public:
+    explicit Stopwatch(Report::Stage& stage) : stage_(stage) {}
+    ~Stopwatch() { stage_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+    Stopwatch(const Stopwatch&) = delete;
+    Stopwatch& operator=(const Stopwatch&) = delete;
+
+private:
+    Report::Stage& stage_;
+    std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
+/// One evaluation. Rows count from `first_`, the step that every active sequence has confirmed.
+template <class T>
+class Evaluator {
+public:
+    Evaluator(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options, Workspace& workspace)
+        : recurrence_(recurrence),
+          trajectory_(trajectory),
+          options_(options),
+          workspace_(workspace),
+          tolerance_(tolerance_of<T>(options)),
+          steps_(recurrence.shape().steps),
+          width_(recurrence.shape().width),
+          block_(jacobian_block(recurrence, options.surrogate)) {
+        report_.sequences.resize(std::size_t(recurrence.shape().batch));
+        active_.resize(report_.sequences.size());
+        std::iota(active_.begin(), active_.end(), index(0));
+        report_.method = describe(options);
+    }
+
+    Report run() {
+        const auto begin = std::chrono::steady_clock::now();
+        if (!trajectory_.empty()) {
+            if (options_.method == Method::sequential) {
+                std::vector<Progress> none(active_.size());
+                run_sequentially(none, Status::converged);
+            } else {
+                run_newton();
+            }
+        }
+        summarise();
+        report_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        report_.workspace_bytes = workspace_.peak_bytes();
+        return std::move(report_);
+    }
+
+private:
+    index batch() const { return index(active_.size()); }
+
+    Section section(index first, index last) const { return {first, last, active_, options_.execution}; }
+
+    void run_newton() {
+        window_ = window_length<T>(recurrence_, options_, block_);
+        next_window_ = report_.window = window_;
+        const Workspace::Scope scope(workspace_);
+        const Shape whole{window_, batch(), width_};
+        states_memory_ = workspace_.take<T>(Shape{window_ + 1, batch(), width_}.count());
+        after_memory_ = workspace_.take<T>(whole.count());
+        update_memory_ = workspace_.take<T>(whole.count());
+        if (block_ > 0) jacobian_memory_ = workspace_.take<T>(whole.count() * block_);
+        if (estimating()) error_memory_ = workspace_.take<T>(whole.count() + batch() * width_);
+        if (estimating()) std::fill_n(error_memory_, batch() * width_, T(0));
+        if (options_.estimates && block_ > 0 && (estimating() || block_ == recurrence_.block()))
+            lyapunov_.emplace(width_, block_);
+
+        progress_.assign(active_.size(), {});
+        recurrence_.initial(section(0, 0), states().steps(0, 1));
+        enter_rows(0);
+        review_ = {};
+        while (true) {
+            linearise();
+            test();
+            if (active_.empty()) return;
+            if (const std::optional<Status> stop = outcome()) return give_up(*stop);
+            solve_update();
+            apply();
+            slide();
+        }
+    }
+
+    /// Rows of the window at hand.
+    index rows() const { return std::min(window_, steps_ - first_); }
+    View<T> states() const { return {states_memory_, {rows() + 1, batch(), width_}}; }
+    Window<T> window() const {
+        const Shape shape{rows(), batch(), width_};
+        return {states(), View<T>(after_memory_, shape),
+                block_ > 0 ? Jacobian<T>(jacobian_memory_, shape, block_) : Jacobian<T>(),
+                View<T>(update_memory_, shape)};
+    }
+    /// Only the true Jacobian carries an error from step to step.
+    bool estimating() const { return options_.estimates && block_ > 0 && options_.surrogate == Surrogate::full; }
+
+    void linearise() {
+        const Stopwatch watch(report_.linearise);
+        const Window<T> now = window();
+        const Section where = section(first_, first_ + rows());
+        const View<const T> before = states().steps(0, rows());
+        const index elements = rows() * batch() * width_;
+        report_.linearise.bytes += elements * (2 + (block_ > 0 ? block_ : 0)) * index(sizeof(T));
+        switch (options_.surrogate) {
+            case Surrogate::full:
+                return recurrence_.linearise(where, before, now.after, now.jacobian);
+            case Surrogate::diagonal:
+                return recurrence_.linearise_diagonal(where, before, now.after, now.jacobian);
+            case Surrogate::identity:
+                std::fill_n(jacobian_memory_, elements, T(1));
+                [[fallthrough]];
+            case Surrogate::zero:
+                return recurrence_.step(where, before, now.after);
+        }
+    }
+
+    /// Confirms what passes, estimates its error, and lets finished sequences go.
+    void test() {
+        ++report_.iterations;
+        std::vector<index> confirmed_before(progress_.size());
+        {
+            const Stopwatch watch(report_.update);
+            for (std::size_t j = 0; j < progress_.size(); ++j) confirmed_before[j] = progress_[j].confirmed;
+            report_.non_finite_resets += test_residual(window(), progress_, tolerance_, options_.execution);
+            report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
+        }
+        index newly = 0, worked = 0;
+        double worst = 0;
+        for (std::size_t j = 0; j < progress_.size(); ++j) {
+            newly += progress_[j].confirmed - confirmed_before[j];
+            worked += rows() - confirmed_before[j];
+            worst = std::max(worst, progress_[j].worst);
+        }
+        review_.confirmed += worked > 0 ? double(newly) / double(worked) : 0;
+        review_.worst = std::min(review_.worst, worst);
+
+        std::vector<bool> leaving(progress_.size());
+        for (std::size_t j = 0; j < progress_.size(); ++j) leaving[j] = leaves(index(j));
+        shift_ = rows();
+        for (std::size_t j = 0; j < progress_.size(); ++j)
+            if (!leaving[j]) shift_ = std::min(shift_, progress_[j].confirmed);
+        const bool any_leaving = std::find(leaving.begin(), leaving.end(), true) != leaving.end();
+        if (any_leaving || shift_ > 0) {
+            const Stopwatch watch(report_.estimate);
+            follow_growth(leaving);
+            if (estimating()) estimate_errors(any_leaving ? rows() : shift_);
+        }
+        if (any_leaving) release(leaving);
+        if (options_.progress &&
+            !options_.progress(first_ + (active_.empty() ? rows() : shift_), steps_, report_.iterations))
+            stopped_ = true;
+    }
+
+    /// A sequence leaves when it is done, or when f of its last confirmed state is not finite.
+    bool leaves(index j) {
+        const index confirmed = progress_[std::size_t(j)].confirmed;
+        if (first_ + confirmed == steps_) return true;
+        if (confirmed == rows()) return false;
+        const T* after = window().after.at(confirmed, j);
+        return !std::all_of(after, after + width_, [](T value) { return std::isfinite(value); });
+    }
+
+    /// The Jacobians of rows that go are those at the final states: the Lyapunov estimate follows them.
+    void follow_growth(const std::vector<bool>& leaving) {
+        if (!lyapunov_) return;
+        for (index j = 0; j < batch(); ++j)
+            lyapunov_->follow(active_[std::size_t(j)], window().jacobian, j,
+                              leaving[std::size_t(j)] ? progress_[std::size_t(j)].confirmed : shift_);
+    }
+
+    /// First-order error of the confirmed rows among the window's first `count`: e_t = J_t e_{t-1} + r_t.
+    void estimate_errors(index count) {
+        const Window<T> now = window();
+        const View<T> carried(error_memory_, {1, batch(), width_});
+        const View<T> errors(error_memory_ + batch() * width_, {count, batch(), width_});
+        device::parallel_ranges(device::thread_count(options_.execution), count, 16, [&](index begin, index end) {
+            for (index i = begin; i < end; ++i)
+                for (index j = 0; j < batch(); ++j) {
+                    T* error = errors.at(i, j);
+                    const T *state = now.states.at(i + 1, j), *after = now.after.at(i, j);
+                    if (i < progress_[std::size_t(j)].confirmed)
+                        for (index k = 0; k < width_; ++k) error[k] = state[k] - after[k];
+                    else
+                        std::fill_n(error, width_, T(0));
+                }
+        });
+        solve(BidiagonalSystem<T>{now.jacobian.steps(0, count), errors, carried}, errors, solve_options());
+        report_.estimate.bytes += count * batch() * width_ * (block_ + 4) * index(sizeof(T));
+        for (index j = 0; j < batch(); ++j) {
+            const index confirmed = std::min(count, progress_[std::size_t(j)].confirmed);
+            double& largest = report_.sequences[std::size_t(active_[std::size_t(j)])].error;
+            for (index i = 0; i < confirmed; ++i)
+                for (index k = 0; k < width_; ++k) {
+                    const double error = std::abs(double(errors(i, j, k)));
+                    if (!(error <= largest)) largest = error;
+                }
+        }
+        if (shift_ > 0) std::copy_n(errors.at(shift_ - 1, 0), batch() * width_, carried.data());
+    }
+
+    /// Writes the leaving sequences' rows to the caller's array and closes their gaps in the window.
+    void release(const std::vector<bool>& leaving) {
+        for (index j = 0; j < batch(); ++j) {
+            if (!leaving[std::size_t(j)]) continue;
+            const index sequence = active_[std::size_t(j)];
+            const Progress& progress = progress_[std::size_t(j)];
+            store(j, 0, progress.confirmed);
+            Report::Sequence& result = record(j);
+            result.status = result.confirmed == steps_ ? Status::converged : Status::non_finite;
+            if (result.status == Status::non_finite) run_past_end(sequence, progress.confirmed, j);
+        }
+        close_gaps(states_memory_, rows() + 1, width_, leaving);
+        close_gaps(after_memory_, rows(), width_, leaving);
+        close_gaps(update_memory_, rows(), width_, leaving);
+        if (block_ > 0) close_gaps(jacobian_memory_, rows(), width_ * block_, leaving);
+        if (estimating()) close_gaps(error_memory_, 1, width_, leaving);
+        index kept = 0;
+        for (index j = 0; j < index(leaving.size()); ++j) {
+            if (leaving[std::size_t(j)]) continue;
+            active_[std::size_t(kept)] = active_[std::size_t(j)];
+            progress_[std::size_t(kept)] = progress_[std::size_t(j)];
+            ++kept;
+        }
+        active_.resize(std::size_t(kept));
+        progress_.resize(std::size_t(kept));
+    }
+
+    /// Removes the leaving sequences' columns from a [count, batch, size] array, in place.
+    void close_gaps(T* memory, index count, index size, const std::vector<bool>& leaving) const {
+        T* to = memory;
+        for (index i = 0; i < count; ++i)
+            for (index j = 0; j < index(leaving.size()); ++j) {
+                if (leaving[std::size_t(j)]) continue;
+                const T* from = memory + (i * index(leaving.size()) + j) * size;
+                if (from != to) std::copy_n(from, size, to);
+                to += size;
+            }
+    }
+
+    /// The states after f ceases to be finite are those that sequential evaluation has.
+    void run_past_end(index sequence, index confirmed, index j) {
+        std::vector<T> state(states().at(confirmed, j), states().at(confirmed, j) + width_);
+        const index one[] = {sequence};
+        run_pieces(first_ + confirmed, steps_, one, state.data());
+    }
+
+    /// Evaluates [first, last) of the listed sequences from `state` [1, sequences, width] on, which ends as the last.
+    void run_pieces(index first, index last, std::span<const index> sequences, T* state) {
+        const Stopwatch watch(report_.sequential);
+        const index count = index(sequences.size());
+        const Workspace::Scope scope(workspace_);
+        const index piece =
+            std::min(last - first, window_ > 0 ? std::min(window_, sequential_piece) : sequential_piece);
+        T* memory = workspace_.take<T>(Shape{piece, count, width_}.count());
+        for (index begin = first; begin < last; begin += piece) {
+            const index end = std::min(last, begin + piece);
+            const View<T> rows(memory, {end - begin, count, width_});
+            recurrence_.run({begin, end, sequences, options_.execution}, View<const T>(state, {1, count, width_}),
+                            rows);
+            for (index i = begin; i < end; ++i)
+                for (index j = 0; j < count; ++j)
+                    std::copy_n(rows.at(i - begin, j), width_, trajectory_.at(i, sequences[std::size_t(j)]));
+            std::copy_n(rows.at(end - begin - 1, 0), count * width_, state);
+        }
+        report_.sequential.bytes += (last - first) * count * width_ * index(sizeof(T));
+    }
+
+    std::optional<Status> outcome() {
+        if (stopped_) return Status::max_iterations;
+        if (options_.max_iterations > 0 && report_.iterations >= options_.max_iterations)
+            return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
+        if (report_.iterations % review_period != 0) return {};
+        const bool good = review_.confirmed >= enough_confirmed * review_period ||
+                          review_.worst <= enough_decrease * review_.worst_before;
+        review_ = {.confirmed = 0,
+                   .worst = std::numeric_limits<double>::infinity(),
+                   .worst_before =
+                       good ? std::min(review_.worst, review_.worst_before) : std::numeric_limits<double>::infinity()};
+        if (good || window_ == 1) return {};
+        const index shorter = shorter_window();
+        if (shorter < smallest_window)
+            return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
+        next_window_ = shorter;
+        ++report_.window_shrinks;
+        return {};
+    }
+
+    /// Half the window, or as much as products of the Jacobians leave digits for.
+    index shorter_window() {
+        index shorter = std::min(window_, rows()) / 2;
+        if (options_.surrogate == Surrogate::full) {
+            LyapunovEstimate<T> here(width_, block_);
+            for (index j = 0; j < batch(); ++j) here.follow(j, window().jacobian, j, rows());
+            const double digits = -std::log(double(std::numeric_limits<T>::epsilon())), exponent = here.exponent();
+            if (exponent > 0 && digits / exponent < double(shorter)) shorter = index(digits / exponent);
+        }
+        return shorter;
+    }
+
+    void solve_update() {
+        if (options_.surrogate == Surrogate::zero) return;
+        const Stopwatch watch(report_.reduce);
+        const Window<T> now = window();
+        const index last = rows();
+        solve(BidiagonalSystem<T>{now.jacobian.steps(shift_, last), now.update.steps(shift_, last)},
+              now.update.steps(shift_, last), solve_options());
+        report_.reduce.bytes += (last - shift_) * batch() * width_ * (block_ + 2) * index(sizeof(T));
+    }
+
+    void apply() {
+        const Stopwatch watch(report_.update);
+        report_.non_finite_resets += apply_update(window(), progress_, options_.execution);
+        report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
+    }
+
+    /// Writes out the rows that all active sequences have confirmed and moves the window to the first that they
+    /// have not; new rows enter at its end.
+    void slide() {
+        const Stopwatch watch(report_.update);
+        const index kept = rows() - shift_;
+        for (index j = 0; j < batch(); ++j) store(j, 0, shift_);
+        if (shift_ > 0)
+            std::copy_n(states_memory_ + shift_ * batch() * width_, (kept + 1) * batch() * width_, states_memory_);
+        index longest = 1;
+        for (Progress& sequence : progress_) {
+            sequence.confirmed -= shift_;
+            longest = std::max(longest, sequence.confirmed);
+        }
+        first_ += shift_;
+        window_ = std::max(next_window_, longest);  // a shorter window still holds all that is confirmed
+        if (rows() > kept) enter_rows(kept);
+    }
+
+    /// First guesses for the window's rows from `row` on.
+    void enter_rows(index row) {
+        const View<T> all = states();
+        const View<T> entering = all.steps(row + 1, rows() + 1);
+        if (entering.steps() == 0) return;
+        if (options_.guess == Guess::given) {
+            for (index i = 0; i < entering.steps(); ++i)
+                for (index j = 0; j < batch(); ++j)
+                    std::copy_n(trajectory_.at(first_ + row + i, active_[std::size_t(j)]), width_, entering.at(i, j));
+            return;
+        }
+        // Later windows start from the last state that there is.
+        for (index i = 0; i < entering.steps(); ++i) std::copy_n(all.at(row, 0), batch() * width_, entering.at(i, 0));
+        if (options_.guess == Guess::first_step) {
+            const View<T> result(after_memory_, entering.shape());
+            recurrence_.step(section(first_ + row, first_ + rows()), View<const T>(entering), result);
+            std::copy_n(after_memory_, entering.steps() * batch() * width_, entering.data());
+        }
+    }
+
+    /// Copies rows [begin, end) of one active sequence to the caller's array.
+    void store(index j, index begin, index end) const {
+        for (index i = begin; i < end; ++i)
+            std::copy_n(states().at(i + 1, j), width_, trajectory_.at(first_ + i, active_[std::size_t(j)]));
+    }
+
+    Report::Sequence& record(index j) {
+        const Progress& progress = progress_[std::size_t(j)];
+        Report::Sequence& result = report_.sequences[std::size_t(active_[std::size_t(j)])];
+        result.confirmed = first_ + progress.confirmed;
+        result.iterations = report_.iterations;
+        result.residual = progress.residual;
+        result.relative_residual = progress.relative_residual;
+        return result;
+    }
+
+    void give_up(Status status) {
+        for (index j = 0; j < batch(); ++j) {
+            record(j).status = status;
+            store(j, 0, status == Status::finished_sequentially ? progress_[std::size_t(j)].confirmed : rows());
+        }
+        if (status == Status::finished_sequentially) run_sequentially(progress_, status);
+    }
+
+    /// Step after step from each active sequence's confirmed prefix to the end: the sequences with the shortest
+    /// prefix begin, the others join where theirs ends.
+    void run_sequentially(const std::vector<Progress>& progress, Status status) {
+        const Workspace::Scope scope(workspace_);
+        const std::vector<index> all = active_;
+        std::vector<index> order(all.size());
+        std::iota(order.begin(), order.end(), index(0));
+        std::stable_sort(order.begin(), order.end(), [&](index a, index b) {
+            return progress[std::size_t(a)].confirmed < progress[std::size_t(b)].confirmed;
+        });
+        T* state = workspace_.take<T>(index(all.size()) * width_);
+        std::vector<index> running;
+        for (std::size_t next = 0; next < order.size();) {
+            const index begin = progress[std::size_t(order[next])].confirmed;
+            for (; next < order.size() && progress[std::size_t(order[next])].confirmed == begin; ++next) {
+                const index sequence = all[std::size_t(order[next])];
+                T* entering = state + index(running.size()) * width_;
+                running.push_back(sequence);
+                if (options_.method == Method::newton)
+                    std::copy_n(states().at(begin, order[next]), width_, entering);
+                else {
+                    const index one[] = {sequence};
+                    recurrence_.initial({0, 0, one, options_.execution}, View<T>(entering, {1, 1, width_}));
+                }
+                Report::Sequence& result = report_.sequences[std::size_t(sequence)];
+                result.status = status;
+                result.confirmed = steps_;
+                report_.sequential_steps += steps_ - first_ - begin;
+            }
+            const index end = next < order.size() ? first_ + progress[std::size_t(order[next])].confirmed : steps_;
+            run_pieces(first_ + begin, end, running, state);
+        }
+        for (const index sequence : all) {
+            const T* last = trajectory_.at(steps_ - 1, sequence);
+            if (std::all_of(last, last + width_, [](T value) { return std::isfinite(value); })) continue;
+            Report::Sequence& result = report_.sequences[std::size_t(sequence)];
+            result.status = Status::non_finite;
+            result.confirmed = 0;
+            while (std::all_of(trajectory_.at(result.confirmed, sequence),
+                               trajectory_.at(result.confirmed, sequence) + width_,
+                               [](T value) { return std::isfinite(value); }))
+                ++result.confirmed;
+        }
+    }
+
+    void summarise() {
+        for (const Report::Sequence& sequence : report_.sequences) {
+            report_.status = std::max(report_.status, sequence.status);
+            report_.residual = std::max(report_.residual, sequence.residual);
+            report_.relative_residual = std::max(report_.relative_residual, sequence.relative_residual);
+        }
+        constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
+        report_.lyapunov = lyapunov_ ? lyapunov_->exponent() : unknown;
+        for (Report::Sequence& sequence : report_.sequences) {
+            if (!estimating() && options_.method == Method::newton) sequence.error = unknown;
+            if (!(sequence.error <= report_.error)) report_.error = sequence.error;
+        }
+    }
+
+    SolveOptions solve_options() const { return {options_.reduction, options_.execution, options_.chunk, &workspace_}; }
+
+    struct Review {
+        double confirmed = 0;
+        double worst = std::numeric_limits<double>::infinity();
+        double worst_before = std::numeric_limits<double>::infinity();
+    };
+
+    const Recurrence<T>& recurrence_;
+    View<T> trajectory_;
+    const Options& options_;
+    Workspace& workspace_;
+    Tolerance tolerance_;
+    index steps_, width_, block_;
+    Report report_;
+
+    std::vector<index> active_;       // sequences that still run; column j of the window is active_[j]
+    std::vector<Progress> progress_;  // of the active sequences
+    index first_ = 0;                 // steps before the window, confirmed and written out
+    index window_ = 0;                // rows at most, of this pass
+    index next_window_ = 0;           // and of the next
+    index shift_ = 0;                 // leading rows that all active sequences have confirmed
+    bool stopped_ = false;
+    Review review_;
+    std::optional<LyapunovEstimate<T>> lyapunov_;
+    T *states_memory_ = nullptr, *after_memory_ = nullptr, *update_memory_ = nullptr, *jacobian_memory_ = nullptr,
+      *error_memory_ = nullptr;
+};
+
+}  // namespace
+}  // namespace newton
+
+namespace newton {
+namespace {
+
+template <class T>
+Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
+    check_options(options);
+    if (trajectory.shape() != recurrence.shape())
+        throw InvalidArgument("trajectory", "the recurrence's shape " + to_string(recurrence.shape()),
+                              to_string(trajectory.shape()));
+    if (trajectory.data() == nullptr && recurrence.shape().count() > 0)
+        throw InvalidArgument("trajectory", "memory of shape " + to_string(recurrence.shape()), "a null pointer");
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    Report report = Evaluator<T>(recurrence, trajectory, options, workspace).run();
+    if (options.on_failure == OnFailure::raise && !report.ok()) {
+        index confirmed = recurrence.shape().steps;
+        for (const Report::Sequence& sequence : report.sequences) confirmed = std::min(confirmed, sequence.confirmed);
+        throw NotConverged("the evaluation ended as " + to_string(report.status) + " after " +
+                           std::to_string(report.iterations) + " iterations: " + std::to_string(confirmed) + " of " +
+                           std::to_string(recurrence.shape().steps) + " steps are confirmed");
+    }
+    return report;
+}
+
+}  // namespace
+}  // namespace newton
+
+template <>
+Report evaluate(const Recurrence<float>& recurrence, View<float> trajectory, const Options& options) {
+    return newton::evaluate_checked(recurrence, trajectory, options);
+}
+template <>
+Report evaluate(const Recurrence<double>& recurrence, View<double> trajectory, const Options& options) {
+    return newton::evaluate_checked(recurrence, trajectory, options);
+}
+
+}  // namespace deeppcr

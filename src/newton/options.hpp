@@ -1,0 +1,46 @@
+// What Options mean for a given recurrence: tolerance, Jacobian, length of the window.
+#pragma once
+
+#include <limits>
+#include <string>
+
+#include <deeppcr/evaluate.hpp>
+
+#include "newton/update.hpp"
+
+namespace deeppcr::newton {
+
+/// Throws InvalidArgument for an option that is out of its range.
+void check_options(const Options& options);
+
+/// "newton, full Jacobian, scan"
+std::string describe(const Options& options);
+
+template <class T>
+Tolerance tolerance_of(const Options& options) {
+    const double both = options.tolerance > 0 ? options.tolerance : 64 * double(std::numeric_limits<T>::epsilon());
+    return {options.absolute_tolerance >= 0 ? options.absolute_tolerance : both,
+            options.relative_tolerance >= 0 ? options.relative_tolerance : both};
+}
+
+/// Block size of the Jacobian that stands in the solve; 0 where there is none.
+template <class T>
+index jacobian_block(const Recurrence<T>& recurrence, Surrogate surrogate) {
+    switch (surrogate) {
+        case Surrogate::full:
+            return recurrence.block();
+        case Surrogate::diagonal:
+        case Surrogate::identity:
+            return 1;
+        case Surrogate::zero:
+            break;
+    }
+    return 0;
+}
+
+/// Steps per window: options.window, or as many as the memory limit allows. Throws OutOfMemory, with the bytes that
+/// would be needed, where not even one step (or the window asked for) fits.
+template <class T>
+index window_length(const Recurrence<T>& recurrence, const Options& options, index block);
+
+}  // namespace deeppcr::newton
