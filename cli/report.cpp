@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <limits>
 
-namespace deeppcr::cli {
+namespace deeppcr::program {
 namespace {
 
 constexpr int palette_size = 6;
@@ -426,4 +426,4 @@ std::string Page::html() const {
            escape(title_) + "</h1>\n" + body_ + "</main>\n</body>\n</html>\n";
 }
 
-}  // namespace deeppcr::cli
+}  // namespace deeppcr::program

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-namespace deeppcr::cli {
+namespace deeppcr::program {
 
 /// How numbers are written for people: 1,024; 3 significant digits; 12.3 µs; 1.2e-06. "-" where not finite.
 std::string count_text(long long value);
@@ -90,4 +90,4 @@ private:
     std::string title_, body_;
 };
 
-}  // namespace deeppcr::cli
+}  // namespace deeppcr::program

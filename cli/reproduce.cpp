@@ -1,0 +1,227 @@
+// deeppcr reproduce: the paper's two experiments on this machine, as a summary, a page to read and a file of numbers.
+#include "reproduce.hpp"
+
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+
+#include <deeppcr/execution.hpp>
+#include <files/write.hpp>
+
+namespace deeppcr::program {
+namespace {
+
+struct Arguments {
+    std::string part = "all";
+    std::filesystem::path output = "deeppcr-report";
+    bool quick = false;
+    std::uint64_t seed = 1;
+
+    bool wants(const std::string& name) const { return part == name || part == "all"; }
+
+    std::string command() const {
+        return "deeppcr reproduce " + part + " --output " + output.string() + " --seed " + std::to_string(seed) +
+               (quick ? " --quick" : "");
+    }
+};
+
+std::string processor_name() {
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos)
+            return line.substr(line.find(": ") + 2);
+    return "unknown";
+}
+
+Json machine() {
+    utsname system = {};
+    uname(&system);
+    return {{"processor", processor_name()},
+            {"architecture", system.machine},
+            {"processors", sysconf(_SC_NPROCESSORS_ONLN)},
+            {"threads", default_threads()},
+            {"simd", simd_target()},
+            {"memory_bytes", std::int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE)},
+            {"system", std::string(system.sysname) + " " + system.release},
+            {"compiler", __VERSION__}};
+}
+
+std::string now() {
+    const std::time_t time = std::time(nullptr);
+    std::tm parts = {};
+    gmtime_r(&time, &parts);
+    char text[32];
+    std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
+    return text;
+}
+
+/// Explains results.json to those who read it later.
+Json schema() {
+    return {{"units",
+             "seconds are wall-clock; *_ratio is sequential / parallel of the seconds beside it, above 1 parallel "
+             "is faster; *_difference is the largest absolute difference from sequential over the largest "
+             "absolute sequential value; accuracies are fractions; null: not measured"},
+            {"complete", "false: interrupted, or failed after this was written; the lists hold what was finished"},
+            {"quick", "true: tiny sizes, which show only that everything works"},
+            {"agreement", "whether every difference measured is within its tolerance; null where none was measured"},
+            {"mlp.configurations[]",
+             "width, depth (layers), batch, repetitions, and for each of sequential, pcr, scan: forward_seconds and "
+             "backward_seconds (medians), *_quartiles (first and third), and of pcr and scan also status, iterations "
+             "(Newton), ratios, and the differences of all states and of all gradients; a method whose status is not "
+             "converged has no numbers beyond iterations"},
+            {"resnet.training",
+             "for each of sequential and deeppcr, one value per training step: loss, seconds, iterations (Newton); and "
+             "median_seconds, seconds_quartiles, test_loss, test_accuracy, parameters_sha where known"},
+            {"resnet.same_parameters[]",
+             "both methods on one batch with the same parameters, at the named training step: differences of logits, "
+             "loss and gradients"}};
+}
+
+std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
+
+std::string report_page(const Json& results) {
+    Page page("deeppcr reproduce");
+    if (results["quick"].get<bool>())
+        page.notice("Quick run: tiny sizes, which show only that everything works. The times mean nothing.",
+                    Table::Tone::plain);
+    if (!results["complete"].get<bool>())
+        page.notice("Incomplete: the run was interrupted or failed. This page shows what was finished before.",
+                    Table::Tone::bad);
+    if (results["agreement"].is_boolean()) {
+        if (results["agreement"].get<bool>())
+            page.notice("Sequential and parallel agree within the stated tolerances in everything measured.",
+                        Table::Tone::good);
+        else
+            page.notice("Sequential and parallel disagree beyond the stated tolerances.", Table::Tone::bad);
+    }
+    page.paragraph(
+        "A network evaluated in parallel over its layers (DeepPCR, arXiv 2309.16318) computes what layer-by-layer "
+        "evaluation computes: Newton's method over all layers at once, each iteration one block bidiagonal system "
+        "solved by parallel cyclic reduction (PCR) or by a work-efficient scan. This page compares both on this "
+        "machine. The baseline is the fastest sequential method here, a fused kernel, not a loop over layers.");
+
+    Table facts{.title = {}, .caption = {}, .columns = {{"This run", false}, {"", false}}, .rows = {}};
+    const Json& machine = results["machine"];
+    facts.rows = {{"command", results["command"].get<std::string>()},
+                  {"version", results["version"].get<std::string>() + ", " + facts_text(machine["compiler"])},
+                  {"date", results["date"].get<std::string>()},
+                  {"duration", clock_time(results["seconds"].get<double>())},
+                  {"seed", facts_text(results["seed"])},
+                  {"processor", facts_text(machine["processor"]) + ", " + facts_text(machine["processors"]) +
+                                    " processors, " + facts_text(machine["architecture"])},
+                  {"threads, SIMD", facts_text(machine["threads"]) + " threads, " + facts_text(machine["simd"])},
+                  {"memory", number_text(machine["memory_bytes"].get<double>() / (1 << 30)) + " GiB"},
+                  {"system", facts_text(machine["system"])}};
+    page.table(facts);
+    if (results.contains("mlp")) describe_mlp(results["mlp"], page);
+    if (results.contains("resnet")) describe_resnet(results["resnet"], page);
+    return page.html();
+}
+
+/// Both files, each whole or untouched. With `complete` false until the last part is done, so that what was finished
+/// outlives whatever goes wrong later.
+void write_report(const Arguments& arguments, const Json& results) {
+    files::write_file(arguments.output / "report.html", report_page(results));
+    files::write_file(arguments.output / "results.json",
+                      results.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
+void prepare_folder(const Arguments& arguments) {
+    std::error_code error;
+    std::filesystem::create_directories(arguments.output, error);
+    if (error || !std::filesystem::is_directory(arguments.output))
+        throw FileError(arguments.output, "the folder for the report cannot be created: " +
+                                              (error ? error.message() : "a file of this name exists"));
+    for (const char* name : {"report.html", "results.json"}) files::check_writable(arguments.output / name);
+}
+
+Exit reproduce(const Arguments& arguments, Output& output) {
+    prepare_folder(arguments);
+    if (arguments.wants("resnet")) check_resnet_data();
+
+    const auto begin = std::chrono::steady_clock::now();
+    Json results{
+        {"program", "deeppcr reproduce"}, {"version", version()}, {"complete", false}, {"quick", arguments.quick},
+        {"agreement", nullptr},           {"date", now()},        {"seconds", 0.0},    {"command", arguments.command()},
+        {"seed", arguments.seed},         {"machine", machine()}, {"schema", schema()}};
+    output.line("deeppcr " + version() + " on " + results["machine"]["processor"].get<std::string>() + ", " +
+                std::to_string(default_threads()) + " threads, " + simd_target() + ", seed " +
+                std::to_string(arguments.seed) + (arguments.quick ? ", quick run: the times mean nothing" : "") + "\n");
+
+    using Run = Json (*)(const Experiment&);
+    using Summarise = std::string (*)(const Json&);
+    struct Part {
+        std::string name, title;
+        Run run;
+        Summarise summarise;
+    };
+    std::vector<Part> parts;
+    if (arguments.wants("mlp")) parts.push_back({"mlp", "MLP", run_mlp, summarise_mlp});
+    if (arguments.wants("resnet")) parts.push_back({"resnet", "ResNet", run_resnet, summarise_resnet});
+
+    bool complete = true, agreement = true;
+    for (std::size_t i = 0; i < parts.size() && complete; ++i) {
+        {
+            const std::string place =
+                parts.size() > 1 ? " (" + std::to_string(i + 1) + "/" + std::to_string(parts.size()) + ")" : "";
+            Progress progress(parts[i].title + place, 1);
+            Experiment experiment{arguments.quick, arguments.seed, {}};
+            experiment.advance = [&](double done, const std::string& what) {
+                progress.update(done, what);
+                return !interrupted();
+            };
+            results[parts[i].name] = parts[i].run(experiment);
+        }
+        const Json& part = results[parts[i].name];
+        complete = part["complete"].get<bool>();
+        if (part["agreement"].is_boolean()) {
+            agreement = agreement && part["agreement"].get<bool>();
+            results["agreement"] = agreement;
+        }
+        results["complete"] = complete && i + 1 == parts.size();
+        results["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        write_report(arguments, results);
+        output.line(parts[i].summarise(part));
+    }
+    if (!complete) output.line("Interrupted: the report is incomplete.");
+    if (!agreement) output.line("Sequential and parallel disagree beyond the stated tolerances.");
+    output.line("Report: " + (arguments.output / "report.html").string() + " and results.json, after " +
+                clock_time(results["seconds"].get<double>()));
+    output.result = std::move(results);
+    return !complete ? Exit::interrupted : agreement ? Exit::done : Exit::failed;
+}
+
+}  // namespace
+
+Quartiles quartiles(std::vector<double> sample) {
+    std::sort(sample.begin(), sample.end());
+    const auto at = [&](double part) {
+        const double place = part * double(sample.size() - 1);
+        const auto below = std::size_t(place);
+        const std::size_t above = std::min(below + 1, sample.size() - 1);
+        return sample[below] + (place - double(below)) * (sample[above] - sample[below]);
+    };
+    return {at(0.25), at(0.5), at(0.75)};
+}
+
+void add_reproduce(Program& program) {
+    auto arguments = std::make_shared<Arguments>();
+    CLI::App& command =
+        program.add("reproduce", "Compare parallel with sequential evaluation on this machine and write a report",
+                    "  deeppcr reproduce mlp --output report",
+                    [arguments](Output& output) { return reproduce(*arguments, output); });
+    command.add_option("part", arguments->part, "mlp (about 1 minute), resnet (about 4), or all")
+        ->check(CLI::IsMember({"mlp", "resnet", "all"}))
+        ->capture_default_str();
+    command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
+        ->capture_default_str();
+    command.add_option("--seed", arguments->seed, "Seed of networks, inputs and training")->capture_default_str();
+    command.add_flag("--quick", arguments->quick, "Tiny sizes, seconds in all: shows only that everything works");
+}
+
+}  // namespace deeppcr::program

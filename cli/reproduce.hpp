@@ -1,0 +1,46 @@
+// What the two experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
+// read nothing but that JSON: a section of the report, a summary for the terminal.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "command.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+
+struct Experiment {
+    bool quick = false;  ///< tiny sizes, which show only that everything works
+    std::uint64_t seed = 1;
+    /// Told how much of the experiment is done, from 0 to 1, and what comes now. False: stop soon; what is finished is
+    /// returned with "complete": false.
+    std::function<bool(double done, const std::string& now)> advance;
+};
+
+/// Forward and backward passes of multilayer perceptrons over a grid of widths, depths and batches: the fused
+/// sequential method against Newton's method with PCR and with the scan. Fields: see `schema` in reproduce.cpp.
+Json run_mlp(const Experiment& experiment);
+void describe_mlp(const Json& mlp, Page& page);
+std::string summarise_mlp(const Json& mlp);
+
+/// A residual network trained twice from the same seed on Fashion-MNIST, sequentially and by DeepPCR.
+/// Throws FileError, naming the package to install, where the data set is missing.
+void check_resnet_data();
+Json run_resnet(const Experiment& experiment);
+void describe_resnet(const Json& resnet, Page& page);
+std::string summarise_resnet(const Json& resnet);
+
+/// The three quartiles of a sample that is not empty.
+struct Quartiles {
+    double first = 0, median = 0, third = 0;
+};
+Quartiles quartiles(std::vector<double> sample);
+
+/// A number of results.json, NaN where it is null: not measured.
+inline double number(const Json& value) { return value.is_number() ? value.get<double>() : std::nan(""); }
+
+}  // namespace deeppcr::program

@@ -1,0 +1,493 @@
+// Multilayer perceptrons, evaluated and differentiated over their depth (arXiv 2309.16318, section 4.1).
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <map>
+#include <numeric>
+#include <span>
+
+#include <deeppcr/deeppcr.hpp>
+
+#include "reproduce.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+constexpr double state_tolerance = 1e-4, gradient_tolerance = 1e-3;
+constexpr index most_iterations = 100;
+
+struct Grid {
+    std::vector<index> widths, depths, batches;
+    double seconds;  ///< per configuration, once each method has run `least_repetitions` times
+    int least_repetitions, most_repetitions;
+};
+
+Grid grid(bool quick) {
+    if (quick) return {{2, 4}, {32, 64}, {1, 3}, 0.01, 3, 9};
+    return {{2, 4, 8, 16}, {256, 512, 1024, 2048, 4096, 8192}, {1, 16}, 1.0, 3, 101};
+}
+
+/// A network with its input and the gradient of its loss, a weighted sum of all states: weights and biases are drawn
+/// uniformly from +-sqrt(3 / width) (Xavier) and +-1 / sqrt(width), input and loss weights from a normal distribution.
+struct Network {
+    Network(index width, index depth, index batch, std::uint64_t seed)
+        : weights(uniform({depth, width, width}, std::sqrt(3.0 / double(width)), seed)),
+          biases(uniform({depth, 1, width}, std::sqrt(1.0 / double(width)), seed + 1)),
+          input(Buffer<float>::random({1, batch, width}, seed + 2)),
+          output_gradient(Buffer<float>::random({depth, batch, width}, seed + 3)),
+          sequences(std::size_t(batch)),
+          chain(weights, biases, input, {.activation = Activation::tanh, .skip = 0}) {
+        std::iota(sequences.begin(), sequences.end(), index(0));
+    }
+
+    Section section() const { return {0, chain.shape().steps, sequences, {}}; }
+
+    Buffer<float> weights, biases, input, output_gradient;
+    std::vector<index> sequences;
+    DenseChain<float> chain;
+
+private:
+    /// Uniform in +-bound: the normal distribution function of normal numbers is uniform.
+    static Buffer<float> uniform(const Shape& shape, double bound, std::uint64_t seed) {
+        Buffer<float> values = Buffer<float>::random(shape, seed);
+        for (index i = 0; i < values.size(); ++i)
+            values.data()[i] = float(bound * std::erf(double(values.data()[i]) / std::sqrt(2.0)));
+        return values;
+    }
+};
+
+template <class Call>
+double seconds_of(const Call& call) {
+    const auto begin = std::chrono::steady_clock::now();
+    call();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+/// Largest difference of two arrays of the same shape, relative to the largest entry of `expected`.
+double largest_difference(const Buffer<float>& actual, const Buffer<float>& expected) {
+    double difference = 0, size = 0;
+    for (index i = 0; i < expected.size(); ++i) {
+        const double distance = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
+        if (!(distance <= difference)) difference = distance;  // NaN stays
+        size = std::max(size, std::abs(double(expected.data()[i])));
+    }
+    return size > 0 ? difference / size : difference;
+}
+
+/// One way of computing a forward and a backward pass, with what it computed last and the seconds that it took.
+struct Contender {
+    Contender(std::string label, const Shape& shape, const Options& choices)
+        : name(std::move(label)), options(choices), trajectory(shape) {
+        options.workspace = &workspace;
+    }
+
+    bool sequential() const { return options.method == Method::sequential; }
+
+    void forward(const Network& network) {
+        forward_seconds.push_back(seconds_of([&] {
+            if (sequential())
+                network.chain.run(network.section(), network.input, trajectory);
+            else
+                report = evaluate(network.chain, trajectory, options);
+        }));
+    }
+
+    void backward(const Network& network) {
+        backward_seconds.push_back(seconds_of([&] {
+            gradients = adjoint(network.chain, trajectory.view(), report, network.output_gradient.view(), options,
+                                slopes.view());
+        }));
+    }
+
+    std::string name;
+    Workspace workspace;
+    Options options;
+    Buffer<float> trajectory, slopes;
+    DenseChainGradients<float> gradients;
+    Report report;
+    std::vector<double> forward_seconds, backward_seconds;
+};
+
+Json quartiles_json(const std::vector<double>& seconds) {
+    const Quartiles found = quartiles(seconds);
+    return {{"median", found.median}, {"quartiles", {found.first, found.third}}};
+}
+
+/// How long a configuration takes beyond a second, roughly: products of Jacobians decide.
+double weight(index width, index depth, index batch) {
+    return 1 + 1e-9 * double(depth * batch) * std::pow(double(width), 3) * std::log2(double(depth));
+}
+
+Json measure(index width, index depth, index batch, const Grid& sizes, const Experiment& experiment) {
+    const Network network(width, depth, batch, experiment.seed);
+    const Shape& shape = network.chain.shape();
+    const Options newton{.max_iterations = most_iterations, .on_failure = OnFailure::report, .estimates = false};
+    Options pcr = newton, scan = newton;
+    pcr.reduction = Reduction::pcr;
+    scan.reduction = Reduction::scan;
+    std::vector<Contender> contenders;
+    contenders.reserve(3);  // their options point to their workspaces
+    contenders.emplace_back("sequential", shape, Options{.method = Method::sequential});
+    contenders.emplace_back("pcr", shape, pcr);
+    contenders.emplace_back("scan", shape, scan);
+    Contender& baseline = contenders[0];
+
+    // Verify and warm up: the first pass of each is not timed.
+    baseline.slopes = Buffer<float>(shape);
+    network.chain.run_with_slopes(network.section(), network.input, baseline.trajectory, baseline.slopes);
+    for (Contender& contender : contenders) {
+        contender.forward(network);
+        if (contender.report.ok()) contender.backward(network);
+        contender.forward_seconds.clear();
+        contender.backward_seconds.clear();
+    }
+
+    // Interleaved, so that whatever else the machine does meets all of them alike.
+    const auto begin = std::chrono::steady_clock::now();
+    int repetitions = 0;
+    while (repetitions < sizes.most_repetitions &&
+           (repetitions < sizes.least_repetitions ||
+            std::chrono::steady_clock::now() - begin < std::chrono::duration<double>(sizes.seconds))) {
+        for (Contender& contender : contenders) {
+            if (!contender.report.ok()) continue;
+            contender.forward(network);
+            contender.backward(network);
+        }
+        ++repetitions;
+    }
+
+    Json result{{"width", width}, {"depth", depth}, {"batch", batch}, {"repetitions", repetitions}};
+    for (Contender& contender : contenders) {
+        Json entry = Json::object();
+        if (!contender.sequential()) {
+            entry["status"] = to_string(contender.report.status);
+            entry["iterations"] = contender.report.iterations;
+        }
+        if (contender.report.ok()) {
+            const Json forward = quartiles_json(contender.forward_seconds);
+            const Json backward = quartiles_json(contender.backward_seconds);
+            entry["forward_seconds"] = forward["median"];
+            entry["forward_quartiles"] = forward["quartiles"];
+            entry["backward_seconds"] = backward["median"];
+            entry["backward_quartiles"] = backward["quartiles"];
+            if (!contender.sequential()) {
+                entry["forward_ratio"] =
+                    result["sequential"]["forward_seconds"].get<double>() / entry["forward_seconds"].get<double>();
+                entry["backward_ratio"] =
+                    result["sequential"]["backward_seconds"].get<double>() / entry["backward_seconds"].get<double>();
+                entry["state_difference"] = largest_difference(contender.trajectory, baseline.trajectory);
+                entry["gradient_difference"] =
+                    std::max(largest_difference(contender.gradients.weights, baseline.gradients.weights),
+                             largest_difference(contender.gradients.biases, baseline.gradients.biases));
+            }
+        }
+        result[contender.name] = entry;
+    }
+    return result;
+}
+
+/// Whether a parallel method that converged also agrees. Not finite: no.
+bool agrees(const Json& method) {
+    return !method.contains("state_difference") || (number(method["state_difference"]) <= state_tolerance &&
+                                                    number(method["gradient_difference"]) <= gradient_tolerance);
+}
+
+double measured(const Json& configuration, const char* method, const std::string& field) {
+    const Json& entry = configuration[method];
+    return entry.contains(field) ? number(entry[field]) : std::nan("");
+}
+
+/// The better of the two parallel methods; NaN where neither converged.
+double best_ratio(const Json& configuration, const std::string& pass) {
+    return std::fmax(measured(configuration, "pcr", pass + "_ratio"), measured(configuration, "scan", pass + "_ratio"));
+}
+
+std::string times_text(double ratio) { return std::isfinite(ratio) ? number_text(ratio) + "x" : "-"; }
+
+Table::Tone tone(double ratio) { return ratio > 1 ? Table::Tone::good : Table::Tone::plain; }
+
+/// Values of one width, batch and method as a line over depth.
+template <class Value>
+Series over_depth(const Json& mlp, index width, index batch, const std::string& name, const Value& value) {
+    Series series{.name = name, .x = {}, .y = {}};
+    for (const Json& configuration : mlp["configurations"])
+        if (configuration["width"] == width && configuration["batch"] == batch) {
+            series.x.push_back(configuration["depth"].get<double>());
+            series.y.push_back(value(configuration));
+        }
+    return series;
+}
+
+std::vector<index> measured_values(const Json& mlp, const char* field) {
+    std::vector<index> values;
+    for (const Json& configuration : mlp["configurations"]) values.push_back(configuration[field].get<index>());
+    std::sort(values.begin(), values.end());
+    values.erase(std::unique(values.begin(), values.end()), values.end());
+    return values;
+}
+
+const Axis depth_axis{.label = "depth (layers)", .logarithm = 2};
+
+Plot ratio_plot(const Json& mlp, index batch, const std::string& pass) {
+    Plot plot{.title = (pass == "forward" ? "Forward" : "Backward") + std::string(" pass, batch ") + count_text(batch) +
+                       ": sequential / parallel",
+              .caption =
+                  "The faster of Newton + PCR and Newton + scan against the fused sequential pass. "
+                  "Above the dotted line parallel is faster, below it is slower.",
+              .x = depth_axis,
+              .y = {.label = "ratio of median seconds", .logarithm = 10},
+              .series = {},
+              .reference = 1.0,
+              .reference_label = "equally fast"};
+    for (const index width : measured_values(mlp, "width"))
+        plot.series.push_back(over_depth(mlp, width, batch, "width " + count_text(width),
+                                         [&](const Json& entry) { return best_ratio(entry, pass); }));
+    return plot;
+}
+
+Plot seconds_plot(const Json& mlp, index width, index batch, const std::string& pass) {
+    Plot plot{.title = (pass == "forward" ? "Forward" : "Backward") + std::string(" pass, width ") + count_text(width) +
+                       ", batch " + count_text(batch) + ": seconds",
+              .caption = {},
+              .x = depth_axis,
+              .y = {.label = "median time per pass", .unit = Unit::seconds, .logarithm = 10},
+              .series = {}};
+    const std::map<std::string, std::string> names{
+        {"sequential", "sequential, fused"}, {"pcr", "Newton + PCR"}, {"scan", "Newton + scan"}};
+    for (const char* method : {"sequential", "pcr", "scan"})
+        plot.series.push_back(over_depth(
+            mlp, width, batch,
+            pass == "backward" && method != std::string("sequential") ? (method == std::string("pcr") ? "PCR" : "scan")
+                                                                      : names.at(method),
+            [&](const Json& entry) { return measured(entry, method, pass + "_seconds"); }));
+    return plot;
+}
+
+Plot iterations_plot(const Json& mlp) {
+    Plot plot{.title = "Newton iterations until the residual test passes",
+              .caption =
+                  "The largest number over the batches. Each iteration solves one bidiagonal system for all layers "
+                  "at once.",
+              .x = depth_axis,
+              .y = {.label = "iterations", .first = 0.0},
+              .series = {}};
+    const std::vector<index> batches = measured_values(mlp, "batch");
+    for (const index width : measured_values(mlp, "width")) {
+        plot.series.push_back(over_depth(mlp, width, batches.back(), "width " + count_text(width),
+                                         [](const Json& entry) { return measured(entry, "scan", "iterations"); }));
+    }
+    plot.caption = "Batch " + count_text(batches.back()) + ": the slowest of its sequences decides. " + plot.caption;
+    return plot;
+}
+
+/// The largest differences over everything else, by depth.
+Plot difference_plot(const Json& mlp) {
+    Plot plot{.title = "Largest difference from sequential",
+              .caption = "Over all widths and batches, Newton + PCR and Newton + scan. Above a tolerance (" +
+                         scientific_text(state_tolerance) + " for states, " + scientific_text(gradient_tolerance) +
+                         " for gradients) the command fails.",
+              .x = depth_axis,
+              .y = {.label = "relative difference", .logarithm = 10},
+              .series = {}};
+    for (const char* quantity : {"state", "gradient"}) {
+        std::map<double, double> largest;
+        for (const Json& entry : mlp["configurations"])
+            for (const char* method : {"pcr", "scan"}) {
+                double& value = largest[entry["depth"].get<double>()];
+                value = std::fmax(value, measured(entry, method, std::string(quantity) + "_difference"));
+            }
+        Series series{.name = quantity == std::string("state") ? "states" : "gradients", .x = {}, .y = {}};
+        for (const auto& [depth, difference] : largest) {
+            series.x.push_back(depth);
+            series.y.push_back(difference);
+        }
+        plot.series.push_back(series);
+    }
+    return plot;
+}
+
+/// Everything measured with one batch.
+Table measurements(const Json& mlp, index batch) {
+    Table table{.title = "All measurements, batch " + count_text(batch),
+                .caption =
+                    "Ratio: sequential / parallel seconds; above 1 (bold) parallel is faster. Where Newton's method "
+                    "did not converge, its status stands in place of its numbers.",
+                .columns = {{"width"},
+                            {"depth"},
+                            {"method", false},
+                            {"iterations"},
+                            {"forward"},
+                            {"ratio"},
+                            {"backward"},
+                            {"ratio"},
+                            {"state difference"},
+                            {"gradient difference"},
+                            {"repetitions"}},
+                .rows = {}};
+    for (const Json& entry : mlp["configurations"]) {
+        if (entry["batch"] != batch) continue;
+        const auto add = [&](const char* method, const std::string& name) {
+            const auto value = [&](const char* field) { return measured(entry, method, field); };
+            const bool parallel = entry[method].contains("status"), right = entry[method].contains("forward_seconds");
+            const double forward = value("forward_ratio"), backward = value("backward_ratio");
+            table.rows.push_back(
+                {count_text(entry["width"].get<index>()),
+                 count_text(entry["depth"].get<index>()),
+                 name,
+                 parallel ? count_text(entry[method]["iterations"].get<index>()) : "",
+                 right ? seconds_text(value("forward_seconds")) : entry[method]["status"].get<std::string>(),
+                 {parallel ? times_text(forward) : "", tone(forward)},
+                 seconds_text(value("backward_seconds")),
+                 {parallel ? times_text(backward) : "", tone(backward)},
+                 parallel ? scientific_text(value("state_difference")) : "",
+                 parallel ? scientific_text(value("gradient_difference")) : "",
+                 count_text(entry["repetitions"].get<index>())});
+        };
+        add("sequential", "sequential, fused");
+        add("pcr", "Newton + PCR");
+        add("scan", "Newton + scan");
+    }
+    return table;
+}
+
+/// Width x depth: the better parallel method's ratio.
+Table ratios(const Json& mlp, index batch, const std::string& pass) {
+    const std::vector<index> depths = measured_values(mlp, "depth");
+    Table table{.title = "MLP " + pass + " pass, batch " + count_text(batch) +
+                         ": fused sequential / parallel (better of PCR and scan); above 1 parallel is faster",
+                .caption = {},
+                .columns = {{"width \\ depth"}},
+                .rows = {}};
+    for (const index depth : depths) table.columns.push_back({count_text(depth)});
+    for (const index width : measured_values(mlp, "width")) {
+        std::vector<Table::Cell> row{count_text(width)};
+        row.resize(depths.size() + 1, Table::Cell(""));
+        for (const Json& entry : mlp["configurations"])
+            if (entry["width"] == width && entry["batch"] == batch) {
+                const auto column = std::find(depths.begin(), depths.end(), entry["depth"].get<index>());
+                row[std::size_t(column - depths.begin()) + 1] = times_text(best_ratio(entry, pass));
+            }
+        table.rows.push_back(row);
+    }
+    return table;
+}
+
+/// What the measurements say, in sentences.
+std::vector<std::string> verdicts(const Json& mlp) {
+    index configurations = 0, unconverged = 0;
+    double state = 0, gradient = 0, fewest = INFINITY, most = 0;
+    for (const Json& entry : mlp["configurations"]) {
+        ++configurations;
+        for (const char* method : {"pcr", "scan"}) {
+            if (entry[method]["status"] != "converged") ++unconverged;
+            state = std::fmax(state, measured(entry, method, "state_difference"));
+            gradient = std::fmax(gradient, measured(entry, method, "gradient_difference"));
+            fewest = std::fmin(fewest, measured(entry, method, "iterations"));
+            most = std::fmax(most, measured(entry, method, "iterations"));
+        }
+    }
+    if (configurations == 0) return {"Nothing was measured."};
+    std::vector<std::string> sentences{
+        "Largest relative difference from sequential: states " + scientific_text(state) + " (tolerance " +
+        scientific_text(state_tolerance) + "), gradients " + scientific_text(gradient) + " (tolerance " +
+        scientific_text(gradient_tolerance) + "). Newton iterations: " + number_text(fewest) + " to " +
+        number_text(most) + "."};
+    if (unconverged > 0)
+        sentences.push_back(count_text(unconverged) + " of " + count_text(2 * configurations) +
+                            " evaluations by Newton's method did not converge within " + count_text(most_iterations) +
+                            " iterations.");
+    for (const char* pass : {"forward", "backward"}) {
+        index faster = 0;
+        const Json *best = nullptr, *worst = nullptr;
+        for (const Json& entry : mlp["configurations"]) {
+            const double ratio = best_ratio(entry, pass);
+            if (!std::isfinite(ratio)) continue;
+            if (ratio > 1) ++faster;
+            if (best == nullptr || ratio > best_ratio(*best, pass)) best = &entry;
+            if (worst == nullptr || ratio < best_ratio(*worst, pass)) worst = &entry;
+        }
+        if (best == nullptr) continue;
+        const auto place = [&](const Json& entry) {
+            return times_text(best_ratio(entry, pass)) + " (width " + count_text(entry["width"].get<index>()) +
+                   ", depth " + count_text(entry["depth"].get<index>()) + ", batch " +
+                   count_text(entry["batch"].get<index>()) + ")";
+        };
+        sentences.push_back(std::string(pass == std::string("forward") ? "Forward" : "Backward") +
+                            " pass: parallel is faster than fused sequential in " + count_text(faster) + " of " +
+                            count_text(configurations) + " configurations on this machine; sequential / parallel is " +
+                            place(*best) + " at best and " + place(*worst) + " at worst.");
+    }
+    return sentences;
+}
+
+}  // namespace
+
+Json run_mlp(const Experiment& experiment) {
+    const Grid sizes = grid(experiment.quick);
+    Json configurations = Json::array();
+    bool agreement = true, complete = true;
+    double total = 0, done = 0;
+    const auto each = [&](const auto& visit) {
+        for (const index batch : sizes.batches)
+            for (const index width : sizes.widths)
+                for (const index depth : sizes.depths) visit(width, depth, batch);
+    };
+    each([&](index width, index depth, index batch) { total += weight(width, depth, batch); });
+    each([&](index width, index depth, index batch) {
+        if (!complete) return;
+        complete = experiment.advance(done / total, "MLP, batch " + count_text(batch) + ", width " + count_text(width) +
+                                                        ", depth " + count_text(depth));
+        if (!complete) return;
+        configurations.push_back(measure(width, depth, batch, sizes, experiment));
+        agreement = agreement && agrees(configurations.back()["pcr"]) && agrees(configurations.back()["scan"]);
+        done += weight(width, depth, batch);
+    });
+    if (complete) experiment.advance(1, "MLP done");
+    return {{"complete", complete},
+            {"agreement", agreement},
+            {"precision", "float"},
+            {"activation", "tanh"},
+            {"weights", "Xavier uniform"},
+            {"biases", "uniform in +-1/sqrt(width)"},
+            {"baseline",
+             "sequential, fused: DenseChain::run forward, DenseChain::run_backward with the forward pass' "
+             "slopes backward"},
+            {"state_tolerance", state_tolerance},
+            {"gradient_tolerance", gradient_tolerance},
+            {"max_iterations", most_iterations},
+            {"configurations", configurations}};
+}
+
+void describe_mlp(const Json& mlp, Page& page) {
+    page.heading("Multilayer perceptrons: width x depth");
+    page.paragraph(
+        "Every layer is x_t = tanh(W_t x_{t-1} + b_t), in float, with Xavier weights. The forward pass computes the "
+        "whole trajectory x_1 .. x_T; the backward pass computes the gradients of all weights, biases and the input, "
+        "for a loss that is a random linear function of all states. Baseline: " +
+        mlp["baseline"].get<std::string>() +
+        ". Newton's method tests its residual at every layer, and its backward "
+        "pass is one transposed solve with the Jacobians at its own trajectory.");
+    page.paragraph(
+        "Times are medians of interleaved repetitions in this one run, after a pass to warm up. Differences are the "
+        "largest over the trajectory or over all weights and biases, relative to the largest value there.");
+    for (const std::string& sentence : verdicts(mlp)) page.paragraph(sentence);
+
+    const std::vector<index> widths = measured_values(mlp, "width");
+    for (const index batch : measured_values(mlp, "batch")) {
+        page.plots({ratio_plot(mlp, batch, "forward"), ratio_plot(mlp, batch, "backward"),
+                    seconds_plot(mlp, widths.back(), batch, "forward"),
+                    seconds_plot(mlp, widths.back(), batch, "backward")});
+    }
+    page.plots({iterations_plot(mlp), difference_plot(mlp)});
+    for (const index batch : measured_values(mlp, "batch")) page.table(measurements(mlp, batch));
+}
+
+std::string summarise_mlp(const Json& mlp) {
+    std::string summary;
+    for (const index batch : measured_values(mlp, "batch"))
+        for (const char* pass : {"forward", "backward"}) summary += text(ratios(mlp, batch, pass)) + "\n";
+    for (const std::string& sentence : verdicts(mlp)) summary += sentence + "\n";
+    return summary;
+}
+
+}  // namespace deeppcr::program
