@@ -15,15 +15,15 @@ namespace deeppcr::nn {
 struct ResidualNetworkOptions {
     ResidualNetworkOptions(index layer_count, index layer_width) : layers_(layer_count), width_(layer_width) {}
 
-    TORCH_ARG(index, layers);                             ///< of the trunk; a multiple of skip
-    TORCH_ARG(index, width);                              ///< of every layer
-    TORCH_ARG(index, skip) = 1;                           ///< layers per residual block; 0: no skip connections
-    TORCH_ARG(Activation, activation) = Activation::tanh; ///< of the trunk's layers
+    TORCH_ARG(index, layers);                              ///< of the trunk; a multiple of skip
+    TORCH_ARG(index, width);                               ///< of every layer
+    TORCH_ARG(index, skip) = 1;                            ///< layers per residual block; 0: no skip connections
+    TORCH_ARG(Activation, activation) = Activation::tanh;  ///< of the trunk's layers
     TORCH_ARG(index, inputs) = 784;
     TORCH_ARG(index, outputs) = 10;
-    TORCH_ARG(std::uint64_t, seed) = 1;                   ///< of the initial parameters
-    TORCH_ARG(at::ScalarType, type) = at::kFloat;         ///< float or double
-    TORCH_ARG(Options, evaluation) = {};                  ///< of the trunk: see DenseChainOptions
+    TORCH_ARG(std::uint64_t, seed) = 1;            ///< of the initial parameters
+    TORCH_ARG(at::ScalarType, type) = at::kFloat;  ///< float or double
+    TORCH_ARG(Options, evaluation) = {};           ///< of the trunk: see DenseChainOptions
 };
 
 /// Dense layers of one shape: weight and bias, and nothing else.

@@ -1,0 +1,270 @@
+#include <deeppcr/nn/dense_chain.hpp>
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_solve.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+#include <sstream>
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+
+std::string describe(const Tensor& tensor) {
+    if (!tensor.defined()) return "an undefined tensor";
+    std::ostringstream text;
+    text << tensor.scalar_type() << " [";
+    for (index d = 0; d < tensor.dim(); ++d) text << (d ? "," : "") << tensor.size(d);
+    text << "] on " << tensor.device();
+    return text.str();
+}
+
+/// [steps,batch,width] of a contiguous tensor whose last dimension is the width, with ones put in front.
+template <class T>
+View<T> view(const Tensor& tensor) {
+    const index dimensions = tensor.dim();
+    const Shape shape{dimensions > 2 ? tensor.size(0) : 1, tensor.size(dimensions - 2), tensor.size(dimensions - 1)};
+    return View<T>(tensor.data_ptr<std::remove_const_t<T>>(), shape);
+}
+
+/// [layers,width] as the [layers,1,width] that DenseChain takes.
+template <class T>
+View<T> view_biases(const Tensor& biases) {
+    return View<T>(biases.data_ptr<std::remove_const_t<T>>(), {biases.size(0), 1, biases.size(1)});
+}
+
+Report sequential_report(index batch, index steps) {
+    Report report;
+    report.method = "sequential";
+    report.sequences.assign(std::size_t(batch), {Status::finished_sequentially, 0, steps, 0, 0, 0});
+    report.status = Status::finished_sequentially;
+    report.sequential_steps = batch * steps;
+    report.lyapunov = std::nan("");
+    return report;
+}
+
+/// The first step at which a sequence is not finite, or `steps`.
+template <class T>
+index finite_steps(View<const T> trajectory, index sequence) {
+    for (index step = 0; step < trajectory.steps(); ++step)
+        for (index element = 0; element < trajectory.width(); ++element)
+            if (!std::isfinite(trajectory(step, sequence, element))) return step;
+    return trajectory.steps();
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// Step by step, keeping the slopes for the backward pass. A state that is not finite stays so in a residual network;
+/// in an MLP that recovers from one, the trajectory is what its formula says, and counts as right.
+template <class T>
+Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, View<T> trajectory, View<T> slopes) {
+    const auto start = std::chrono::steady_clock::now();
+    const Shape shape = chain.shape();
+    std::vector<index> sequences(std::size_t(shape.batch));
+    std::iota(sequences.begin(), sequences.end(), index(0));
+    const Section section{0, shape.steps, sequences, execution};
+    const auto state = Buffer<T>::uninitialised({1, shape.batch, shape.width});
+    chain.initial(section, state);
+    if (slopes.empty())
+        chain.run(section, state, trajectory);
+    else
+        chain.run_with_slopes(section, state, trajectory, slopes);
+
+    Report report = sequential_report(shape.batch, shape.steps);
+    for (index sequence = 0; sequence < shape.batch && shape.steps > 0; ++sequence) {
+        const T* last = trajectory.at(shape.steps - 1, sequence);
+        if (std::all_of(last, last + shape.width, [](T value) { return std::isfinite(value); })) continue;
+        auto& entry = report.sequences[std::size_t(sequence)];
+        entry.status = report.status = Status::non_finite;
+        entry.confirmed = finite_steps<T>(trajectory, sequence);
+    }
+    report.seconds = report.sequential.seconds = seconds_since(start);
+    return report;
+}
+
+/// Displacements of a residual network's states from x_0; the states themselves of an MLP.
+Tensor relative_to_initial(const Tensor& trajectory, const Tensor& initial, index skip) {
+    return skip > 0 ? trajectory.sub(initial) : trajectory;
+}
+
+/// x_0 with a column of ones: what the prediction multiplies.
+Tensor with_ones(const Tensor& initial) {
+    return at::cat({initial, at::ones({initial.size(0), 1}, initial.options())}, 1);
+}
+
+/// Ridge regression of every step's (relative) states on x_0 and 1. The ridge only decides between maps that the batch
+/// cannot tell apart.
+Tensor fit_prediction(const Tensor& trajectory, const Tensor& initial, index skip) {
+    const Tensor inputs = with_ones(initial);
+    Tensor gram = inputs.t().mm(inputs);
+    const double ridge = 1e-3 * gram.diagonal().mean().item<double>();
+    gram.diagonal().add_(ridge);
+    const Tensor solver = at::linalg_solve(gram, inputs.t());  // [width + 1, batch]
+    const Tensor targets = relative_to_initial(trajectory, initial, skip);
+    return at::bmm(solver.unsqueeze(0).expand({trajectory.size(0), -1, -1}), targets);
+}
+
+bool fits(const Tensor& prediction, const Tensor& trajectory) {
+    return prediction.defined() && prediction.scalar_type() == trajectory.scalar_type() &&
+           prediction.sizes() == at::IntArrayRef({trajectory.size(0), trajectory.size(2) + 1, trajectory.size(2)});
+}
+
+void predict(const Tensor& prediction, const Tensor& initial, index skip, Tensor& trajectory) {
+    at::bmm_out(trajectory, with_ones(initial).unsqueeze(0).expand({trajectory.size(0), -1, -1}), prediction);
+    if (skip > 0) trajectory.add_(initial);
+}
+
+/// What the backward pass needs and autograd does not keep: the chain's packed weights, the slopes, the report.
+template <class T>
+struct Forward : torch::CustomClassHolder {
+    Forward(Tensor x, Tensor w, Tensor b, const DenseChainOptions& chain_options,
+            std::shared_ptr<DenseChainMemory> shared)
+        : initial(std::move(x)),
+          weights(std::move(w)),
+          biases(std::move(b)),
+          options(chain_options),
+          memory(std::move(shared)),
+          chain(view<const T>(weights), view_biases<const T>(biases), view<const T>(initial),
+                {options.activation, options.skip}) {
+        options.evaluation.workspace = &memory->workspace;
+    }
+
+    Tensor initial, weights, biases;  // contiguous and detached: the chain's views point into them
+    DenseChainOptions options;
+    std::shared_ptr<DenseChainMemory> memory;
+    DenseChain<T> chain;
+    Tensor slopes;
+    Report report;
+};
+
+template <class T>
+Tensor run_forward(Forward<T>& forward, bool backward_follows) {
+    const DenseChain<T>& chain = forward.chain;
+    const index skip = forward.options.skip;
+    Options& evaluation = forward.options.evaluation;
+    DenseChainMemory& memory = *forward.memory;
+    const Shape shape = chain.shape();
+    Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
+    const View<T> states = view<T>(trajectory);
+
+    if (evaluation.method == Method::sequential) {
+        View<T> slopes;
+        if (backward_follows) {
+            forward.slopes = at::empty({chain.layers(), shape.batch, shape.width}, forward.initial.options());
+            slopes = view<T>(forward.slopes);
+        }
+        forward.report = run_sequentially(chain, evaluation.execution, states, slopes);
+    } else {
+        const bool predicted = evaluation.guess == Guess::given;
+        Options options = evaluation;
+        if (predicted && fits(memory.prediction, trajectory))
+            predict(memory.prediction, forward.initial, skip, trajectory);
+        else if (predicted)
+            options.guess = Guess::initial_state;
+        forward.report = evaluate(chain, states, options);
+        if (predicted && forward.report.ok()) memory.prediction = fit_prediction(trajectory, forward.initial, skip);
+    }
+    memory.forward = forward.report;
+    return trajectory;
+}
+
+template <class T>
+std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& trajectory, const Tensor& output_gradient) {
+    if (!forward.report.ok())
+        throw InvalidArgument("backward of dense_chain", "a trajectory that converged or was finished sequentially",
+                              "one that is " + to_string(forward.report.status));
+    const Shape shape = forward.chain.shape();
+    Tensor state_gradients;
+    if (forward.options.whole_trajectory) {
+        state_gradients = output_gradient.contiguous();
+    } else {
+        state_gradients = at::zeros(trajectory.sizes(), trajectory.options());
+        if (shape.steps > 0) state_gradients[shape.steps - 1].copy_(output_gradient);
+    }
+    auto gradients =
+        adjoint(forward.chain, view<const T>(trajectory), forward.report, view<const T>(state_gradients),
+                forward.options.evaluation, forward.slopes.defined() ? view<const T>(forward.slopes) : View<const T>());
+    forward.memory->backward = gradients.report;
+
+    // The tensors own the buffers from here on: nothing is copied.
+    const auto adopt = [&](Buffer<T>& buffer, at::IntArrayRef sizes) {
+        auto owner = std::make_shared<Buffer<T>>(std::move(buffer));
+        return at::from_blob(
+            owner->data(), sizes, [owner](void*) {}, trajectory.options());
+    };
+    return {adopt(gradients.initial, forward.initial.sizes()), adopt(gradients.weights, forward.weights.sizes()),
+            adopt(gradients.biases, forward.biases.sizes())};
+}
+
+template <class T>
+struct DenseChainFunction : torch::autograd::Function<DenseChainFunction<T>> {
+    static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& initial, const Tensor& weights,
+                          const Tensor& biases, const DenseChainOptions& options,
+                          const std::shared_ptr<DenseChainMemory>& memory, bool backward_follows) {
+        auto pass = c10::make_intrusive<Forward<T>>(initial.detach().contiguous(), weights.detach().contiguous(),
+                                                    biases.detach().contiguous(), options, memory);
+        Tensor trajectory = run_forward(*pass, backward_follows);
+        const index steps = trajectory.size(0);
+        Tensor output = options.whole_trajectory ? trajectory
+                        : steps > 0              ? trajectory[steps - 1].clone()
+                                                 : initial.clone();
+        context->save_for_backward({initial, weights, biases, trajectory});
+        context->saved_data["pass"] = c10::IValue::make_capsule(pass);
+        return output;
+    }
+
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                   const torch::autograd::variable_list& output_gradients) {
+        if (at::GradMode::is_enabled())
+            throw InvalidArgument("backward of dense_chain", "first derivatives only", "create_graph");
+        // Reading the saved variables is also what notices that one was changed in place since.
+        const auto saved = context->get_saved_variables();
+        const auto pass = c10::static_intrusive_pointer_cast<Forward<T>>(context->saved_data["pass"].toCapsule());
+        auto [initial, weights, biases] = run_backward(*pass, saved[3], output_gradients[0]);
+        return {initial, weights, biases, Tensor(), Tensor(), Tensor()};
+    }
+};
+
+template <class T>
+Tensor apply(const Tensor& initial, const Tensor& weights, const Tensor& biases, const DenseChainOptions& options,
+             const std::shared_ptr<DenseChainMemory>& memory) {
+    const bool backward_follows =
+        at::GradMode::is_enabled() && (initial.requires_grad() || weights.requires_grad() || biases.requires_grad());
+    return DenseChainFunction<T>::apply(initial, weights, biases, options, memory, backward_follows);
+}
+
+}  // namespace
+
+Tensor dense_chain(const Tensor& initial, const Tensor& weights, const Tensor& biases, const DenseChainOptions& options,
+                   std::shared_ptr<DenseChainMemory> memory) {
+    if (!initial.defined() || initial.dim() != 2 || !initial.device().is_cpu())
+        throw InvalidArgument("initial", "[batch,width] on the CPU", describe(initial));
+    const auto type = initial.scalar_type();
+    if (type != at::kFloat && type != at::kDouble)
+        throw InvalidArgument("initial", "float or double", describe(initial));
+    const std::string width = std::to_string(initial.size(1));
+    if (!weights.defined() || weights.dim() != 3 || weights.size(1) != initial.size(1) ||
+        weights.size(2) != initial.size(1) || weights.scalar_type() != type || !weights.device().is_cpu())
+        throw InvalidArgument("weights", "[layers," + width + "," + width + "] of initial's type", describe(weights));
+    if (!biases.defined() || biases.dim() != 2 || biases.size(0) != weights.size(0) ||
+        biases.size(1) != initial.size(1) || biases.scalar_type() != type || !biases.device().is_cpu())
+        throw InvalidArgument("biases", "[" + std::to_string(weights.size(0)) + "," + width + "] of initial's type",
+                              describe(biases));
+    if (!memory) memory = std::make_shared<DenseChainMemory>();
+    return type == at::kFloat ? apply<float>(initial, weights, biases, options, memory)
+                              : apply<double>(initial, weights, biases, options, memory);
+}
+
+}  // namespace deeppcr::nn
