@@ -1,4 +1,5 @@
 // deeppcr check: do the backends and methods agree on this machine?
+#include <memory>
 #include <sstream>
 
 #include <deeppcr/check.hpp>

@@ -1,0 +1,243 @@
+// deeppcr solve: x_t = A_t x_{t-1} + b_t with x_0 = 0, from and to .npy files.
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <memory>
+#include <variant>
+
+#include <deeppcr/bidiagonal.hpp>
+#include <files/npy.hpp>
+#include <files/write.hpp>
+
+#include "command.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+using files::NpyHeader;
+using files::Tensor;
+
+const std::map<std::string, Reduction> methods = {{"automatic", Reduction::automatic},
+                                                  {"sequential", Reduction::sequential},
+                                                  {"pcr", Reduction::pcr},
+                                                  {"scan", Reduction::scan}};
+const std::map<std::string, Backend> backends = {{"cpu", Backend::cpu}, {"reference", Backend::reference}};
+
+struct Arguments {
+    std::string subdiagonal, right_side, solution;
+    std::string method = "automatic", backend = "cpu";
+    int threads = 0;
+    index chunk = 0;
+    bool transposed = false;
+};
+
+struct Problem {
+    Shape states;
+    index block = 1;
+};
+
+/// The sizes that A has room for: [T,B,D] diagonal, [T,B,D,D] dense, [T,B,D/K,K,K] block-diagonal.
+Problem shape_of_problem(const std::string& file, const std::vector<index>& shape) {
+    const std::size_t dimensions = shape.size();
+    const bool square = dimensions < 4 || shape[dimensions - 1] == shape[dimensions - 2];
+    if (dimensions < 3 || dimensions > 5 || !square)
+        throw FileError(file, "shape [T,B,D], [T,B,D,D] or [T,B,D/K,K,K]", files::to_string(shape));
+    if (dimensions == 5) return {{shape[0], shape[1], shape[2] * shape[3]}, shape[3]};
+    return {{shape[0], shape[1], shape[2]}, dimensions == 4 ? shape[2] : 1};
+}
+
+/// Refuses what the machine has no room for: both inputs, the solution, and what the solver works with.
+void refuse_if_too_large(const NpyHeader& subdiagonal, const NpyHeader& right_side, const std::string& method) {
+    // A file in Fortran order is twice in memory while it is converted. PCR keeps two copies of A and b.
+    const index copies_of_subdiagonal = method == "pcr" ? 3 : subdiagonal.fortran_order ? 2 : 1;
+    const index copies_of_right_side = method == "pcr" ? 4 : 2;
+    index bytes = 0, more = 0;
+    if (__builtin_mul_overflow(subdiagonal.bytes, copies_of_subdiagonal, &bytes) ||
+        __builtin_mul_overflow(right_side.bytes, copies_of_right_side, &more) ||
+        __builtin_add_overflow(bytes, more, &bytes))
+        bytes = std::numeric_limits<index>::max();
+    if (const index available = available_memory(); bytes > available)
+        throw OutOfMemory("solving this needs " + std::to_string(bytes) + " bytes of memory, and " +
+                          std::to_string(available) + " are available");
+}
+
+template <class T>
+void refuse_if_not_finite(const std::string& file, const std::vector<T>& values, const std::vector<index>& shape) {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        if (std::isfinite(values[i])) continue;
+        std::vector<index> position(shape.size());
+        for (std::size_t d = shape.size(), rest = i; d-- > 0; rest /= std::size_t(shape[d]))
+            position[d] = index(rest % std::size_t(shape[d]));
+        throw FileError(file, "finite numbers", std::to_string(values[i]) + " at " + files::to_string(position));
+    }
+}
+
+struct Residual {
+    double largest = 0;   ///< max |x_t - A_t x_{t-1} - b_t|
+    double relative = 0;  ///< the same, over max |x_t| + max |A_t x_{t-1}| + max |b_t| of the same step
+};
+
+/// In double, so that what is measured is the error of the solution. NaN where the solution is not finite.
+template <class T>
+Residual residual_of(const BidiagonalSystem<T>& system, View<const T> solution, bool transposed) {
+    Residual residual;
+    const index block = system.subdiagonal.block();
+    for (index step = 0; step < solution.steps(); ++step) {
+        const index before = transposed ? step + 1 : step - 1;
+        const bool coupled = before >= 0 && before < solution.steps();
+        for (index sequence = 0; sequence < solution.batch(); ++sequence) {
+            double largest = 0, scale_x = 0, scale_product = 0, scale_b = 0;
+            for (index row = 0; row < solution.width(); ++row) {
+                double product = 0;
+                const index first = row - row % block;
+                for (index column = first; coupled && column < first + block; ++column)
+                    product += double(transposed ? system.subdiagonal(before, sequence, column, row)
+                                                 : system.subdiagonal(step, sequence, row, column)) *
+                               double(solution(before, sequence, column));
+                const double x = solution(step, sequence, row), b = system.right_side(step, sequence, row);
+                const double difference = std::abs(x - product - b);
+                if (!(difference <= largest)) largest = difference;  // NaN stays
+                if (std::isnan(difference)) return {difference, difference};
+                scale_x = std::max(scale_x, std::abs(x));
+                scale_product = std::max(scale_product, std::abs(product));
+                scale_b = std::max(scale_b, std::abs(b));
+            }
+            residual.largest = std::max(residual.largest, largest);
+            if (largest > 0)
+                residual.relative = std::max(residual.relative, largest / (scale_x + scale_product + scale_b));
+        }
+    }
+    return residual;
+}
+
+std::string number(double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.2g", value);
+    return text;
+}
+
+template <class T>
+Exit solve_files(const Arguments& arguments, const Problem& problem, Output& output) {
+    const Tensor subdiagonal_file = files::read_npy(arguments.subdiagonal);
+    const Tensor right_side_file = files::read_npy(arguments.right_side);
+    const auto& subdiagonal = std::get<std::vector<T>>(subdiagonal_file.values);
+    const auto& right_side = std::get<std::vector<T>>(right_side_file.values);
+    refuse_if_not_finite(arguments.subdiagonal, subdiagonal, subdiagonal_file.shape);
+    refuse_if_not_finite(arguments.right_side, right_side, right_side_file.shape);
+    if (interrupted()) throw Interrupted();
+
+    const BidiagonalSystem<T> system{.subdiagonal = {subdiagonal.data(), problem.states, problem.block},
+                                     .right_side = {right_side.data(), problem.states}};
+    Tensor solution_file{right_side_file.shape, std::vector<T>(right_side.size())};
+    const View<T> solution(std::get<std::vector<T>>(solution_file.values).data(), problem.states);
+    SolveOptions options{.method = methods.at(arguments.method),
+                         .execution = {backends.at(arguments.backend), arguments.threads},
+                         .chunk = arguments.chunk};
+    const auto run = [&] {
+        const auto begin = std::chrono::steady_clock::now();
+        arguments.transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    double seconds = run();
+    Residual residual = residual_of<T>(system, solution, arguments.transposed);
+    std::string method = arguments.method;
+
+    // Products of A may overflow, or lose all digits, where the solution itself does not.
+    const double limit = std::sqrt(double(std::numeric_limits<T>::epsilon()));
+    if (!(residual.relative <= limit) && options.method == Reduction::automatic) {
+        output.warn("the products of A grow too far for a parallel method; solved sequentially instead");
+        options.method = Reduction::sequential;
+        method = "sequential";
+        seconds += run();
+        residual = residual_of<T>(system, solution, arguments.transposed);
+    }
+    if (!(residual.relative <= limit)) {
+        const std::string reason = std::isnan(residual.relative)
+                                       ? "the solution is not finite: it grows beyond the range of its element type"
+                                       : "the solution has a relative residual of " + number(residual.relative);
+        throw NotConverged(reason + "; nothing was written" +
+                           (options.method == Reduction::sequential ? "" : " (--method sequential may succeed)"));
+    }
+    if (interrupted()) throw Interrupted();
+    files::write_npy(arguments.solution, solution_file);
+
+    output.line(arguments.solution + ": " + files::to_string(solution_file.shape) + " " +
+                files::element_type(solution_file) + ", " + method + " on " + arguments.backend + " in " +
+                number(seconds) + " s, residual " + number(residual.largest) + " (relative " +
+                number(residual.relative) + ")");
+    output.result.update(Json{{"solution", arguments.solution},
+                              {"shape", solution_file.shape},
+                              {"element_type", files::element_type(solution_file)},
+                              {"block", problem.block},
+                              {"transposed", arguments.transposed},
+                              {"method", method},
+                              {"backend", arguments.backend},
+                              {"seconds", seconds},
+                              {"residual", residual.largest},
+                              {"relative_residual", residual.relative}});
+    return Exit::done;
+}
+
+Exit run_solve(const Arguments& arguments, Output& output) {
+    for (const std::string& input : {arguments.subdiagonal, arguments.right_side}) {
+        std::error_code error;
+        if (std::filesystem::equivalent(input, arguments.solution, error))
+            throw FileError(arguments.solution, "is an input too: solving would overwrite it");
+    }
+    files::check_writable(arguments.solution);
+    const NpyHeader subdiagonal = files::read_npy_header(arguments.subdiagonal);
+    const NpyHeader right_side = files::read_npy_header(arguments.right_side);
+
+    const Problem problem = shape_of_problem(arguments.subdiagonal, subdiagonal.shape);
+    if (const Shape& states = problem.states;
+        right_side.shape != std::vector<index>{states.steps, states.batch, states.width})
+        throw Error(arguments.right_side + " has shape " + files::to_string(right_side.shape) + ", expected " +
+                    to_string(states) + " to match " + arguments.subdiagonal + " " +
+                    files::to_string(subdiagonal.shape));
+    const auto element_type = [](const NpyHeader& header) { return header.float64 ? "float64" : "float32"; };
+    if (subdiagonal.float64 != right_side.float64)
+        throw Error(arguments.right_side + " has element type " + element_type(right_side) + ", expected " +
+                    element_type(subdiagonal) + " to match " + arguments.subdiagonal);
+    refuse_if_too_large(subdiagonal, right_side, arguments.method);
+    return subdiagonal.float64 ? solve_files<double>(arguments, problem, output)
+                               : solve_files<float>(arguments, problem, output);
+}
+
+template <class Value>
+std::vector<std::string> names(const std::map<std::string, Value>& values) {
+    std::vector<std::string> result;
+    for (const auto& [name, value] : values) result.push_back(name);
+    return result;
+}
+
+}  // namespace
+
+void add_solve(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add("solve", "Solve x_t = A_t x_{t-1} + b_t, t = 1..T, with x_0 = 0",
+                                    "  deeppcr solve A.npy b.npy -o x.npy\n"
+                                    "  deeppcr solve A.npy b.npy -o x.npy --method scan --threads 2 --json",
+                                    [arguments](Output& output) { return run_solve(*arguments, output); });
+    command.add_option("A", arguments->subdiagonal, "[T,B,D] diagonal, [T,B,D,D] dense or [T,B,D/K,K,K] blocks (.npy)")
+        ->required();
+    command.add_option("b", arguments->right_side, "[T,B,D] of the same element type, float32 or float64 (.npy)")
+        ->required();
+    command.add_option("-o,--output", arguments->solution, "Where x goes, [T,B,D]; not one of the inputs")->required();
+    command.add_option("--method", arguments->method, "How to solve")
+        ->check(CLI::IsMember(names(methods)))
+        ->capture_default_str();
+    command.add_option("--backend", arguments->backend, "Where to solve")
+        ->check(CLI::IsMember(names(backends)))
+        ->capture_default_str();
+    command.add_option("--threads", arguments->threads, "Threads; 0: as many as there are processors")
+        ->check(CLI::Range(0, 4096))
+        ->capture_default_str();
+    command.add_option("--chunk", arguments->chunk, "Steps per chunk of the scan; 0: chosen")
+        ->check(CLI::Range(index(0), std::numeric_limits<index>::max()))
+        ->capture_default_str();
+    command.add_flag("--transposed", arguments->transposed, "Solve y_t = A_{t+1}^T y_{t+1} + b_t with y_{T+1} = 0");
+}
+
+}  // namespace deeppcr::program
