@@ -1,0 +1,711 @@
+// The bidiagonal solvers against substitution in long double, and what theory says of them; one body for every backend,
+// method, type, block, layout and direction.
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <deeppcr/bidiagonal.hpp>
+
+namespace deeppcr {
+namespace {
+
+constexpr Backend backends[] = {Backend::reference, Backend::cpu};
+constexpr Reduction methods[] = {Reduction::automatic, Reduction::sequential, Reduction::pcr, Reduction::scan};
+constexpr bool directions[] = {false, true};
+
+std::string name(Backend backend) { return backend == Backend::reference ? "reference" : "cpu"; }
+std::string name(Reduction method) {
+    constexpr const char* names[] = {"automatic", "sequential", "pcr", "scan"};
+    return names[int(method)];
+}
+
+/// A size, and why it is tried.
+struct Size {
+    index value;
+    const char* reason;
+};
+
+/// How the arrays lie in memory. The gaps that a padding leaves hold NaN.
+struct Placement {
+    Layout layout = Layout::steps_first;
+    index padding = 0;
+    const char* description = "[T,B,D]";
+};
+constexpr Placement placements[] = {
+    {Layout::steps_first, 0, "[T,B,D]"},
+    {Layout::batch_first, 0, "[B,T,D]"},
+    {Layout::steps_first, 3, "a slice of [T,B,D]"},
+    {Layout::batch_first, 1, "a slice of [B,T,D]"},
+};
+
+/// A strided array in memory of its own.
+template <class T>
+struct Array {
+    Shape shape;
+    index step_stride, batch_stride, offset;
+    std::vector<T> memory;
+
+    Array(const Shape& size, const Placement& placement) : shape(size), offset(placement.padding) {
+        const index row = shape.width + placement.padding;
+        const bool steps_first = placement.layout == Layout::steps_first;
+        step_stride = steps_first ? shape.batch * row + placement.padding : row;
+        batch_stride = steps_first ? row : shape.steps * row + placement.padding;
+        memory.assign(
+            std::size_t(offset + shape.steps * shape.batch * row + (shape.steps + shape.batch + 2) * placement.padding),
+            std::numeric_limits<T>::quiet_NaN());
+    }
+    T* data() { return memory.data() + offset; }
+    T& operator()(index step, index sequence, index element) { return view()(step, sequence, element); }
+    View<T> view() { return {data(), shape, step_stride, batch_stride}; }
+    Jacobian<T> jacobian(index block) {
+        return {data(), {shape.steps, shape.batch, shape.width / block}, block, step_stride, batch_stride};
+    }
+    template <class Function>
+    void fill(Function function) {
+        for (index step = 0; step < shape.steps; ++step)
+            for (index sequence = 0; sequence < shape.batch; ++sequence)
+                for (index element = 0; element < shape.width; ++element)
+                    (*this)(step, sequence, element) = T(function(step, sequence, element));
+    }
+    /// The elements without the gaps, in [steps,batch,width] order, as bits to compare.
+    std::vector<T> elements() {
+        std::vector<T> result;
+        for (index step = 0; step < shape.steps; ++step)
+            for (index sequence = 0; sequence < shape.batch; ++sequence)
+                result.insert(result.end(), view().at(step, sequence), view().at(step, sequence) + shape.width);
+        return result;
+    }
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+struct Size3 {
+    Shape shape;
+    index block;
+};
+
+/// A random system whose states remember some hundred steps and do not grow: each block is a signed permutation,
+/// slightly shrunk, plus a little of everything.
+template <class T>
+struct Problem {
+    Shape shape;
+    index block;
+    Array<T> subdiagonal, right_side, initial;
+    bool with_initial = true;
+
+    Problem(const Shape& size, index block_size, const Placement& placement, unsigned seed)
+        : shape(size),
+          block(block_size),
+          subdiagonal({size.steps, size.batch, size.width * block_size}, placement),
+          right_side(size, placement),
+          initial({1, size.batch, size.width}, placement) {
+        std::mt19937 random(seed);
+        std::normal_distribution<double> normal;
+        std::uniform_real_distribution<double> uniform;
+        right_side.fill([&](index, index, index) { return normal(random); });
+        initial.fill([&](index, index, index) { return normal(random); });
+        std::vector<index> order(static_cast<std::size_t>(block));
+        subdiagonal.fill([&](index, index, index element) {
+            const index row = element / block % block, column = element % block;
+            if (row == 0 && column == 0) {
+                std::iota(order.begin(), order.end(), index(0));
+                std::shuffle(order.begin(), order.end(), random);
+            }
+            const double noise = 0.004 * uniform(random) / double(block);
+            return (order[std::size_t(row)] == column ? 0.996 - 0.004 * uniform(random) - noise : noise) *
+                   (random() % 2 ? 1 : -1);
+        });
+    }
+
+    BidiagonalSystem<T> system() {
+        return {subdiagonal.jacobian(block), right_side.view(), with_initial ? initial.view() : View<T>()};
+    }
+};
+
+/// Substitution in long double: the solution x, and the bound |x_t| <= |A_t| |x_{t-1}| + |b_t| that errors scale with.
+template <class T>
+struct Exact {
+    Shape shape;
+    std::vector<long double> values, bounds;
+
+    Exact(Problem<T>& problem, bool transposed) : shape(problem.shape) {
+        values.resize(std::size_t(shape.count()));
+        bounds.resize(values.size());
+        const index steps = shape.steps, block = problem.block;
+        for (index i = 0; i < steps; ++i) {
+            const index step = transposed ? steps - 1 - i : i, before = transposed ? step + 1 : step - 1;
+            for (index sequence = 0; sequence < shape.batch; ++sequence)
+                for (index row = 0; row < shape.width; ++row) {
+                    long double value = problem.right_side(step, sequence, row), bound = std::abs(value);
+                    for (index column = 0; column < block; ++column) {
+                        const index other = row / block * block + column;
+                        long double factor = 0, state = 0, state_bound = 0;
+                        if (i > 0) {
+                            state = values[at(before, sequence, other)];
+                            state_bound = bounds[at(before, sequence, other)];
+                        } else if (!transposed && problem.with_initial) {
+                            state = problem.initial(0, sequence, other);
+                            state_bound = std::abs(state);
+                        } else {
+                            continue;
+                        }
+                        factor = transposed ? problem.subdiagonal(step + 1, sequence, other * block + row % block)
+                                            : problem.subdiagonal(step, sequence, row * block + column);
+                        value += factor * state;
+                        bound += std::abs(factor) * state_bound;
+                    }
+                    values[at(step, sequence, row)] = value;
+                    bounds[at(step, sequence, row)] = bound;
+                }
+        }
+    }
+    std::size_t at(index step, index sequence, index element) const {
+        return std::size_t((step * shape.batch + sequence) * shape.width + element);
+    }
+};
+
+/// The one tolerance: rounding errors of `steps` dependent steps of `block` terms each add up like a random walk, in
+/// units of the bound that the exact solution has.
+template <class T>
+double tolerance(index steps, index block, double bound) {
+    return 8 * double(std::numeric_limits<T>::epsilon()) * std::sqrt(double(steps)) * std::sqrt(double(block + 1)) *
+           bound;
+}
+
+template <class T>
+void expect_solution(Array<T>& solution, const Exact<T>& exact, index block) {
+    const Shape& shape = solution.shape;
+    for (index step = 0; step < shape.steps; ++step)
+        for (index sequence = 0; sequence < shape.batch; ++sequence)
+            for (index element = 0; element < shape.width; ++element) {
+                const std::size_t at = exact.at(step, sequence, element);
+                const double error =
+                    double(std::abs((long double)(solution(step, sequence, element)) - exact.values[at]));
+                const double allowed = tolerance<T>(shape.steps, block, double(exact.bounds[at]));
+                ASSERT_TRUE(error <= allowed)  // fails for NaN
+                    << "step " << step << " sequence " << sequence << " element " << element << ": "
+                    << solution(step, sequence, element) << " instead of " << double(exact.values[at]) << ", error "
+                    << error << " > " << allowed;
+            }
+}
+
+template <class T>
+void solve_either(const BidiagonalSystem<T>& system, View<T> solution, const SolveOptions& options, bool transposed) {
+    transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+}
+
+std::string describe(const Shape& shape, index block, const Placement& placement, const SolveOptions& options,
+                     bool transposed) {
+    return to_string(shape) + " block " + std::to_string(block) + " as " + placement.description + ", " +
+           name(options.execution.backend) + " " + name(options.method) + (transposed ? " transposed" : "") +
+           " chunk " + std::to_string(options.chunk) + " threads " + std::to_string(options.execution.threads);
+}
+
+/// Solves one problem in one way, and compares with the exact solution; the gaps of the output must stay as they are.
+template <class T>
+void expect_solved(Problem<T>& problem, const Exact<T>& exact, const Placement& placement, const SolveOptions& options,
+                   bool transposed) {
+    SCOPED_TRACE(describe(problem.shape, problem.block, placement, options, transposed));
+    Array<T> solution(problem.shape, placement);
+    std::fill(solution.memory.begin(), solution.memory.end(), T(12345));
+    solve_either(problem.system(), solution.view(), options, transposed);
+    expect_solution(solution, exact, problem.block);
+    const index outside = index(std::count(solution.memory.begin(), solution.memory.end(), T(12345)));
+    EXPECT_EQ(outside, index(solution.memory.size()) - problem.shape.count()) << "wrote between the elements";
+}
+
+template <class T>
+class Bidiagonal : public testing::Test {};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(Bidiagonal, Types);
+
+constexpr Size step_counts[] = {
+    {1, "only the first step"},
+    {2, "one substitution, one reduction step"},
+    {3, "not a power of two"},
+    {7, "one below a vector of doubles"},
+    {8, "a power of two, a vector of doubles"},
+    {17, "one above a vector of floats, and prime"},
+    {37, "prime; several chunks"},
+    {64, "a power of two"},
+};
+
+struct Blocks {
+    index batch, width, block;
+    const char* reason;
+};
+constexpr Blocks block_shapes[] = {
+    {1, 1, 1, "a single scalar series"},
+    {1, 2, 1, "two channels in a vector"},
+    {3, 5, 1, "an odd number of channels"},
+    {1, 15, 1, "one channel less than a vector of floats"},
+    {2, 16, 1, "vectors of channels"},
+    {1, 67, 1, "vectors of channels and a rest"},
+    {5, 2, 2, "the smallest dense block"},
+    {2, 3, 3, "an odd block"},
+    {3, 4, 4, "a quarter of a vector of floats"},
+    {2, 6, 3, "two blocks a step"},
+    {1, 8, 8, "a vector of doubles"},
+    {2, 12, 4, "three blocks a step"},
+    {1, 16, 16, "a vector of floats"},
+    {2, 17, 17, "a vector and one more"},
+    {1, 37, 37, "vectors and a rest"},
+};
+
+TYPED_TEST(Bidiagonal, EveryMethodSolvesEverySize) {
+    using T = TypeParam;
+    for (const Size& steps : step_counts)
+        for (const Blocks& size : block_shapes)
+            for (const Placement& placement : placements) {
+                const Shape shape{steps.value, size.batch, size.width};
+                Problem<T> problem(shape, size.block, placement, unsigned(steps.value * 100 + size.width));
+                for (const bool transposed : directions) {
+                    const Exact<T> exact(problem, transposed);
+                    for (const Backend backend : backends)
+                        for (const Reduction method : methods) {
+                            SCOPED_TRACE(std::string(steps.reason) + "; " + size.reason);
+                            const SolveOptions options{.method = method, .execution = {backend, 2}};
+                            expect_solved(problem, exact, placement, options, transposed);
+                            if (testing::Test::HasFatalFailure()) return;
+                        }
+                }
+            }
+}
+
+TYPED_TEST(Bidiagonal, RandomShapesChunksAndThreads) {
+    using T = TypeParam;
+    constexpr unsigned seed = 20230916;
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    std::mt19937 random(seed);
+    const auto draw = [&](index low, index high) { return std::uniform_int_distribution<index>(low, high)(random); };
+    for (int trial = 0; trial < 400; ++trial) {
+        const index block = draw(0, 1) ? 1 : draw(1, 20);
+        const Shape shape{draw(1, 150), draw(1, 4), block * draw(1, block == 1 ? 90 : 3)};
+        const Placement& placement = placements[draw(0, 3)];
+        Problem<T> problem(shape, block, placement, unsigned(trial));
+        problem.with_initial = draw(0, 1);
+        const bool transposed = draw(0, 1);
+        const Exact<T> exact(problem, transposed);
+        for (const Backend backend : backends) {
+            const SolveOptions options{.method = methods[draw(0, 3)],
+                                       .execution = {backend, int(draw(1, 5))},
+                                       .chunk = draw(0, 1) ? 0 : draw(1, shape.steps + 3)};
+            expect_solved(problem, exact, placement, options, transposed);
+            if (testing::Test::HasFatalFailure()) return;
+        }
+    }
+}
+
+TYPED_TEST(Bidiagonal, ChunksOfEverySizeAroundTheSteps) {
+    using T = TypeParam;
+    const Size chunks[] = {{1, "every step its own chunk"},
+                           {2, "the smallest chunk that composes"},
+                           {29, "steps - 1"},
+                           {30, "one chunk"},
+                           {31, "steps + 1"},
+                           {15, "divides the steps"},
+                           {7, "leaves a rest"}};
+    for (const Blocks& size : {Blocks{1, 1, 1, ""}, Blocks{2, 20, 1, ""}, Blocks{2, 5, 5, ""}}) {
+        Problem<T> problem({30, size.batch, size.width}, size.block, placements[0], 5);
+        for (const bool transposed : directions) {
+            const Exact<T> exact(problem, transposed);
+            for (const Size& chunk : chunks)
+                for (const Backend backend : backends) {
+                    SCOPED_TRACE(chunk.reason);
+                    expect_solved(problem, exact, placements[0],
+                                  {.method = Reduction::scan, .execution = {backend, 2}, .chunk = chunk.value},
+                                  transposed);
+                }
+        }
+    }
+}
+
+/// Long series run through many cache tiles, and their output is large enough to bypass the caches.
+TYPED_TEST(Bidiagonal, LongSeries) {
+    using T = TypeParam;
+    const struct {
+        Shape shape;
+        Placement placement;
+        const char* reason;
+    } cases[] = {
+        {{5'000'011, 1, 1}, placements[0], "a single series"},
+        {{1'700'003, 1, 3}, placements[0], "channels that do not fill a vector"},
+        {{300'007, 1, 17}, placements[0], "a vector and one more"},
+        {{80'021, 1, 64}, placements[0], "a few vectors"},
+        {{2'503, 2, 1'025}, placements[0], "many channels, rows not aligned"},
+        {{900'001, 3, 2}, placements[1], "series apart in memory"},
+        {{200'003, 2, 9}, placements[2], "rows with gaps"},
+    };
+    for (const auto& [shape, placement, reason] : cases) {
+        SCOPED_TRACE(reason);
+        Array<T> subdiagonal(shape, placement), right_side(shape, placement), expected(shape, placement),
+            solution(shape, placement);
+        std::uint64_t bits = 1;
+        const auto uniform = [&] { return double((bits = bits * 6364136223846793005u + 1) >> 11) * 0x1p-53; };
+        subdiagonal.fill([&](index, index, index) { return 1 - 0.02 * uniform(); });
+        right_side.fill([&](index, index, index) { return uniform() - 0.5; });
+        const BidiagonalSystem<T> system{subdiagonal.jacobian(1), right_side.view()};
+        for (const bool transposed : directions) {
+            solve_either(system, expected.view(), {.execution = {Backend::reference, 1}}, transposed);
+            for (const Reduction method : {Reduction::sequential, Reduction::scan}) {
+                if (method == Reduction::sequential && transposed) continue;
+                for (const int threads : {1, 3}) {
+                    const SolveOptions options{.method = method, .execution = {Backend::cpu, threads}};
+                    SCOPED_TRACE(describe(shape, 1, placement, options, transposed));
+                    std::fill(solution.memory.begin(), solution.memory.end(), T(0));
+                    solve_either(system, solution.view(), options, transposed);
+                    double error = 0, bound = 0;
+                    for (index step = 0; step < shape.steps; ++step)
+                        for (index sequence = 0; sequence < shape.batch; ++sequence)
+                            for (index element = 0; element < shape.width; ++element) {
+                                const double exact = double(expected(step, sequence, element));
+                                const double now = std::abs(double(solution(step, sequence, element)) - exact);
+                                error = now <= error ? error : now;  // keeps NaN
+                                bound = std::max(bound, std::abs(exact));
+                            }
+                    // A state remembers about 100 steps.
+                    EXPECT_TRUE(error <= 4 * tolerance<T>(100, 1, bound)) << error << " of " << bound;
+                }
+            }
+        }
+    }
+}
+
+TYPED_TEST(Bidiagonal, NothingToSolveIsNoError) {
+    using T = TypeParam;
+    for (const Shape& shape : {Shape{0, 2, 3}, Shape{4, 0, 3}, Shape{4, 2, 0}, Shape{0, 0, 0}})
+        for (const Backend backend : backends)
+            for (const Reduction method : methods) {
+                Buffer<T> subdiagonal(shape), right_side(shape), solution(shape);
+                const BidiagonalSystem<T> system{Jacobian<const T>(subdiagonal.data(), shape, 1), right_side.view()};
+                EXPECT_NO_THROW(solve(system, solution.view(), {.method = method, .execution = {backend, 2}}));
+                EXPECT_NO_THROW(solve_transposed(system, solution.view(), {.method = method, .execution = {backend}}));
+            }
+}
+
+/// Runs body(options, transposed) for every backend, method and direction.
+template <class Body>
+void for_every_method(const Body& body) {
+    for (const Backend backend : backends)
+        for (const Reduction method : methods)
+            for (const bool transposed : directions) {
+                const SolveOptions options{.method = method, .execution = {backend, 3}};
+                SCOPED_TRACE(name(backend) + " " + name(method) + (transposed ? " transposed" : ""));
+                body(options, transposed);
+            }
+}
+
+const Size3 several[] = {{{41, 1, 1}, 1}, {{41, 3, 6}, 1}, {{23, 2, 40}, 1}, {{19, 3, 4}, 4}, {{13, 2, 10}, 5}};
+
+TYPED_TEST(Bidiagonal, ZeroJacobianMakesTheSolveTheIdentity) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : several)
+        for_every_method([&, &shape = shape, &block = block](const SolveOptions& options, bool transposed) {
+            Problem<T> problem(shape, block, placements[0], 1);
+            problem.subdiagonal.fill([](index, index, index) { return 0; });
+            Array<T> solution(shape, placements[0]);
+            solve_either(problem.system(), solution.view(), options, transposed);
+            EXPECT_EQ(solution.elements(), problem.right_side.elements());
+        });
+}
+
+TYPED_TEST(Bidiagonal, SplitSequenceEqualsTheWhole) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : several)
+        for_every_method([&, &shape = shape, &block = block](const SolveOptions& options, bool transposed) {
+            if (transposed) return;
+            Problem<T> problem(shape, block, placements[0], 2);
+            const Exact<T> exact(problem, false);
+            Array<T> solution(shape, placements[0]);
+            const auto [subdiagonal, right_side, initial] = problem.system();
+            const index cut = shape.steps / 3;
+            solve<T>({subdiagonal.steps(0, cut), right_side.steps(0, cut), initial}, solution.view().steps(0, cut),
+                     options);
+            solve<T>({subdiagonal.steps(cut, shape.steps), right_side.steps(cut, shape.steps),
+                      solution.view().steps(cut - 1, cut)},
+                     solution.view().steps(cut, shape.steps), options);
+            expect_solution(solution, exact, block);
+        });
+}
+
+TYPED_TEST(Bidiagonal, FirstBlockPlaysNoPartWithoutAnInitialState) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : several)
+        for_every_method([&, &shape = shape, &block = block](const SolveOptions& options, bool transposed) {
+            Problem<T> problem(shape, block, placements[0], 3);
+            problem.with_initial = transposed;  // the transposed solve ignores it
+            std::vector<T> before;
+            for (const T first :
+                 {T(0), T(1e30), std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()}) {
+                std::fill_n(problem.subdiagonal.data(), shape.batch * shape.width * block, first);
+                Array<T> solution(shape, placements[0]);
+                solve_either(problem.system(), solution.view(), options, transposed);
+                if (before.empty()) before = solution.elements();
+                EXPECT_TRUE(same_bits(before, solution.elements())) << "A_1 = " << first;
+            }
+            EXPECT_TRUE(std::all_of(before.begin(), before.end(), [](T x) { return std::isfinite(x); }));
+        });
+}
+
+TYPED_TEST(Bidiagonal, InPlaceGivesTheSameBits) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : several)
+        for (const Placement& placement : placements)
+            for_every_method([&, &shape = shape, &block = block](const SolveOptions& options, bool transposed) {
+                Problem<T> problem(shape, block, placement, 4);
+                Array<T> solution(shape, placement);
+                solve_either(problem.system(), solution.view(), options, transposed);
+                solve_either(problem.system(), problem.right_side.view(), options, transposed);
+                EXPECT_TRUE(same_bits(solution.elements(), problem.right_side.elements()));
+            });
+}
+
+/// <y, L x> = <L^T y, x>, where L is the bidiagonal matrix: with x = L^-1 b and y = L^-T c this is <c, x> = <y, b>.
+TYPED_TEST(Bidiagonal, TransposedIsTheAdjoint) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : several)
+        for (const Backend backend : backends)
+            for (const Reduction method : methods) {
+                Problem<T> problem(shape, block, placements[1], 5), other(shape, block, placements[1], 6);
+                problem.with_initial = false;
+                const SolveOptions options{.method = method, .execution = {backend, 2}};
+                Array<T> x(shape, placements[1]), y(shape, placements[1]);
+                solve(problem.system(), x.view(), options);
+                solve_transposed<T>({problem.subdiagonal.jacobian(block), other.right_side.view()}, y.view(), options);
+                const auto dot = [](std::vector<T> a, std::vector<T> b) {
+                    return std::inner_product(a.begin(), a.end(), b.begin(), 0.0L);
+                };
+                const auto c = other.right_side.elements(), b = problem.right_side.elements();
+                const double norm = double(std::sqrt(dot(c, c) * dot(x.elements(), x.elements())));
+                EXPECT_NEAR(double(dot(c, x.elements())), double(dot(y.elements(), b)),
+                            tolerance<T>(shape.steps, block, norm));
+            }
+}
+
+TYPED_TEST(Bidiagonal, MultiplyTransposedIsTheGradientOfTheInitialState) {
+    using T = TypeParam;
+    for (const Blocks& size : block_shapes)
+        for (const Placement& placement : placements)
+            for (const Backend backend : backends) {
+                const Shape shape{1, size.batch, size.width};
+                Problem<T> problem(shape, size.block, placement, 7);
+                Array<T> product(shape, placement);
+                multiply_transposed<T>(problem.subdiagonal.jacobian(size.block), problem.right_side.view(),
+                                       product.view(), {backend, 2});
+                for (index sequence = 0; sequence < size.batch; ++sequence)
+                    for (index column = 0; column < size.width; ++column) {
+                        const index base = column / size.block * size.block;
+                        long double sum = 0, bound = 0;
+                        for (index row = base; row < base + size.block; ++row) {
+                            const long double term = (long double)(problem.right_side(0, sequence, row)) *
+                                                     problem.subdiagonal(0, sequence, row * size.block + column - base);
+                            sum += term;
+                            bound += std::abs(term);
+                        }
+                        EXPECT_NEAR(double(product(0, sequence, column)), double(sum),
+                                    tolerance<T>(1, size.block, double(bound)))
+                            << size.reason << ", " << placement.description;
+                    }
+            }
+}
+
+TYPED_TEST(Bidiagonal, TheSameBitsEveryTimeAndForEveryThreadCountAsDocumented) {
+    using T = TypeParam;
+    const Size3 cases[] = {{{3001, 1, 1}, 1}, {{1009, 2, 5}, 1}, {{211, 3, 50}, 1}, {{301, 2, 4}, 4}, {{67, 2, 18}, 9}};
+    for (const auto& [shape, block] : cases) {
+        Problem<T> problem(shape, block, placements[0], 8);
+        for_every_method([&, &shape = shape](SolveOptions options, bool transposed) {
+            const auto run = [&](int threads, index chunk) {
+                options.execution.threads = threads;
+                options.chunk = chunk;
+                Array<T> solution(shape, placements[0]);
+                solve_either(problem.system(), solution.view(), options, transposed);
+                return solution.elements();
+            };
+            for (const int threads : {1, 2, 5}) {
+                EXPECT_TRUE(same_bits(run(threads, 0), run(threads, 0))) << threads << " threads, again";
+                if (options.method == Reduction::automatic) continue;
+                const index chunk = options.method == Reduction::scan ? 13 : 0;
+                EXPECT_TRUE(same_bits(run(1, chunk), run(threads, chunk))) << threads << " threads";
+            }
+        });
+    }
+}
+
+TYPED_TEST(Bidiagonal, NaNStaysInItsSequence) {
+    using T = TypeParam;
+    for (const auto& [shape, block] : {Size3{{41, 3, 1}, 1}, Size3{{41, 3, 6}, 1}, Size3{{19, 3, 5}, 5}})
+        for (const T bad : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()})
+            for (const Placement& placement : placements)
+                for_every_method([&, &shape = shape, &block = block](const SolveOptions& options, bool transposed) {
+                    Problem<T> problem(shape, block, placement, 9);
+                    Array<T> clean(shape, placement), solution(shape, placement);
+                    solve_either(problem.system(), clean.view(), options, transposed);
+                    problem.subdiagonal(7, 1, 0) = bad;
+                    problem.right_side(11, 1, 0) = bad;
+                    problem.initial(0, 1, 0) = bad;
+                    solve_either(problem.system(), solution.view(), options, transposed);
+                    for (const index sequence : {0, 2})
+                        for (index step = 0; step < shape.steps; ++step)
+                            for (index element = 0; element < shape.width; ++element)
+                                ASSERT_EQ(solution(step, sequence, element), clean(step, sequence, element))
+                                    << "step " << step << " sequence " << sequence;
+                    EXPECT_FALSE(std::isfinite(solution(11, 1, 0)));
+                });
+}
+
+TYPED_TEST(Bidiagonal, AWorkspaceIsReused) {
+    using T = TypeParam;
+    Problem<T> problem({100, 2, 6}, 3, placements[0], 10);
+    Array<T> solution(problem.shape, placements[0]);
+    for (const Backend backend : backends)
+        for (const Reduction method : {Reduction::pcr, Reduction::scan}) {
+            Workspace workspace;
+            const SolveOptions options{
+                .method = method, .execution = {backend, 2}, .chunk = 10, .workspace = &workspace};
+            solve(problem.system(), solution.view(), options);
+            const index peak = workspace.peak_bytes();
+            EXPECT_GT(peak, 0);
+            EXPECT_EQ(workspace.used_bytes(), 0);
+            solve(problem.system(), solution.view(), options);
+            EXPECT_EQ(workspace.peak_bytes(), peak);
+        }
+}
+
+TYPED_TEST(Bidiagonal, ASharedJacobianMayBeBroadcast) {
+    using T = TypeParam;
+    const Shape shape{20, 3, 4};
+    Problem<T> problem(shape, 4, placements[0], 11);
+    for (index step = 0; step < shape.steps; ++step)
+        for (index sequence = 1; sequence < shape.batch; ++sequence)
+            std::copy_n(&problem.subdiagonal(step, 0, 0), 16, &problem.subdiagonal(step, sequence, 0));
+    const Jacobian<const T> shared(problem.subdiagonal.data(), shape, 4, problem.subdiagonal.step_stride, 0);
+    for_every_method([&](const SolveOptions& options, bool transposed) {
+        Array<T> expected(shape, placements[0]), solution(shape, placements[0]);
+        solve_either(problem.system(), expected.view(), options, transposed);
+        solve_either<T>({shared, problem.right_side.view(), problem.initial.view()}, solution.view(), options,
+                        transposed);
+        const Exact<T> exact(problem, transposed);
+        expect_solution(solution, exact, 4);
+    });
+}
+
+/// The message of what `call` throws; empty where it throws nothing.
+template <class Exception, class Call>
+std::string message(const Call& call) {
+    try {
+        call();
+    } catch (const Exception& error) {
+        return error.what();
+    }
+    return {};
+}
+
+TEST(BidiagonalErrors, NameTheArgumentTheExpectedAndTheActual) {
+    const Shape shape{8, 2, 3};
+    Buffer<float> blocks({8, 2, 9}), right_side(shape), solution(shape), initial({1, 2, 3});
+    const Jacobian<const float> dense(blocks.data(), shape, 3);
+    const auto solving = [&](const BidiagonalSystem<float>& system, View<float> x, SolveOptions options = {}) {
+        const std::string forward = message<InvalidArgument>([&] { solve(system, x, options); });
+        EXPECT_EQ(forward, message<InvalidArgument>([&] { solve_transposed(system, x, options); }));
+        return forward;
+    };
+    const BidiagonalSystem<float> good{dense, right_side, initial};
+    EXPECT_EQ(solving(good, solution), "");
+
+    EXPECT_EQ(solving({dense, right_side.view().steps(0, 5)}, solution),
+              "system.right_side: expected shape [8,2,3] to match system.subdiagonal, got shape [5,2,3]");
+    EXPECT_EQ(solving(good, solution.view().sequences(0, 1)),
+              "solution: expected shape [8,2,3] to match system.subdiagonal, got shape [8,1,3]");
+    EXPECT_EQ(solving({dense, right_side, initial.view().sequences(0, 1)}, solution),
+              "system.initial: expected shape [1,2,3] to match system.subdiagonal, got shape [1,1,3]");
+    EXPECT_EQ(solving({Jacobian<const float>(blocks.data(), shape, 2), right_side}, solution),
+              "system.subdiagonal: expected a block size that divides the width 3, got block 2");
+    EXPECT_EQ(solving({Jacobian<const float>(blocks.data(), shape, 0), right_side}, solution),
+              "system.subdiagonal: expected a block size that divides the width 3, got block 0");
+    EXPECT_EQ(solving({Jacobian<const float>(nullptr, shape, 3), right_side}, solution),
+              "system.subdiagonal: expected data, got a null pointer");
+    EXPECT_EQ(solving({Jacobian<const float>(blocks.data(), {-1, 2, 3}, 3), right_side}, solution),
+              "shape: expected sizes of 0 or more, got [-1,2,3]");
+    EXPECT_EQ(solving(good, View<float>(solution.data(), shape, 2, 3)),
+              "solution: expected strides that give every element a place of its own, got strides 2 (steps) and 3 "
+              "(sequences) for width 3");
+    EXPECT_EQ(solving(good, solution, {.chunk = -1}), "options.chunk: expected 0 or more, got -1");
+    EXPECT_EQ(solving(good, solution, {.execution = {.threads = -2}}), "execution.threads: expected 0 or more, got -2");
+    EXPECT_EQ(solving(good, solution, {.method = Reduction(17)}), "options.method: expected a Reduction, got 17");
+}
+
+TEST(BidiagonalErrors, OverlapIsRefusedAndInterleavingIsNot) {
+    const Shape shape{8, 2, 3};
+    Buffer<double> memory({10, 8, 3});
+    Buffer<double> blocks({8, 2, 9}), apart(shape), initial({1, 2, 3});
+    const View<double> whole = memory.view();
+    const View<double> right_side = whole.steps(0, 8).sequences(0, 2);
+    const Jacobian<const double> dense(blocks.data(), shape, 3);
+    const BidiagonalSystem<double> system{dense, right_side, initial};
+    const auto solving = [](const BidiagonalSystem<double>& s, View<double> x) {
+        return message<InvalidArgument>([&] { solve(s, x); });
+    };
+    const std::string with_right_side =
+        "solution: expected memory apart from system.right_side (or to be the same view), got memory that overlaps it";
+    EXPECT_EQ(solving(system, right_side), "") << "in place";
+    EXPECT_EQ(solving(system, whole.steps(0, 8).sequences(2, 4)), "") << "other sequences of the same array";
+    EXPECT_EQ(solving(system, whole.steps(0, 8).sequences(1, 3)), with_right_side);
+    EXPECT_EQ(solving(system, whole.steps(1, 9).sequences(0, 2)), with_right_side);
+    EXPECT_EQ(solving(system, View<double>(right_side.data() + 1, shape, 24, 3)), with_right_side);
+    EXPECT_EQ(solving(system, View<double>(right_side.data(), shape, 24, 6)), with_right_side);
+    EXPECT_EQ(solving({dense, apart}, View<double>(blocks.data() + 40, shape)),
+              "solution: expected memory apart from system.subdiagonal, got memory that overlaps it");
+    EXPECT_EQ(solving({dense, apart, View<double>(whole.data(), {1, 2, 3})}, right_side),
+              "solution: expected memory apart from system.initial, got memory that overlaps it");
+
+    Buffer<double> row({1, 2, 3}), product({1, 2, 3});
+    const Jacobian<const double> one_step = dense.steps(0, 1);
+    const auto multiplying = [&](View<const double> y, View<double> result) {
+        return message<InvalidArgument>([&] { multiply_transposed<double>(one_step, y, result); });
+    };
+    EXPECT_EQ(multiplying(row, product), "");
+    EXPECT_EQ(multiplying(row, row), "product: expected memory apart from y, got memory that overlaps it");
+    EXPECT_EQ(multiplying(row, product.view().sequences(0, 1)),
+              "product: expected shape [1,2,3] to match subdiagonal, got shape [1,1,3]");
+    EXPECT_EQ(message<InvalidArgument>([&] { multiply_transposed<double>(dense, row, product.view()); }),
+              "subdiagonal: expected one step, got [8,2,3]");
+}
+
+/// A solution of a hundredth of the memory that the machine has, in address space that is only reserved: PCR would
+/// need more than all of it, and must say so before it touches anything.
+TEST(BidiagonalErrors, PcrThatDoesNotFitIsRefusedWithTheByteCount) {
+    const index width = 64;
+    const index steps = available_memory() / 100 / (width * index(sizeof(float)));
+    const std::size_t bytes = std::size_t(steps * width) * sizeof(float);
+    void* reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    ASSERT_NE(reserved, MAP_FAILED);
+    Buffer<float> block({1, width, width}), state({1, 1, width});
+    const Shape shape{steps, 1, width};
+    const BidiagonalSystem<float> system{Jacobian<const float>(block.data(), shape, width, 0, 0),
+                                         View<const float>(state.data(), shape, 0, 0)};
+    const View<float> solution(static_cast<float*>(reserved), shape);
+    for (const Backend backend : backends) {
+        const std::string refused = message<OutOfMemory>([&] {
+            solve(system, solution, {.method = Reduction::pcr, .execution = {backend, 1}});
+        });
+        EXPECT_NE(refused.find(std::to_string(2 * steps * width * (width + 1) * index(sizeof(float)))),
+                  std::string::npos)
+            << refused;
+    }
+    munmap(reserved, bytes);
+}
+
+}  // namespace
+}  // namespace deeppcr
