@@ -8,23 +8,17 @@
 
 namespace deeppcr::nn {
 
-/// The state that an optimiser keeps for a parameter; null before its first step. `State` is what the optimiser
-/// documents, e.g. AdamWParamState.
-/// The states are found by the parameter's address, which 1.13 writes out as text.
-template <class State, class Optimiser>
-State* optimiser_state(Optimiser& optimiser, const at::Tensor& parameter) {
-    auto& states = optimiser.state();
-    using Key = typename std::decay_t<decltype(states)>::key_type;
-    Key key{};
+/// Under which key an optimiser keeps the state of a parameter: its address, which 1.13 writes out as text.
+template <class Optimiser>
+auto state_key(Optimiser& optimiser, const at::Tensor& parameter) {
+    using Key = typename std::decay_t<decltype(optimiser.state())>::key_type;
     if constexpr (std::is_pointer_v<Key>) {
-        key = parameter.unsafeGetTensorImpl();
+        return static_cast<Key>(parameter.unsafeGetTensorImpl());
     } else {
-        std::ostringstream text;
-        text << parameter.unsafeGetTensorImpl();
-        key = text.str();
+        std::ostringstream address;
+        address << parameter.unsafeGetTensorImpl();
+        return address.str();
     }
-    auto& state = states[key];
-    return static_cast<State*>(state.get());
 }
 
 }  // namespace deeppcr::nn

@@ -1,0 +1,488 @@
+#include <deeppcr/nn/training.hpp>
+
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <dlfcn.h>
+#include <torch/optim/adamw.h>
+#include <torch/optim/sgd.h>
+#include <torch/version.h>
+// Not self-contained in 1.13:
+#include <torch/nn/utils/clip_grad.h>
+
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <numbers>
+
+#include <deeppcr/nn/fashion_mnist.hpp>
+#include <deeppcr/nn/residual_network.hpp>
+#include <files/error.hpp>
+#include <files/write.hpp>
+
+#include "nn/checkpoint.hpp"
+#include "nn/libtorch.hpp"
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+
+class Stopwatch {
+public:
+    double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+private:
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+std::string shape_text(const Tensor& tensor) {
+    std::string text = "[";
+    for (index d = 0; d < tensor.dim(); ++d) text += (d ? "," : "") + std::to_string(tensor.size(d));
+    return text + "]";
+}
+
+// ------------------------------------------------------------------------------------------------- options
+
+template <class Number>
+void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
+    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
+}
+
+void check(const TrainingOptions& options) {
+    require(options.batch >= 1, "batch", "at least 1", options.batch);
+    require(options.epochs >= 1, "epochs", "at least 1", options.epochs);
+    require(options.steps >= 0, "steps", "at least 0", options.steps);
+    require(options.warm_up >= 0, "warm_up", "at least 0", options.warm_up);
+    require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
+    const auto require_amount = [](const char* name, double value) {
+        require(std::isfinite(value) && value >= 0, name, "a finite number, at least 0", value);
+    };
+    require(std::isfinite(options.learning_rate) && options.learning_rate > 0, "learning_rate",
+            "a finite number above 0", options.learning_rate);
+    require_amount("trunk_learning_rate", options.trunk_learning_rate);
+    require_amount("weight_decay", options.weight_decay);
+    require_amount("gradient_clip", options.gradient_clip);
+    require(options.momentum >= 0 && options.momentum < 1, "momentum", "0 to below 1", options.momentum);
+}
+
+/// Throws unless `options` continue the training of the checkpoint.
+void check_continues(const TrainingOptions& options, const TrainingOptions& saved) {
+    const auto same = [](const char* name, const auto& wanted, const auto& written) {
+        if (wanted != written)
+            throw InvalidArgument(name, std::to_string(written) + ", as in the checkpoint", std::to_string(wanted));
+    };
+    const auto same_choice = [](const char* name, auto wanted, auto written, const auto& names) {
+        if (wanted != written)
+            throw InvalidArgument(name, name_of(names, written) + ", as in the checkpoint", name_of(names, wanted));
+    };
+    same("layers", options.layers, saved.layers);
+    same("width", options.width, saved.width);
+    same("skip", options.skip, saved.skip);
+    same_choice("activation", options.activation, saved.activation, activation_names);
+    same("train_images", options.train_images, saved.train_images);
+    same("held_out", options.held_out, saved.held_out);
+    same("batch", options.batch, saved.batch);
+    same("seed", options.seed, saved.seed);
+    same_choice("optimiser", options.optimiser, saved.optimiser, optimiser_names);
+}
+
+/// How LibTorch computes here: see `libtorch`.
+struct Blas {
+    using Config = char*();
+    using SetThreads = void(int);
+    Config* config = reinterpret_cast<Config*>(dlsym(RTLD_DEFAULT, "openblas_get_config"));
+    SetThreads* set_threads = reinterpret_cast<SetThreads*>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
+};
+
+void limit_threads(const Execution& execution) {
+    const int threads = execution.threads > 0 ? execution.threads : default_threads();
+    at::set_num_threads(threads);
+    if (const Blas blas; blas.set_threads) blas.set_threads(threads);
+}
+
+// ------------------------------------------------------------------------------------------------- network
+
+ResidualNetwork make_network(const TrainingOptions& options) {
+    return ResidualNetwork(ResidualNetworkOptions(options.layers, options.width)
+                               .skip(options.skip)
+                               .activation(options.activation)
+                               .seed(options.seed)
+                               .evaluation(options.evaluation));
+}
+
+const Tensor& find(const std::filesystem::path& path, const Checkpoint& checkpoint, const std::string& name,
+                   const Tensor& like) {
+    const auto found = checkpoint.tensors.find(name);
+    if (found == checkpoint.tensors.end()) throw FileError(path, "tensor " + name, "none");
+    const Tensor& tensor = found->second;
+    if (tensor.sizes() != like.sizes() || tensor.scalar_type() != like.scalar_type())
+        throw FileError(path, std::string(c10::toString(like.scalar_type())) + " " + shape_text(like) + " as " + name,
+                        std::string(c10::toString(tensor.scalar_type())) + " " + shape_text(tensor));
+    return tensor;
+}
+
+/// The network of a checkpoint. The file's own tensors are compared with its metadata before anything is built from it.
+ResidualNetwork make_network(const std::filesystem::path& path, const Checkpoint& checkpoint) {
+    const TrainingOptions& options = checkpoint.options;
+    const auto weights = checkpoint.tensors.find("layers.weight");
+    if (weights == checkpoint.tensors.end() ||
+        weights->second.sizes() != at::IntArrayRef({options.layers, options.width, options.width}))
+        throw FileError(
+            path,
+            "tensor layers.weight of " + std::to_string(options.layers) + " layers x " + std::to_string(options.width),
+            weights == checkpoint.tensors.end() ? "none" : shape_text(weights->second));
+    ResidualNetwork network = make_network(options);
+    const at::NoGradGuard no_gradients;
+    for (auto& parameter : network->named_parameters())
+        parameter.value().copy_(find(path, checkpoint, parameter.key(), parameter.value()));
+    if (const auto found = checkpoint.tensors.find("prediction"); found != checkpoint.tensors.end())
+        network->memory->prediction = found->second;
+    return network;
+}
+
+index correct(const Tensor& logits, const Tensor& labels) {
+    return logits.detach().argmax(1).eq(labels).sum().item<index>();
+}
+
+/// Loss and accuracy on a set. The network's memory is left as it is, so that a validation in between does not change
+/// the training.
+ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index batch,
+                         const std::function<void(double)>& progress, const std::function<bool()>& interrupted) {
+    const at::NoGradGuard no_gradients;
+    const Stopwatch watch;
+    const auto training_memory = network->memory;
+    struct Restore {
+        ResidualNetwork& network;
+        std::shared_ptr<DenseChainMemory> memory;
+        ~Restore() { network->memory = memory; }
+    } restore{network, training_memory};
+    network->memory = std::make_shared<DenseChainMemory>();
+    network->memory->prediction = training_memory->prediction;
+
+    ValidationResult result;
+    index batches = 0;
+    for (index first = 0; first < set.size(); first += batch) {
+        if (interrupted && interrupted()) break;
+        const index last = std::min(first + batch, set.size());
+        const auto part = set.batch(first, last);
+        const Tensor logits = network->forward(part.images);
+        result.loss += at::cross_entropy_loss(logits, part.labels).item<double>() * double(last - first);
+        result.accuracy += double(correct(logits, part.labels));
+        result.iterations += double(network->memory->forward.iterations);
+        result.residual = std::max(result.residual, network->memory->forward.residual);
+        result.images = last;
+        ++batches;
+        if (progress) progress(double(last) / double(set.size()));
+    }
+    if (result.images > 0) {
+        result.loss /= double(result.images);
+        result.accuracy /= double(result.images);
+        result.iterations /= double(batches);
+    }
+    result.seconds = watch.seconds();
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------- optimisers
+
+/// LibTorch's optimiser with two groups of parameters (encoder and decoder; the trunk), and the schedule.
+class Schedule {
+public:
+    Schedule(ResidualNetwork& network, const TrainingOptions& options, index steps)
+        : options_(options),
+          steps_(steps),
+          trunk_factor_((options.trunk_learning_rate > 0 ? options.trunk_learning_rate
+                                                         : options.learning_rate / double(options.layers)) /
+                        options.learning_rate) {
+        std::vector<Tensor> ends, trunk;
+        for (const auto& parameter : network->named_parameters()) {
+            names_.emplace_back(parameter.key(), parameter.value());
+            (parameter.key().starts_with("layers.") ? trunk : ends).push_back(parameter.value());
+        }
+        std::vector<torch::optim::OptimizerParamGroup> groups{torch::optim::OptimizerParamGroup(ends),
+                                                              torch::optim::OptimizerParamGroup(trunk)};
+        const double rate = options.learning_rate, decay = options.weight_decay;
+        if (options.optimiser == Optimiser::adamw)
+            optimiser_ =
+                std::make_unique<torch::optim::AdamW>(groups, torch::optim::AdamWOptions(rate).weight_decay(decay));
+        else
+            optimiser_ = std::make_unique<torch::optim::SGD>(
+                groups, torch::optim::SGDOptions(rate).momentum(options.momentum).weight_decay(decay));
+    }
+
+    /// Linear warm-up, then half a cosine down to 0. step: 0..steps-1.
+    double learning_rate(index step) const {
+        const index warm_up = std::min(options_.warm_up, steps_);
+        if (step < warm_up) return options_.learning_rate * double(step + 1) / double(warm_up);
+        const double done = double(step - warm_up) / double(std::max<index>(1, steps_ - warm_up));
+        return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * done));
+    }
+
+    void clear_gradients() {
+        for (auto& [name, parameter] : names_) parameter.mutable_grad() = Tensor();
+    }
+
+    /// Limits the gradients' norm and updates the parameters. Returns the norm; where it is not finite, nothing is
+    /// updated.
+    double step(index number) {
+        std::vector<Tensor> parameters;
+        for (const auto& [name, parameter] : names_) parameters.push_back(parameter);
+        const double limit =
+            options_.gradient_clip > 0 ? options_.gradient_clip : std::numeric_limits<double>::infinity();
+        const double norm = torch::nn::utils::clip_grad_norm_(parameters, limit);
+        if (!std::isfinite(norm)) return norm;
+        auto& groups = optimiser_->param_groups();
+        groups[0].options().set_lr(learning_rate(number));
+        groups[1].options().set_lr(learning_rate(number) * trunk_factor_);
+        optimiser_->step();
+        return norm;
+    }
+
+    /// visit(name, tensor) for each tensor of the optimiser's state.
+    template <class Visit>
+    void visit_state(const Visit& visit) const {
+        using namespace torch::optim;
+        for (const auto& [name, parameter] : names_) {
+            const auto found = optimiser_->state().find(state_key(*optimiser_, parameter));
+            if (found == optimiser_->state().end()) continue;
+            if (options_.optimiser == Optimiser::adamw) {
+                const auto& state = static_cast<const AdamWParamState&>(*found->second);
+                visit("optimiser.exp_avg." + name, state.exp_avg());
+                visit("optimiser.exp_avg_sq." + name, state.exp_avg_sq());
+            } else if (const auto& state = static_cast<const SGDParamState&>(*found->second);
+                       state.momentum_buffer().defined()) {
+                visit("optimiser.momentum_buffer." + name, state.momentum_buffer());
+            }
+        }
+    }
+
+    /// take(name, like): the saved tensor of that name, of the shape of `like`.
+    template <class Take>
+    void restore_state(index step, const Take& take) {
+        using namespace torch::optim;
+        for (const auto& [name, parameter] : names_) {
+            std::unique_ptr<OptimizerParamState> restored;
+            if (options_.optimiser == Optimiser::adamw) {
+                auto state = std::make_unique<AdamWParamState>();
+                state->step(step);
+                state->exp_avg(take("optimiser.exp_avg." + name, parameter));
+                state->exp_avg_sq(take("optimiser.exp_avg_sq." + name, parameter));
+                restored = std::move(state);
+            } else if (options_.momentum > 0) {
+                auto state = std::make_unique<SGDParamState>();
+                state->momentum_buffer(take("optimiser.momentum_buffer." + name, parameter));
+                restored = std::move(state);
+            }
+            if (restored) optimiser_->state()[state_key(*optimiser_, parameter)] = std::move(restored);
+        }
+    }
+
+private:
+    TrainingOptions options_;
+    index steps_;
+    double trunk_factor_;
+    std::vector<std::pair<std::string, Tensor>> names_;
+    std::unique_ptr<torch::optim::Optimizer> optimiser_;
+};
+
+Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor& logits) {
+    logits = network->forward(batch.images);
+    return at::cross_entropy_loss(logits, batch.labels);
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ training
+
+TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks) {
+    check(options);
+    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
+    limit_threads(options.evaluation.execution);
+
+    Checkpoint state;
+    ResidualNetwork network = nullptr;
+    if (options.resume.empty()) {
+        network = make_network(options);
+    } else {
+        state = read_checkpoint(options.resume);
+        check_continues(options, state.options);
+        network = make_network(options.resume, state);
+        network->options.evaluation(options.evaluation);
+    }
+    state.options = options;
+
+    const FashionMnist data = load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images);
+    const index epoch_steps = data.training.size() / options.batch;
+    require(epoch_steps >= 1, "batch", "at most the number of training images, " + std::to_string(data.training.size()),
+            options.batch);
+    const index steps = options.steps > 0 ? options.steps : options.epochs * epoch_steps;
+    const index epochs = (steps + epoch_steps - 1) / epoch_steps;
+    if (state.step < 0 || state.step > steps)
+        throw InvalidArgument("steps", "at least the " + std::to_string(state.step) + " steps of the checkpoint",
+                              std::to_string(steps));
+
+    Schedule schedule(network, options, steps);
+    if (state.step > 0)
+        schedule.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
+            return find(options.resume, state, name, like).clone();
+        });
+
+    const auto save = [&] {
+        if (options.checkpoint.empty()) return;
+        state.tensors.clear();
+        for (const auto& parameter : network->named_parameters()) state.tensors[parameter.key()] = parameter.value();
+        schedule.visit_state([&](const std::string& name, const Tensor& tensor) { state.tensors[name] = tensor; });
+        if (network->memory->prediction.defined()) state.tensors["prediction"] = network->memory->prediction;
+        write_checkpoint(options.checkpoint, state);
+    };
+
+    TrainingResult result;
+    for (const auto& parameter : network->parameters()) result.parameters += parameter.numel();
+    const Stopwatch watch;
+    const index first_step = state.step;
+    Tensor order;
+    while (state.step < steps && !result.interrupted) {
+        const Stopwatch step_watch;
+        const index epoch = state.step / epoch_steps, position = state.step % epoch_steps;
+        if (!order.defined() || position == 0) order = shuffled(data.training.size(), options.seed, epoch);
+        const auto batch =
+            data.training.batch(order.slice(0, position * options.batch, (position + 1) * options.batch));
+
+        schedule.clear_gradients();
+        Tensor logits;
+        const Tensor loss = mean_loss(network, batch, logits);
+        StepRecord record;
+        record.step = state.step + 1;
+        record.loss = loss.item<double>();
+        const auto diverged = [&](const std::string& what) {
+            return TrainingDiverged(what + " of step " + std::to_string(record.step) +
+                                    " is not finite; a smaller learning rate may help");
+        };
+        if (!std::isfinite(record.loss)) throw diverged("the loss");
+        loss.backward();
+        record.gradient_norm = schedule.step(state.step);
+        if (!std::isfinite(record.gradient_norm)) throw diverged("the gradient");
+
+        const Report& forward = network->memory->forward;
+        record.steps = steps;
+        record.epoch = epoch + 1;
+        record.epochs = epochs;
+        record.epoch_progress = double(position + 1) / double(epoch_steps);
+        record.accuracy = double(correct(logits, batch.labels)) / double(options.batch);
+        record.learning_rate = schedule.learning_rate(state.step);
+        record.iterations = forward.iterations;
+        for (const auto& sequence : forward.sequences)
+            record.mean_iterations += double(sequence.iterations) / double(options.batch);
+        record.residual = forward.residual;
+        record.status = forward.status;
+        record.sequential_steps = network->options.evaluation().method == Method::newton ? forward.sequential_steps : 0;
+        record.forward_seconds = forward.seconds;
+        record.backward_seconds = network->memory->backward.seconds;
+        record.seconds = step_watch.seconds();
+        record.elapsed = watch.seconds();
+        record.remaining = record.elapsed / double(record.step - first_step) * double(steps - record.step);
+        result.steps.push_back(record);
+
+        ++state.step;
+        state.epoch_loss += record.loss;
+        state.epoch_accuracy += record.accuracy;
+        state.epoch_seconds += record.seconds;
+        if (callbacks.step) callbacks.step(record);
+        result.interrupted = callbacks.interrupted && callbacks.interrupted();
+
+        if (const bool epoch_ends = position + 1 == epoch_steps; epoch_ends || state.step == steps) {
+            EpochRecord summary{epoch + 1, state.step, 0, 0, {}, state.epoch_seconds};
+            summary.loss = state.epoch_loss / double(position + 1);
+            summary.accuracy = state.epoch_accuracy / double(position + 1);
+            if (epoch_ends) state.epoch_loss = state.epoch_accuracy = state.epoch_seconds = 0;
+            if (data.held_out.size() > 0 && !result.interrupted) {
+                summary.validation =
+                    measure(network, data.held_out, options.batch, callbacks.validation, callbacks.interrupted);
+                result.interrupted = summary.validation.images < data.held_out.size();
+            }
+            if (!result.interrupted) {
+                result.epochs.push_back(summary);
+                if (callbacks.epoch) callbacks.epoch(summary);
+            }
+            save();
+        } else if (result.interrupted ||
+                   (options.checkpoint_interval > 0 && state.step % options.checkpoint_interval == 0)) {
+            save();
+        }
+    }
+    if (options.test && !result.interrupted) {
+        result.test = measure(network, data.test, options.batch, callbacks.validation, callbacks.interrupted);
+        result.interrupted = result.test.images < data.test.size();
+    }
+    result.seconds = watch.seconds();
+    return result;
+}
+
+// ------------------------------------------------------------------------------- validation and comparison
+
+ValidationResult validate(const std::filesystem::path& checkpoint, const ValidationOptions& options) {
+    require(options.batch >= 0, "batch", "at least 0", options.batch);
+    limit_threads(options.evaluation.execution);
+    const Checkpoint saved = read_checkpoint(checkpoint);
+    ResidualNetwork network = make_network(checkpoint, saved);
+    network->options.evaluation(options.evaluation);
+    const FashionMnist data =
+        load_fashion_mnist(options.data, saved.options.seed, saved.options.held_out, saved.options.train_images);
+    return measure(network, options.held_out ? data.held_out : data.test,
+                   options.batch > 0 ? options.batch : std::max<index>(1, saved.options.batch), options.progress,
+                   options.interrupted);
+}
+
+MethodComparison compare_methods(const TrainingOptions& training, const std::filesystem::path& checkpoint,
+                                 const Options& first, const Options& second) {
+    check(training);
+    limit_threads(first.execution);
+    ResidualNetwork network =
+        checkpoint.empty() ? make_network(training) : make_network(checkpoint, read_checkpoint(checkpoint));
+    const FashionMnist data =
+        load_fashion_mnist(training.data, training.seed, training.held_out, training.train_images);
+    require(data.training.size() >= training.batch, "batch",
+            "at most the number of training images, " + std::to_string(data.training.size()), training.batch);
+    const auto batch =
+        data.training.batch(shuffled(data.training.size(), training.seed, 0).slice(0, 0, training.batch));
+
+    MethodComparison result;
+    std::vector<std::pair<std::string, Tensor>> values[2];
+    for (const int method : {0, 1}) {
+        network->options.evaluation(method == 0 ? first : second);
+        network->memory = std::make_shared<DenseChainMemory>();
+        for (auto& parameter : network->parameters()) parameter.mutable_grad() = Tensor();
+        Tensor logits;
+        mean_loss(network, batch, logits).backward();
+        values[method].emplace_back("logits", logits.detach());
+        for (const auto& parameter : network->named_parameters())
+            values[method].emplace_back(parameter.key(), parameter.value().grad());
+        (method == 0 ? result.first_forward : result.second_forward) = network->memory->forward;
+        (method == 0 ? result.first_backward : result.second_backward) = network->memory->backward;
+    }
+    for (std::size_t i = 0; i < values[0].size(); ++i) {
+        const auto& [name, value] = values[0][i];
+        const MethodComparison::Difference difference{name, values[1][i].second.sub(value).abs().max().item<double>(),
+                                                      value.abs().max().item<double>()};
+        if (i == 0)
+            result.logits = difference;
+        else
+            result.gradients.push_back(difference);
+    }
+    return result;
+}
+
+LibTorch libtorch() {
+    const Blas blas;
+    LibTorch result{TORCH_VERSION, "reference", true, at::get_num_threads()};
+    if (blas.config)
+        result.blas = blas.config();
+    else if (at::hasMKL())
+        result.blas = "MKL";
+    else
+        result.fast_blas = false;
+    return result;
+}
+
+}  // namespace deeppcr::nn
