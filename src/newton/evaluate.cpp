@@ -24,7 +24,9 @@ namespace {
 
 constexpr index review_period = 8;             // passes between two looks at the progress
 constexpr double enough_decrease = 0.8;        // of the worst residual, from one review to the next
-constexpr double enough_confirmed = 1.0 / 16;  // rows confirmed per row worked on, from one review to the next
+constexpr double enough_confirmed = 1.0 / 16;  // of the window's rows per pass, from one review to the next
+constexpr index rows_to_follow = 64;           // of the window, for its Lyapunov exponent
+constexpr double enough_rows = 4;              // confirmed per pass; fewer are as fast step after step
 constexpr index smallest_window = 8;           // below this, step after step is as good
 constexpr index sequential_piece = 1024;       // steps between two copies to the caller's array
 
@@ -151,14 +153,13 @@ private:
             report_.non_finite_resets += test_residual(window(), progress_, tolerance_, options_.execution);
             report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
         }
-        index newly = 0, worked = 0;
+        double newly = 0;
         double worst = 0;
         for (std::size_t j = 0; j < progress_.size(); ++j) {
-            newly += progress_[j].confirmed - confirmed_before[j];
-            worked += rows() - confirmed_before[j];
+            newly += double(progress_[j].confirmed - confirmed_before[j]);
             worst = std::max(worst, progress_[j].worst);
         }
-        review_.confirmed += worked > 0 ? double(newly) / double(worked) : 0;
+        review_.confirmed += newly / double(batch());
         review_.worst = std::min(review_.worst, worst);
 
         std::vector<bool> leaving(progress_.size());
@@ -297,8 +298,11 @@ private:
         if (options_.max_iterations > 0 && report_.iterations >= options_.max_iterations)
             return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
         if (report_.iterations % review_period != 0) return {};
-        const bool good = review_.confirmed >= enough_confirmed * review_period ||
-                          review_.worst <= enough_decrease * review_.worst_before;
+        // A short window that the caller asked for may take its time; one that the ladder made must pay.
+        const double least = report_.window_shrinks > 0 ? enough_rows : std::min(enough_rows, double(window_) / 8);
+        const double wanted = std::max(enough_confirmed * double(rows()), least);
+        const bool good = review_.confirmed >= wanted * double(review_period) ||
+                          (std::isfinite(review_.worst) && review_.worst <= enough_decrease * review_.worst_before);
         review_ = {.confirmed = 0,
                    .worst = std::numeric_limits<double>::infinity(),
                    .worst_before =
@@ -312,16 +316,16 @@ private:
         return {};
     }
 
-    /// Half the window, or as much as products of the Jacobians leave digits for.
-    index shorter_window() {
-        index shorter = std::min(window_, rows()) / 2;
-        if (options_.surrogate == Surrogate::full) {
-            LyapunovEstimate<T> here(width_, block_);
-            for (index j = 0; j < batch(); ++j) here.follow(j, window().jacobian, j, rows());
-            const double digits = -std::log(double(std::numeric_limits<T>::epsilon())), exponent = here.exponent();
-            if (exponent > 0 && digits / exponent < double(shorter)) shorter = index(digits / exponent);
-        }
-        return shorter;
+    /// As much as products of the Jacobians leave digits for, but between an eighth and a half of the window: far from
+    /// the solution the estimate is a poor one.
+    index shorter_window() const {
+        const index half = rows() / 2;
+        if (options_.surrogate != Surrogate::full) return half;
+        LyapunovEstimate<T> here(width_, block_);
+        for (index j = 0; j < batch(); ++j) here.follow(j, window().jacobian, j, std::min(rows(), rows_to_follow));
+        const double digits = -std::log(double(std::numeric_limits<T>::epsilon())), exponent = here.exponent();
+        if (!(exponent > 0)) return half;
+        return index(std::clamp(digits / exponent, double(half / 4), double(half)));
     }
 
     void solve_update() {
@@ -464,7 +468,7 @@ private:
     SolveOptions solve_options() const { return {options_.reduction, options_.execution, options_.chunk, &workspace_}; }
 
     struct Review {
-        double confirmed = 0;
+        double confirmed = 0;  // rows, the mean of the active sequences
         double worst = std::numeric_limits<double>::infinity();
         double worst_before = std::numeric_limits<double>::infinity();
     };
