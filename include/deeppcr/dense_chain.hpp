@@ -5,6 +5,11 @@
 
 namespace deeppcr {
 
+namespace chain {
+template <class T>
+struct Network;
+}
+
 enum class Activation { identity, tanh, relu, sigmoid, gelu };  ///< gelu is the exact one, z Phi(z)
 
 /// A network of `layers` dense layers of equal width, read as a recurrence over depth (arXiv 2309.16318, 4.1-4.2).
@@ -56,9 +61,11 @@ public:
                       View<T> weights, View<T> biases, View<T> adjoint, View<T> initial) const;
 
 private:
+    chain::Network<T> network() const;
+
     View<const T> weights_, biases_, initial_;
     Options options_;
-    Buffer<T> packed_;  // [layers, in, out]: the transposed weights, so that outputs are contiguous
+    Buffer<T> packed_;  // biases and transposed weights, layer after layer, in the order in which kernels read them
 };
 
 }  // namespace deeppcr

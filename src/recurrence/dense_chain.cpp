@@ -1,0 +1,232 @@
+// DenseChain: checks arguments, packs the weights and hands over to the backend.
+#include <deeppcr/dense_chain.hpp>
+
+#include <algorithm>
+#include <string>
+
+#include "device/threads.hpp"
+#include "recurrence/dense_chain_kernels.hpp"
+
+namespace deeppcr {
+namespace {
+
+template <class T>
+Shape state_shape(const View<const T>& weights, const View<const T>& initial, index skip) {
+    if (skip < 0) throw InvalidArgument("options.skip", "0 or more", std::to_string(skip));
+    const index depth = std::max<index>(skip, 1);
+    if (weights.width() < 1 || weights.batch() != weights.width())
+        throw InvalidArgument("weights", "square layers, [layers,width,width]", to_string(weights.shape()));
+    if (weights.steps() < 0 || weights.steps() % depth != 0)
+        throw InvalidArgument("weights", "a multiple of skip = " + std::to_string(skip) + " layers",
+                              std::to_string(weights.steps()) + " layers");
+    return {weights.steps() / depth, initial.batch(), weights.width()};
+}
+
+template <class T>
+void require_shape(const char* name, const View<T>& view, const Shape& shape) {
+    if (view.shape() != shape) throw InvalidArgument(name, to_string(shape), to_string(view.shape()));
+    if (view.data() == nullptr && shape.count() != 0)
+        throw InvalidArgument(name, "an array of shape " + to_string(shape), "a null pointer");
+}
+
+template <class T>
+void require_contiguous(const char* name, const View<T>& view, const Shape& shape) {
+    require_shape(name, view, shape);
+    if (!view.contiguous())
+        throw InvalidArgument(name, "contiguous memory",
+                              "strides of " + std::to_string(view.step_stride()) + " and " +
+                                  std::to_string(view.batch_stride()) + " elements");
+}
+
+template <class T>
+void require_contiguous_blocks(const char* name, const Jacobian<T>& jacobian, const Shape& states, index block) {
+    if (jacobian.states() != states || jacobian.block() != block)
+        throw InvalidArgument(
+            name, "blocks of " + std::to_string(block) + " for states " + to_string(states),
+            "blocks of " + std::to_string(jacobian.block()) + " for states " + to_string(jacobian.states()));
+    const Shape rows{states.steps, states.batch, states.width * block};
+    require_contiguous(name, View<T>(jacobian.data(), rows, jacobian.step_stride(), jacobian.batch_stride()), rows);
+}
+
+template <class T>
+void require_parameters(const View<T>& weights, const View<T>& biases, index layers, index width) {
+    require_contiguous("weights", weights, {layers, width, width});
+    require_contiguous("biases", biases, {layers, 1, width});
+}
+
+void require_section(const Section& section, const Shape& shape) {
+    if (section.first < 0 || section.last < section.first || section.last > shape.steps)
+        throw InvalidArgument("section", "0 <= first <= last <= " + std::to_string(shape.steps),
+                              "first " + std::to_string(section.first) + ", last " + std::to_string(section.last));
+    for (const index sequence : section.sequences)
+        if (sequence < 0 || sequence >= shape.batch)
+            throw InvalidArgument("section.sequences", "numbers from 0 to " + std::to_string(shape.batch - 1),
+                                  std::to_string(sequence));
+}
+
+chain::Extent extent_of(const Section& section) {
+    return {section.first, section.steps(), section.batch(), device::thread_count(section.execution)};
+}
+
+template <class T>
+Buffer<T> pack(const View<const T>& weights, const View<const T>& biases) {
+    using Network = chain::Network<T>;
+    const index width = weights.width(), panel = chain::panel_width<T>, layer_elements = Network::layer_elements(width);
+    Buffer<T> packed(Shape{weights.steps(), 1, layer_elements});
+    device::parallel_ranges(default_threads(), weights.steps(), std::max<index>(1, 65536 / layer_elements),
+                            [&](index first, index last) {
+                                for (index layer = first; layer < last; ++layer) {
+                                    T* out = packed.view().at(layer, 0);
+                                    for (index column = 0; column < width; column += panel) {
+                                        const bool full = column + panel <= width;
+                                        const index used = full ? panel : width - column;
+                                        const index stride = full ? panel : Network::narrow_width(width);
+                                        std::copy_n(biases.at(layer, 0) + column, used, out);
+                                        out += stride;
+                                        for (index in = 0; in < width; ++in, out += stride)
+                                            for (index i = 0; i < used; ++i) out[i] = weights(layer, column + i, in);
+                                    }
+                                }
+                            });
+    return packed;
+}
+
+/// Calls body<B>() for the backend of the section.
+template <class Body>
+void on_backend(const Section& section, const Body& body) {
+    if (section.execution.backend == Backend::reference)
+        body.template operator()<Backend::reference>();
+    else
+        body.template operator()<Backend::cpu>();
+}
+
+}  // namespace
+
+template <class T>
+DenseChain<T>::DenseChain(View<const T> weights, View<const T> biases, View<const T> initial, const Options& options)
+    : Recurrence<T>(state_shape(weights, initial, options.skip)),
+      weights_(weights),
+      biases_(biases),
+      initial_(initial),
+      options_(options) {
+    const Shape& shape = this->shape();
+    require_shape("weights", weights, {weights.steps(), shape.width, shape.width});
+    require_shape("biases", biases, {weights.steps(), 1, shape.width});
+    require_shape("initial", initial, {1, shape.batch, shape.width});
+    if (options.activation < Activation::identity || options.activation > Activation::gelu)
+        throw InvalidArgument("options.activation", "one of Activation", std::to_string(int(options.activation)));
+    packed_ = pack(weights_, biases_);
+}
+
+template <class T>
+chain::Network<T> DenseChain<T>::network() const {
+    return {weights_, biases_, packed_.data(), options_.activation, options_.skip};
+}
+
+template <class T>
+void DenseChain<T>::initial(const Section& section, View<T> state) const {
+    require_section(section, this->shape());
+    require_shape("state", state, {1, section.batch(), this->shape().width});
+    for (index j = 0; j < section.batch(); ++j)
+        std::copy_n(initial_.at(0, section.sequences[std::size_t(j)]), this->shape().width, state.at(0, j));
+}
+
+template <class T>
+void DenseChain<T>::step(const Section& section, View<const T> before, View<T> after) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    on_backend(section, [&]<Backend B> {
+        chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
+    });
+}
+
+template <class T>
+void DenseChain<T>::linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    require_contiguous_blocks("jacobian", jacobian, states, states.width);
+    on_backend(section, [&]<Backend B> {
+        chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
+    });
+}
+
+template <class T>
+void DenseChain<T>::linearise_diagonal(const Section& section, View<const T> before, View<T> after,
+                                       Jacobian<T> diagonal) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    require_contiguous_blocks("diagonal", diagonal, states, 1);
+    on_backend(section, [&]<Backend B> {
+        chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
+    });
+}
+
+template <class T>
+void DenseChain<T>::run(const Section& section, View<const T> state, View<T> trajectory) const {
+    run_with_slopes(section, state, trajectory, {});
+}
+
+template <class T>
+void DenseChain<T>::run_with_slopes(const Section& section, View<const T> state, View<T> trajectory,
+                                    View<T> slopes) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    const Shape first_state{1, states.batch, states.width};
+    require_shape("state", state, first_state);
+    require_contiguous("trajectory", trajectory, states);
+    if (slopes.data() != nullptr)
+        require_contiguous("slopes", slopes, {states.steps * network().depth(), states.batch, states.width});
+    Buffer<T> copy;
+    if (!state.contiguous()) {
+        copy = Buffer<T>::uninitialised(first_state);
+        for (index j = 0; j < states.batch; ++j) std::copy_n(state.at(0, j), states.width, copy.view().at(0, j));
+        state = copy.view();
+    }
+    on_backend(section, [&]<Backend B> {
+        chain::run<B, T>(network(), extent_of(section), state.data(), trajectory.data(), slopes.data());
+    });
+}
+
+template <class T>
+void DenseChain<T>::parameter_gradients(const Section& section, View<const T> before, View<const T> adjoint,
+                                        View<T> weights, View<T> biases) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("adjoint", adjoint, states);
+    require_parameters(weights, biases, states.steps * network().depth(), states.width);
+    on_backend(section, [&]<Backend B> {
+        chain::parameter_gradients<B, T>(network(), extent_of(section), before.data(), adjoint.data(), weights.data(),
+                                         biases.data());
+    });
+}
+
+template <class T>
+void DenseChain<T>::run_backward(const Section& section, View<const T> before, View<const T> slopes,
+                                 View<const T> output_gradient, View<T> weights, View<T> biases, View<T> adjoint,
+                                 View<T> initial) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    const index layers = states.steps * network().depth();
+    require_contiguous("before", before, states);
+    if (slopes.data() != nullptr) require_contiguous("slopes", slopes, {layers, states.batch, states.width});
+    require_contiguous("output_gradient", output_gradient, states);
+    require_parameters(weights, biases, layers, states.width);
+    if (adjoint.data() != nullptr) require_contiguous("adjoint", adjoint, states);
+    require_contiguous("initial", initial, {1, states.batch, states.width});
+    on_backend(section, [&]<Backend B> {
+        chain::run_backward<B, T>(network(), extent_of(section), before.data(), slopes.data(), output_gradient.data(),
+                                  weights.data(), biases.data(), adjoint.data(), initial.data());
+    });
+}
+
+template class DenseChain<float>;
+template class DenseChain<double>;
+
+}  // namespace deeppcr

@@ -1,0 +1,559 @@
+// DenseChain with SIMD and threads.
+//
+// A layer is one matrix product, z = W x + b for a group of sequences, followed by one elementwise sweep that applies
+// the activation (and its slope, and the skip connection) in place. Products of every kind (forward, transposed,
+// weight gradients, chains of Jacobians) go through one register tile: a few rows times one or two vectors of columns,
+//
+//     sum[row][column] <- sum[row][column] + left[row, k] * right[k, column]      for k = 0, 1, 2, ...
+//
+// Each element is one chain of fused multiply-adds in ascending k, whatever the tile and whatever the vector width.
+// That makes every result independent of the batch, of the position in it and of the number of threads, so that a
+// single step, a fused run and a linearisation agree bit for bit.
+//
+// `run` takes a group of sequences, small enough for the first-level cache, through all layers before the next group;
+// threads take different sequences and never wait for each other. Where layers are wide, threads instead take different
+// outputs of the same layer, with a barrier after it, so that the weights are read once.
+#include <algorithm>
+#include <cstring>
+
+#include "device/simd.hpp"
+#include "device/threads.hpp"
+#include "recurrence/dense_chain_kernels.hpp"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "recurrence/dense_chain_cpu.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h:
+#include <hwy/highway.h>
+
+#include "recurrence/activation-inl.hpp"
+
+#ifndef DEEPPCR_RECURRENCE_DENSE_CHAIN_CPU_ONCE
+#define DEEPPCR_RECURRENCE_DENSE_CHAIN_CPU_ONCE
+namespace deeppcr::chain {
+
+/// The operations of one instruction set, for one type.
+template <class T>
+struct Kernels {
+    decltype(&run<Backend::cpu, T>) run;
+    decltype(&linearise<Backend::cpu, T>) linearise;
+    decltype(&parameter_gradients<Backend::cpu, T>) parameter_gradients;
+    decltype(&run_backward<Backend::cpu, T>) run_backward;
+};
+
+/// Work, in multiplications, that is worth waking a thread for.
+constexpr index work_per_thread = 32768;
+/// Bytes of states that a group of sequences keeps in the first-level cache.
+constexpr index group_bytes = 16384;
+/// Width from which threads share the outputs of a layer rather than the sequences.
+constexpr index wide_layer = 256;
+
+}  // namespace deeppcr::chain
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace deeppcr::chain::HWY_NAMESPACE {
+
+constexpr int tile_rows = HWY_TARGET <= HWY_AVX3 ? 8 : 4;
+
+/// The first `count` lanes; memory beyond them is not touched.
+template <bool partial, class D>
+HWY_INLINE hn::Vec<D> Load(D d, const hn::TFromD<D>* from, index count) {
+    if constexpr (!partial) {
+        (void)count;
+        return hn::LoadU(d, from);
+    } else {
+#if HWY_TARGET <= HWY_AVX2
+        return hn::MaskedLoad(hn::FirstN(d, std::size_t(count)), d, from);
+#else
+        HWY_ALIGN hn::TFromD<D> lanes[hn::MaxLanes(d)] = {};
+        std::copy_n(from, count, lanes);
+        return hn::Load(d, lanes);
+#endif
+    }
+}
+
+template <bool partial, class D>
+HWY_INLINE void Store(D d, hn::Vec<D> v, hn::TFromD<D>* to, index count) {
+    if constexpr (!partial) {
+        (void)count;
+        hn::StoreU(v, d, to);
+    } else {
+#if HWY_TARGET <= HWY_AVX2
+        hn::BlendedStore(v, hn::FirstN(d, std::size_t(count)), d, to);
+#else
+        HWY_ALIGN hn::TFromD<D> lanes[hn::MaxLanes(d)];
+        hn::Store(v, d, lanes);
+        std::copy_n(lanes, count, to);
+#endif
+    }
+}
+
+/// The right factor of a product: rows of a matrix, or a layer's panels (which also hold the biases to start from).
+template <class T>
+struct Right {
+    const T* data;
+    index stride;      // of rows
+    index width;       // panels only: all columns
+    index panel_size;  // panels only: elements of a full panel
+
+    static Right Rows(const T* data, index stride) { return {data, stride, 0, 0}; }
+    static Right Panels(const Network<T>& network, index layer) {
+        const index width = network.width();
+        return {network.layer_panels(layer), panel_width<T>, width, panel_width<T> * (width + 1)};
+    }
+
+    bool panels() const { return panel_size != 0; }
+    const T* At(index column) const {
+        return panels() ? data + column / panel_width<T> * panel_size + column % panel_width<T> : data + column;
+    }
+    index StrideAt(index column) const {
+        return panels() && column >= width / panel_width<T> * panel_width<T> ? Network<T>::narrow_width(width) : stride;
+    }
+};
+
+/// out[row, column] = start[row, column] + sum over k of left[row, k] * right[k, column], for columns first..last.
+template <class T>
+struct Product {
+    index rows, first_column, last_column, inner;
+    const T* left;
+    index left_row, left_inner;
+    Right<T> right;
+    const T* start;  // null: zero, or the panels' biases
+    index start_row;
+    T* out;
+    index out_row;
+};
+
+template <int rows, int vectors, bool partial, class D, class T = hn::TFromD<D>>
+HWY_INLINE void Tile(D d, const Product<T>& p, index row, index column) {
+    using V = hn::Vec<D>;
+    const index count = p.last_column - column, stride = p.right.StrideAt(column);
+    const T* right[vectors];
+    const T* start[vectors];
+    index start_row = p.start_row;
+    for (int c = 0; c < vectors; ++c) {
+        const index at = column + c * index(hn::Lanes(d));
+        right[c] = p.right.At(at);
+        start[c] = p.start != nullptr ? p.start + row * p.start_row + at : nullptr;
+        if (p.right.panels()) {
+            start[c] = right[c];
+            start_row = 0;
+            right[c] += stride;
+        }
+    }
+    V sum[rows][vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < vectors; ++c)
+            sum[r][c] = start[c] == nullptr ? hn::Zero(d) : Load<partial>(d, start[c] + r * start_row, count);
+    const T* left = p.left + row * p.left_row;
+    for (index k = 0; k < p.inner; ++k) {
+        V b[vectors];
+#pragma GCC unroll 4
+        for (int c = 0; c < vectors; ++c) {
+            b[c] = Load<partial>(d, right[c], count);
+            right[c] += stride;
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+            const V a = hn::Set(d, left[r * p.left_row]);
+#pragma GCC unroll 4
+            for (int c = 0; c < vectors; ++c) sum[r][c] = hn::MulAdd(a, b[c], sum[r][c]);
+        }
+        left += p.left_inner;
+    }
+    T* out = p.out + row * p.out_row + column;
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < vectors; ++c)
+            Store<partial>(d, sum[r][c], out + r * p.out_row + c * index(hn::Lanes(d)), count);
+}
+
+template <int rows, int vectors, bool partial, class D, class T = hn::TFromD<D>>
+HWY_INLINE void Rows(D d, const Product<T>& p, index row, index column) {
+    for (; row + rows <= p.rows; row += rows) Tile<rows, vectors, partial>(d, p, row, column);
+    if constexpr (rows > 1) Rows<rows / 2, vectors, partial>(d, p, row, column);
+}
+
+/// Columns that do not fill a vector: the narrowest vector that holds them.
+template <class D, class T = hn::TFromD<D>>
+HWY_INLINE void NarrowColumns(D d, const Product<T>& p, index column) {
+    const index count = p.last_column - column, lanes = index(hn::Lanes(d));
+    if constexpr (hn::MaxLanes(D()) > 1) {
+        if (count <= lanes / 2) return NarrowColumns(hn::Half<D>(), p, column);
+    }
+    if (count == lanes)
+        Rows<tile_rows, 1, false>(d, p, 0, column);
+    else
+        Rows<tile_rows, 1, true>(d, p, 0, column);
+}
+
+template <class T>
+HWY_NOINLINE void Multiply(const Product<T>& p) {
+    const hn::ScalableTag<T> d;
+    const index lanes = index(hn::Lanes(d));
+    // Two vectors side by side must lie in rows of the same stride.
+    const index paired =
+        p.right.panels() ? std::min(p.last_column, p.right.width / panel_width<T> * panel_width<T>) : p.last_column;
+    index column = p.first_column;
+    for (; column + 2 * lanes <= paired; column += 2 * lanes) Rows<tile_rows, 2, false>(d, p, 0, column);
+    for (; column + lanes <= p.last_column; column += lanes) Rows<tile_rows, 1, false>(d, p, 0, column);
+    if (column < p.last_column) NarrowColumns(d, p, column);
+}
+
+/// out = activation(z), + previous where not null; slopes = activation'(z) where not null. out may be z.
+template <Activation activation, bool partial, class D, class T = hn::TFromD<D>>
+HWY_INLINE void ActivateVector(D d, index count, const T* z, const T* previous, T* out, T* slopes) {
+    using V = hn::Vec<D>;
+    V value = Load<partial>(d, z, count);
+    if (slopes != nullptr) {
+        V slope;
+        value = Function<activation>::ValueAndSlope(d, value, slope);
+        Store<partial>(d, slope, slopes, count);
+    } else {
+        value = Function<activation>::Value(d, value);
+    }
+    if (previous != nullptr) value = hn::Add(Load<partial>(d, previous, count), value);
+    Store<partial>(d, value, out, count);
+}
+
+template <Activation activation, class T>
+HWY_NOINLINE void ActivateAll(index count, const T* z, const T* previous, T* out, T* slopes) {
+    const hn::ScalableTag<T> d;
+    const index lanes = index(hn::Lanes(d));
+    index i = 0;
+    for (; i + lanes <= count; i += lanes)
+        ActivateVector<activation, false>(d, lanes, z + i, previous != nullptr ? previous + i : nullptr, out + i,
+                                          slopes != nullptr ? slopes + i : nullptr);
+    if (i < count)
+        ActivateVector<activation, true>(d, count - i, z + i, previous != nullptr ? previous + i : nullptr, out + i,
+                                         slopes != nullptr ? slopes + i : nullptr);
+}
+
+template <class T>
+void Activate(Activation activation, index count, const T* z, const T* previous, T* out, T* slopes) {
+    switch (activation) {
+        case Activation::identity:
+            return ActivateAll<Activation::identity>(count, z, previous, out, slopes);
+        case Activation::tanh:
+            return ActivateAll<Activation::tanh>(count, z, previous, out, slopes);
+        case Activation::relu:
+            return ActivateAll<Activation::relu>(count, z, previous, out, slopes);
+        case Activation::sigmoid:
+            return ActivateAll<Activation::sigmoid>(count, z, previous, out, slopes);
+        case Activation::gelu:
+            return ActivateAll<Activation::gelu>(count, z, previous, out, slopes);
+    }
+}
+
+/// One step for some sequences. hidden: the outputs of the layers but the last, [depth - 1, rows, width]; slopes: of
+/// each layer, or null.
+template <class T>
+void Step(const Network<T>& network, index step, index rows, const T* before, T* after, T* hidden, index hidden_layer,
+          T* slopes, index slopes_layer) {
+    const index width = network.width(), depth = network.depth();
+    for (index i = 0; i < depth; ++i) {
+        const bool last = i + 1 == depth;
+        const T* in = i == 0 ? before : hidden + (i - 1) * hidden_layer;
+        T* out = last ? after : hidden + i * hidden_layer;
+        Multiply<T>(
+            {rows, 0, width, width, in, width, 1, Right<T>::Panels(network, step * depth + i), nullptr, 0, out, width});
+        Activate(network.activation, rows * width, out, last && network.residual() ? before : nullptr, out,
+                 slopes == nullptr ? nullptr : slopes + i * slopes_layer);
+    }
+}
+
+/// Threads that share `work` multiplications.
+int ThreadsFor(const Extent& extent, index work) {
+    return int(std::clamp<index>(work / work_per_thread, 1, extent.threads));
+}
+
+/// Rows [first, last) of a group, one after the other.
+template <class T>
+index GroupRows(index width) {
+    return std::max<index>(32, group_bytes / (width * index(sizeof(T))));
+}
+
+template <class T>
+void Run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes) {
+    const index width = network.width(), depth = network.depth(), row = extent.batch * width;
+    const index group = std::min(GroupRows<T>(width), extent.batch);
+    const int threads = ThreadsFor(extent, extent.steps * depth * row * width);
+    device::parallel_ranges(threads, extent.batch, tile_rows, [&](index first, index last) {
+        Buffer<T> hidden;
+        if (depth > 1) hidden = Buffer<T>::uninitialised({depth - 1, group, width});
+        for (index j = first; j < last; j += group) {
+            const index rows = std::min(group, last - j);
+            const T* before = state + j * width;
+            for (index i = 0; i < extent.steps; ++i) {
+                T* after = trajectory + i * row + j * width;
+                Step(network, extent.first + i, rows, before, after, hidden.data(), group * width,
+                     slopes == nullptr ? nullptr : slopes + i * depth * row + j * width, row);
+                before = after;
+            }
+        }
+    });
+}
+
+/// out = diag(slopes) matrix, + 1 on the diagonal where `residual`. matrix: rows of `stride`; out: [width,width].
+template <class T>
+void ScaleRows(index width, const T* matrix, index stride, const T* slopes, bool residual, T* out) {
+    const hn::ScalableTag<T> d;
+    const index lanes = index(hn::Lanes(d));
+    for (index o = 0; o < width; ++o, matrix += stride, out += width) {
+        const auto slope = hn::Set(d, slopes[o]);
+        index c = 0;
+        for (; c + lanes <= width; c += lanes) hn::StoreU(hn::Mul(slope, hn::LoadU(d, matrix + c)), d, out + c);
+        if (c < width) Store<true>(d, hn::Mul(slope, Load<true>(d, matrix + c, width - c)), out + c, width - c);
+        if (residual) out[o] += 1;
+    }
+}
+
+template <class T>
+void Linearise(const Network<T>& network, const Extent& extent, const T* before, T* after, T* jacobian, T* diagonal) {
+    const index width = network.width(), depth = network.depth(), square = width * width;
+    const bool wanted = jacobian != nullptr || diagonal != nullptr;
+    const index group = std::min(GroupRows<T>(width), extent.batch);
+    const index grain = std::max<index>(1, work_per_thread / (square * depth));
+    device::parallel_ranges(extent.threads, extent.steps * extent.batch, grain, [&](index first, index last) {
+        const Buffer<T> memory = Buffer<T>::uninitialised({2 * depth, group, width});
+        const Buffer<T> products = Buffer<T>::uninitialised({depth > 1 || diagonal != nullptr ? 3 : 0, width, width});
+        T* const slopes = memory.data();
+        T* const hidden = slopes + depth * group * width;
+        for (index at = first; at < last;) {
+            const index step = extent.first + at / extent.batch;
+            const index rows = std::min({group, last - at, extent.batch - at % extent.batch});
+            Step(network, step, rows, before + at * width, after + at * width, hidden, group * width,
+                 wanted ? slopes : nullptr, group * width);
+            for (index j = 0; wanted && j < rows; ++j) {
+                T* const target = jacobian != nullptr ? jacobian + (at + j) * square : products.data();
+                const T* matrix = network.weights.at(step * depth, 0);
+                index stride = network.weights.batch_stride();
+                for (index i = 0; i < depth; ++i) {
+                    T* const scaled = i + 1 == depth ? target : products.data() + square;
+                    ScaleRows(width, matrix, stride, slopes + (i * group + j) * width,
+                              i + 1 == depth && network.residual(), scaled);
+                    if (i + 1 == depth) break;
+                    T* const product = products.data() + 2 * square;
+                    Multiply<T>({width, 0, width, width, network.weights.at(step * depth + i + 1, 0),
+                                 network.weights.batch_stride(), 1, Right<T>::Rows(scaled, width), nullptr, 0, product,
+                                 width});
+                    matrix = product;
+                    stride = width;
+                }
+                if (diagonal != nullptr)
+                    for (index k = 0; k < width; ++k) diagonal[(at + j) * width + k] = target[k * width + k];
+            }
+            at += rows;
+        }
+    });
+}
+
+/// y <- y + gradient (where not null), adjoint = y (where not null), delta = slopes * y.
+template <class T>
+void Deltas(index count, T* y, const T* gradient, T* adjoint, const T* slopes, T* delta) {
+    const hn::ScalableTag<T> d;
+    const index lanes = index(hn::Lanes(d));
+    index i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        auto v = hn::LoadU(d, y + i);
+        if (gradient != nullptr) hn::StoreU(v = hn::Add(v, hn::LoadU(d, gradient + i)), d, y + i);
+        if (adjoint != nullptr) hn::StoreU(v, d, adjoint + i);
+        hn::StoreU(hn::Mul(hn::LoadU(d, slopes + i), v), d, delta + i);
+    }
+    for (; i < count; ++i) {
+        if (gradient != nullptr) y[i] += gradient[i];
+        if (adjoint != nullptr) adjoint[i] = y[i];
+        delta[i] = slopes[i] * y[i];
+    }
+}
+
+/// previous = start + W^T delta, for `rows` sequences.
+template <class T>
+void MultiplyTransposed(const Network<T>& network, index layer, index rows, const T* delta, const T* start,
+                        T* previous) {
+    const index width = network.width();
+    Multiply<T>({rows, 0, width, width, delta, width, 1,
+                 Right<T>::Rows(network.weights.at(layer, 0), network.weights.batch_stride()), start, width, previous,
+                 width});
+}
+
+/// weights [width,width] and biases [width]: the sums over the sequences of delta input^T and of delta.
+template <class T>
+void LayerGradients(index width, index batch, const T* delta, const T* input, T* weights, T* biases) {
+    Multiply<T>({width, 0, width, batch, delta, 1, width, Right<T>::Rows(input, width), nullptr, 0, weights, width});
+    std::fill_n(biases, width, T(0));
+    for (index j = 0; j < batch; ++j)
+        for (index i = 0; i < width; ++i) biases[i] += delta[j * width + i];
+}
+
+/// Some layers' worth of arrays that the backward passes keep between the two halves of their work.
+template <class T>
+struct Tape {
+    Tape(const Network<T>& network, index steps, index batch)
+        : row(batch * network.width()),
+          depth(network.depth()),
+          memory(Buffer<T>::uninitialised({steps * (3 * depth + 1), batch, network.width()})) {}
+
+    T* Deltas(index step) const { return At(step, 0); }             // [depth, batch, width]
+    T* Slopes(index step) const { return At(step, depth); }         // [depth, batch, width]
+    T* Hidden(index step) const { return At(step, 2 * depth); }     // [depth - 1, batch, width]
+    T* After(index step) const { return At(step, 3 * depth - 1); }  // [1, batch, width]
+    T* Temporary(index step) const { return At(step, 3 * depth); }  // [1, batch, width]
+
+    index row, depth;
+
+private:
+    T* At(index step, index array) const { return memory.data() + (step * (3 * depth + 1) + array) * row; }
+    Buffer<T> memory;
+};
+
+/// Back through one step for sequences first..last: y (at the step's end, in) becomes the adjoint state before it.
+/// Leaves the deltas of its layers, and what went into them, on the tape.
+template <class T>
+void StepBack(const Network<T>& network, index step, index first, index last, const Tape<T>& tape, index slot,
+              const T* before, const T* slopes, const T* gradient, T* adjoint, T* y) {
+    const index width = network.width(), depth = network.depth(), rows = last - first, row = tape.row;
+    const index at = first * width;
+    if (slopes == nullptr || depth > 1)
+        Step(network, step, rows, before + at, tape.After(slot) + at, tape.Hidden(slot) + at, row,
+             slopes == nullptr ? tape.Slopes(slot) + at : nullptr, row);
+    if (slopes == nullptr) slopes = tape.Slopes(slot);
+    const T* outer = y + at;
+    for (index i = depth - 1; i >= 0; --i) {
+        T* const delta = tape.Deltas(slot) + i * row + at;
+        const bool end = i + 1 == depth, begin = i == 0;
+        T* const in = end ? y + at : tape.Temporary(slot) + at;
+        Deltas(rows * width, in, end && gradient != nullptr ? gradient + at : nullptr,
+               end && adjoint != nullptr ? adjoint + at : nullptr, slopes + i * row + at, delta);
+        MultiplyTransposed(network, step * depth + i, rows, delta, begin && network.residual() ? outer : nullptr,
+                           begin ? y + at : tape.Temporary(slot) + at);
+    }
+}
+
+template <class T>
+void StepGradients(const Network<T>& network, index batch, const Tape<T>& tape, index slot, const T* before, T* weights,
+                   T* biases) {
+    const index width = network.width();
+    for (index i = 0; i < network.depth(); ++i)
+        LayerGradients(width, batch, tape.Deltas(slot) + i * tape.row,
+                       i == 0 ? before : tape.Hidden(slot) + (i - 1) * tape.row, weights + i * width * width,
+                       biases + i * width);
+}
+
+template <class T>
+void ParameterGradients(const Network<T>& network, const Extent& extent, const T* before, const T* adjoint, T* weights,
+                        T* biases) {
+    const index width = network.width(), depth = network.depth(), row = extent.batch * width;
+    const index grain = std::max<index>(1, work_per_thread / std::max<index>(1, 2 * row * width * depth));
+    device::parallel_ranges(extent.threads, extent.steps, grain, [&](index first, index last) {
+        const Tape<T> tape(network, 1, extent.batch);
+        const Buffer<T> y = Buffer<T>::uninitialised({1, extent.batch, width});
+        for (index i = first; i < last; ++i) {
+            std::copy_n(adjoint + i * row, row, y.data());
+            StepBack<T>(network, extent.first + i, 0, extent.batch, tape, 0, before + i * row, nullptr, nullptr,
+                        nullptr, y.data());
+            StepGradients(network, extent.batch, tape, 0, before + i * row, weights + i * depth * width * width,
+                          biases + i * depth * width);
+        }
+    });
+}
+
+template <class T>
+void RunBackward(const Network<T>& network, const Extent& extent, const T* before, const T* slopes,
+                 const T* output_gradient, T* weights, T* biases, T* adjoint, T* initial) {
+    const index width = network.width(), depth = network.depth(), row = extent.batch * width;
+    const int threads = ThreadsFor(extent, 2 * extent.steps * depth * row * width);
+    // As many steps at a time as keep the tape in the second-level cache.
+    const index chunk = std::clamp<index>((index(1) << 18) / std::max<index>(1, row * 2 * depth * index(sizeof(T))), 1,
+                                          std::max<index>(1, extent.steps));
+    const Tape<T> tape(network, chunk, extent.batch);
+    std::fill_n(initial, row, T(0));
+    device::Barrier barrier(threads);
+    device::run_together(threads, [&](int thread) {
+        const index first = extent.batch * thread / threads, last = extent.batch * (thread + 1) / threads;
+        for (index end = extent.steps; end > 0; end -= chunk) {
+            const index begin = std::max<index>(0, end - chunk);
+            for (index i = end - 1; first < last && i >= begin; --i)
+                StepBack(network, extent.first + i, first, last, tape, i - begin, before + i * row,
+                         slopes == nullptr ? nullptr : slopes + i * depth * row, output_gradient + i * row,
+                         adjoint == nullptr ? nullptr : adjoint + i * row, initial);
+            barrier.wait();
+            for (index i = begin + thread; i < end; i += threads)
+                StepGradients(network, extent.batch, tape, i - begin, before + i * row,
+                              weights + i * depth * width * width, biases + i * depth * width);
+            barrier.wait();
+        }
+    });
+}
+
+const Kernels<float>& FloatKernels() {
+    static constexpr Kernels<float> kernels{Run<float>, Linearise<float>, ParameterGradients<float>,
+                                            RunBackward<float>};
+    return kernels;
+}
+const Kernels<double>& DoubleKernels() {
+    static constexpr Kernels<double> kernels{Run<double>, Linearise<double>, ParameterGradients<double>,
+                                             RunBackward<double>};
+    return kernels;
+}
+
+}  // namespace deeppcr::chain::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace deeppcr::chain {
+namespace {
+
+HWY_EXPORT(FloatKernels);
+HWY_EXPORT(DoubleKernels);
+
+template <class T>
+const Kernels<T>& kernels() {
+    device::choose_simd_target();
+    if constexpr (sizeof(T) == sizeof(float))
+        return HWY_DYNAMIC_DISPATCH(FloatKernels)();
+    else
+        return HWY_DYNAMIC_DISPATCH(DoubleKernels)();
+}
+
+}  // namespace
+
+template <Backend B, class T>
+void run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes) {
+    if (extent.steps > 0 && extent.batch > 0) kernels<T>().run(network, extent, state, trajectory, slopes);
+}
+
+template <Backend B, class T>
+void linearise(const Network<T>& network, const Extent& extent, const T* before, T* after, T* jacobian, T* diagonal) {
+    if (extent.steps > 0 && extent.batch > 0)
+        kernels<T>().linearise(network, extent, before, after, jacobian, diagonal);
+}
+
+template <Backend B, class T>
+void parameter_gradients(const Network<T>& network, const Extent& extent, const T* before, const T* adjoint, T* weights,
+                         T* biases) {
+    kernels<T>().parameter_gradients(network, extent, before, adjoint, weights, biases);
+}
+
+template <Backend B, class T>
+void run_backward(const Network<T>& network, const Extent& extent, const T* before, const T* slopes,
+                  const T* output_gradient, T* weights, T* biases, T* adjoint, T* initial) {
+    kernels<T>().run_backward(network, extent, before, slopes, output_gradient, weights, biases, adjoint, initial);
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                                                        \
+    template void run<Backend::cpu, T>(const Network<T>&, const Extent&, const T*, T*, T*);                           \
+    template void linearise<Backend::cpu, T>(const Network<T>&, const Extent&, const T*, T*, T*, T*);                 \
+    template void parameter_gradients<Backend::cpu, T>(const Network<T>&, const Extent&, const T*, const T*, T*, T*); \
+    template void run_backward<Backend::cpu, T>(const Network<T>&, const Extent&, const T*, const T*, const T*, T*,   \
+                                                T*, T*, T*)
+DEEPPCR_INSTANTIATE(float);
+DEEPPCR_INSTANTIATE(double);
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace deeppcr::chain
+#endif

@@ -1,0 +1,77 @@
+// What a backend does for DenseChain: four operations on contiguous arrays. Arguments were checked by dense_chain.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include <deeppcr/dense_chain.hpp>
+
+namespace deeppcr::chain {
+
+/// Outputs per panel of packed weights: 64 bytes, one cache line.
+template <class T>
+constexpr index panel_width = 64 / index(sizeof(T));
+
+/// A chain as its kernels see it.
+///
+/// `panels` holds, layer after layer, the biases and the transposed weights, cut into panels of `panel_width` outputs
+/// (the last one narrower, of the next power of two), so that a kernel reads them front to back:
+///
+///     panel 0: b[0..w)            panel 1: b[w..2w)
+///              W[0..w, 0]                  W[w..2w, 0]          (row k + 1 holds the weights from input k)
+///              W[0..w, 1]                  W[w..2w, 1]
+///              ...                         ...
+template <class T>
+struct Network {
+    View<const T> weights;  ///< [layers, out, in]
+    View<const T> biases;   ///< [layers, 1, width]
+    const T* panels;        ///< [layers, layer_elements(width)]
+    Activation activation;
+    index skip;
+
+    index width() const { return weights.width(); }
+    index depth() const { return std::max<index>(skip, 1); }  ///< layers per step
+    bool residual() const { return skip > 0; }
+    const T* layer_panels(index layer) const { return panels + layer * layer_elements(width()); }
+
+    /// Columns of the last panel, where the width is no multiple of `panel_width`.
+    static index narrow_width(index width) {
+        index narrow = 1;
+        while (narrow < width % panel_width<T>) narrow *= 2;
+        return narrow;
+    }
+    static index layer_elements(index width) {
+        const index columns =
+            width / panel_width<T> * panel_width<T> + (width % panel_width<T> != 0 ? narrow_width(width) : 0);
+        return columns * (width + 1);
+    }
+};
+
+/// Steps first+1 .. first+steps of `batch` sequences; arrays are contiguous [steps,batch,width] unless they say
+/// otherwise, those per layer [steps * depth, batch, width].
+struct Extent {
+    index first, steps, batch;
+    int threads;
+};
+
+/// trajectory[i] = f(trajectory[i-1]) from state [1,batch,width] on; slopes (per layer) or null.
+template <Backend B, class T>
+void run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes);
+
+/// after = f(before); with the Jacobians [steps,batch,width,width], or their diagonals [steps,batch,width], where not
+/// null.
+template <Backend B, class T>
+void linearise(const Network<T>& network, const Extent& extent, const T* before, T* after, T* jacobian, T* diagonal);
+
+/// Gradients of the parameters, weights [steps * depth, width, width] and biases [steps * depth, width], from the
+/// adjoint states.
+template <Backend B, class T>
+void parameter_gradients(const Network<T>& network, const Extent& extent, const T* before, const T* adjoint, T* weights,
+                         T* biases);
+
+/// The same from the gradients of the outputs, going back through the steps. slopes (per layer) and adjoint or null;
+/// initial [1,batch,width].
+template <Backend B, class T>
+void run_backward(const Network<T>& network, const Extent& extent, const T* before, const T* slopes,
+                  const T* output_gradient, T* weights, T* biases, T* adjoint, T* initial);
+
+}  // namespace deeppcr::chain
