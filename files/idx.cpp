@@ -40,10 +40,11 @@ public:
     index read(std::uint8_t* destination, index bytes) {
         const int moved = gzread(gzip_.get(), destination, unsigned(bytes));
         int error = Z_OK;
-        const char* message = gzerror(gzip_.get(), &error);
-        if (moved < 0 || error == Z_BUF_ERROR)
-            throw FileError(file_.path(), error == Z_BUF_ERROR ? std::string("the compressed data is truncated")
-                                                               : std::string("cannot be decompressed: ") + message);
+        const std::string message = gzerror(gzip_.get(), &error);
+        if (error == Z_BUF_ERROR) throw FileError(file_.path(), "the compressed data is truncated");
+        // zlib's message begins with a name of its own for the file, "<fd:3>: ".
+        if (moved < 0)
+            throw FileError(file_.path(), "cannot be decompressed: " + message.substr(message.find(' ') + 1));
         return moved;
     }
 
