@@ -1,0 +1,61 @@
+# Tests of the tree as a whole: the core's tests under sanitizers, the file readers under a fuzzer, projects that use the
+# library, and the style checks. They are ctest tests like all others, so that one run and one summary cover everything.
+include(ProcessorCount)
+ProcessorCount(processors)
+
+# A build tree of its own from a preset, as a fixture that the tests needing it require. Listed first, for it takes long.
+function(add_build_tree preset)
+  set(tree "${PROJECT_BINARY_DIR}/${preset}")
+  add_test(NAME ${preset}.build WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"
+           COMMAND sh -c "\"$0\" --preset ${preset} -B \"$1\" && \"$0\" --build \"$1\"" "${CMAKE_COMMAND}" "${tree}")
+  set_tests_properties(${preset}.build PROPERTIES FIXTURES_SETUP ${preset} LABELS ${preset} TIMEOUT 1200
+                                                  PROCESSORS ${processors} COST 1000)
+endfunction()
+
+# ThreadSanitizer sees only what threads do; one thread, on a small machine, would show it nothing.
+add_build_tree(asan)
+add_build_tree(tsan)
+foreach(sanitizer IN ITEMS asan tsan)
+  foreach(name IN LISTS core_tests)
+    add_test(NAME ${sanitizer}.${name}
+             COMMAND ${without_address_randomisation} "${PROJECT_BINARY_DIR}/${sanitizer}/tests/${name}")
+    set_tests_properties(${sanitizer}.${name} PROPERTIES FIXTURES_REQUIRED ${sanitizer} LABELS ${sanitizer} TIMEOUT 600
+                         ENVIRONMENT "DEEPPCR_THREADS=3;UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1")
+  endforeach()
+endforeach()
+
+# Consumers: once with the installed package, once with add_subdirectory.
+set(prefix "${PROJECT_BINARY_DIR}/consumer/prefix")
+add_test(NAME consumer.install COMMAND "${CMAKE_COMMAND}" --install "${PROJECT_BINARY_DIR}" --prefix "${prefix}")
+set_tests_properties(consumer.install PROPERTIES FIXTURES_SETUP installed LABELS consumer TIMEOUT 120)
+function(add_consumer name)
+  add_test(NAME consumer.${name}
+           COMMAND "${CMAKE_CTEST_COMMAND}" --build-and-test "${CMAKE_CURRENT_SOURCE_DIR}/consumer"
+                   "${PROJECT_BINARY_DIR}/consumer/${name}" --build-generator Ninja --build-noclean
+                   --build-options -DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER} -DCMAKE_BUILD_TYPE=Debug ${ARGN}
+                   --test-command consumer)
+  set_tests_properties(consumer.${name} PROPERTIES LABELS consumer TIMEOUT 600)
+endfunction()
+add_consumer(find_package "-DCMAKE_PREFIX_PATH=${prefix}")
+set_tests_properties(consumer.find_package PROPERTIES FIXTURES_REQUIRED installed)
+add_consumer(add_subdirectory "-DDEEPPCR_SOURCE=${PROJECT_SOURCE_DIR}")
+
+# Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).
+find_program(CLANG_FORMAT clang-format-14 REQUIRED)
+find_program(CLANG_TIDY clang-tidy-14 REQUIRED)
+set(directories include src files nn cli tests examples benchmarks)
+list(TRANSFORM directories PREPEND "${PROJECT_SOURCE_DIR}/")
+set(patterns "")
+foreach(directory IN LISTS directories)
+  list(APPEND patterns "${directory}/*.hpp" "${directory}/*.cpp")
+endforeach()
+file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${patterns})
+add_test(NAME style.format COMMAND "${CLANG_FORMAT}" --dry-run --Werror ${sources})
+set_tests_properties(style.format PROPERTIES LABELS style)
+foreach(source IN LISTS sources)
+  file(RELATIVE_PATH name "${PROJECT_SOURCE_DIR}" "${source}")
+  if(name MATCHES "^(src|files|cli)/.*\\.cpp$")
+    add_test(NAME tidy.${name} COMMAND "${CLANG_TIDY}" -p "${PROJECT_BINARY_DIR}" --quiet "${source}")
+    set_tests_properties(tidy.${name} PROPERTIES LABELS tidy TIMEOUT 300)
+  endif()
+endforeach()
