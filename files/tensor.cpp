@@ -27,10 +27,13 @@ std::string element_type(const Tensor& tensor) {
 }
 
 void check_consistent(const Tensor& tensor, const std::string& argument) {
-    const index values = std::visit([](const auto& list) { return index(list.size()); }, tensor.values);
-    if (element_count(tensor.shape, sizeof(double)) != values)
-        throw InvalidArgument(argument, "as many values as its shape " + to_string(tensor.shape) + " says",
-                              std::to_string(values) + " values");
+    std::visit(
+        [&](const auto& values) {
+            if (element_count(tensor.shape, sizeof values[0]) != index(values.size()))
+                throw InvalidArgument(argument, "as many values as its shape " + to_string(tensor.shape) + " says",
+                                      std::to_string(values.size()) + " values");
+        },
+        tensor.values);
 }
 
 }  // namespace deeppcr::files
