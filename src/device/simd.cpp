@@ -13,7 +13,7 @@ namespace {
 std::vector<std::int64_t> compiled_targets() {
     std::vector<std::int64_t> targets;
     const std::int64_t available = hwy::SupportedTargets() & HWY_TARGETS;
-    for (int bit = 0; bit < 62; ++bit)
+    for (int bit = 0; bit < 63; ++bit)
         if (available & (std::int64_t(1) << bit)) targets.push_back(std::int64_t(1) << bit);
     return targets;
 }

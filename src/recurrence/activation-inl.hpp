@@ -4,7 +4,7 @@
 // the same operations in every lane, so that a result does not depend on its place in a vector.
 //
 // Largest errors, in units in the last place of the exact value (tests/dense_chain_test.cpp checks them):
-//     tanh 3, sigmoid 3, gelu 4, their slopes 4 units of max(|slope|, 1/2) or less.
+//     tanh 3, sigmoid 3, gelu 8; their slopes 4 machine epsilons of max(|slope|, 1/2).
 #if defined(DEEPPCR_RECURRENCE_ACTIVATION_INL_HPP) == defined(HWY_TARGET_TOGGLE)
 #ifdef DEEPPCR_RECURRENCE_ACTIVATION_INL_HPP
 #undef DEEPPCR_RECURRENCE_ACTIVATION_INL_HPP
@@ -19,6 +19,17 @@
 HWY_BEFORE_NAMESPACE();
 namespace deeppcr::chain::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
+
+/// The smaller one; NaN where v is NaN.
+template <class D, class V>
+HWY_INLINE V LimitAbove(D d, hn::TFromD<D> limit, V v) {
+    const V limits = hn::Set(d, limit);
+#if HWY_TARGET == HWY_SCALAR
+    return hn::IfThenElse(hn::Gt(v, limits), limits, v);
+#else
+    return hn::Min(limits, v);  // x86 returns the second operand where one is NaN
+#endif
+}
 
 /// c[0] + x (c[1] + x (c[2] + ...)).
 template <class D, class V, std::size_t n>
@@ -38,7 +49,7 @@ struct Exponential<float> {
     static constexpr float rounding = 0x1.8p23f;    // adding it rounds to an integer, held in the low bits
     static constexpr float log2_e = 0x1.715476p0f;  // 1 / ln 2
     static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;  // high: few bits, n * high is exact
-    static constexpr float underflow = -105;                                    // exp is 0 below it
+    static constexpr float underflow = 105;                                    // exp is 0 below it
     static constexpr float tanh_is_one = 10;
     // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, to 6.5e-8
     static constexpr float series[] = {0.5f, 0.166665770f, 0.0416665546f, 0.00836317763f, 0.00139261818f};
@@ -50,7 +61,7 @@ struct Exponential<double> {
     static constexpr double rounding = 0x1.8p52;
     static constexpr double log2_e = 0x1.71547652b82fep0;
     static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
-    static constexpr double underflow = -746;
+    static constexpr double underflow = 746;
     static constexpr double tanh_is_one = 20;
     // to 1.4e-18
     static constexpr double series[] = {0.5,
@@ -91,13 +102,13 @@ HWY_INLINE V PowerOfTwo(D d, V n_bits) {
         d, hn::ShiftLeft<C::mantissa_bits>(hn::Add(hn::BitCast(di, n_bits), hn::Set(di, C::exponent_bias))));
 }
 
-/// e^(high + low) for arguments up to 0, gradual underflow included.
+/// e^-(high + low) for arguments from 0 on, gradual underflow included.
 template <class D, class V = hn::Vec<D>>
-HWY_INLINE V ExpNegative(D d, V high, V low) {
+HWY_INLINE V ExpMinus(D d, V high, V low) {
     using C = Exponential<hn::TFromD<D>>;
     const hn::RebindToSigned<D> di;
     using Integer = hn::TFromD<decltype(di)>;
-    const auto split = SplitExponential(d, hn::Max(hn::Set(d, C::underflow), high), low);
+    const auto split = SplitExponential(d, hn::Neg(LimitAbove(d, C::underflow, high)), hn::Neg(low));
     // 2^n in two factors, as n may lie below the smallest normal exponent: 2^(n + half) is normal.
     constexpr Integer half = C::exponent_bias / 2;
     const V scale = hn::BitCast(d, hn::ShiftLeft<C::mantissa_bits>(
@@ -143,7 +154,7 @@ struct Function<Activation::tanh> {
     template <class D, class V>
     static HWY_INLINE V Value(D d, V z) {
         using C = Exponential<hn::TFromD<D>>;
-        const V limited = hn::Min(hn::Set(d, C::tanh_is_one), hn::Abs(z));
+        const V limited = LimitAbove(d, C::tanh_is_one, hn::Abs(z));
         const auto split = SplitExponential(d, hn::Add(limited, limited), hn::Zero(d));
         const V scale = PowerOfTwo(d, split.n_bits);
         const V e = hn::MulAdd(scale, split.q, hn::Sub(scale, hn::Set(d, 1)));
@@ -162,7 +173,7 @@ struct Function<Activation::sigmoid> {
     // with e = exp(-|z|): 1 / (1 + e) for z >= 0, e / (1 + e) below
     template <class D, class V>
     static HWY_INLINE V ValueAndSlope(D d, V z, V& slope) {
-        const V e = ExpNegative(d, hn::Neg(hn::Abs(z)), hn::Zero(d));
+        const V e = ExpMinus(d, hn::Abs(z), hn::Zero(d));
         const V positive = hn::Div(hn::Set(d, 1), hn::Add(hn::Set(d, 1), e)), negative = hn::Mul(e, positive);
         slope = hn::Mul(positive, negative);
         return hn::IfThenElse(hn::Lt(z, hn::Zero(d)), negative, positive);
@@ -209,21 +220,21 @@ struct Function<Activation::gelu> {
         using T = hn::TFromD<D>;
         using C = ScaledTail<T>;
         const hn::RebindToUnsigned<D> du;
-        const V one = hn::Set(d, 1), absolute = hn::Abs(z);
+        const V one = hn::Set(d, 1);
         // exp(-z^2 / 2), with z^2 to twice the precision: z = high + low, z^2 = high^2 + low (z + high)
-        const V limited = hn::Min(hn::Set(d, T(C::limit * 1.4142135623730951)), absolute);
+        const V limited = LimitAbove(d, T(C::limit * 1.4142135623730951), hn::Abs(z));
         const V high = hn::And(limited, hn::BitCast(d, hn::Set(du, C::keep)));
         const V low = hn::Mul(hn::Sub(limited, high), hn::Add(limited, high));
-        const V e =
-            ExpNegative(d, hn::Mul(hn::Set(d, T(-0.5)), hn::Mul(high, high)), hn::Mul(hn::Set(d, T(-0.5)), low));
+        const V e = ExpMinus(d, hn::Mul(hn::Set(d, T(0.5)), hn::Mul(high, high)), hn::Mul(hn::Set(d, T(0.5)), low));
         const V a = hn::Mul(limited, hn::Set(d, T(0.70710678118654752)));
         const V t = hn::Div(hn::Sub(a, hn::Set(d, C::centre)), hn::Add(a, hn::Set(d, C::centre)));
         const V scaled = hn::Div(Polynomial(d, t, C::series), hn::MulAdd(hn::Set(d, 2), a, one));
+        const auto below = hn::Lt(z, hn::Zero(d));
         const V tail = hn::Mul(e, scaled);
-        const V cumulative = hn::IfThenElse(hn::Lt(z, hn::Zero(d)), tail, hn::Sub(one, tail));
-        const V bounded = hn::IfThenElse(hn::Lt(z, hn::Zero(d)), hn::Neg(limited), z);
+        const V cumulative = hn::IfThenElse(below, tail, hn::Sub(one, tail));
         slope = hn::MulAdd(hn::Mul(hn::CopySign(limited, z), hn::Set(d, T(0.39894228040143268))), e, cumulative);
-        return hn::Mul(bounded, cumulative);
+        // Below 0, e comes last: it may have few digits, and the product with the other two is less than 1.
+        return hn::IfThenElse(below, hn::Neg(hn::Mul(hn::Mul(limited, scaled), e)), hn::Mul(z, cumulative));
     }
     template <class D, class V>
     static HWY_INLINE V Value(D d, V z) {
