@@ -158,30 +158,62 @@ index workspace_bytes(const OrderedSystem<T>& system, Reduction method, index ch
     return elements;
 }
 
-/// The sequences alone fill the threads where each thread has a few cache lines of channels (diagonal) or a block of
-/// its own (otherwise); below that, a scan gives every thread chunks of steps. Its products cost about `block` times
-/// what substitution does, so that for blocks it takes as many idle threads to be worth it.
+/// The same system with as few sequences as possible: those that lie side by side in every array are one wide one.
 template <class T>
-Reduction choose_method(const OrderedSystem<T>& system, int threads) {
-    const index block = system.block(), chains = system.batch() * system.width() / block;
-    if (block == 1) {
-        constexpr index line = 64 / sizeof(T);
-        return chains >= 4 * line * threads ? Reduction::sequential : Reduction::scan;
-    }
-    const index idle = threads / std::min<index>(chains, threads);
-    return idle > block / 2 ? Reduction::scan : Reduction::sequential;
+OrderedSystem<T> merged(const OrderedSystem<T>& system) {
+    const auto& [factor, right_side, initial, solution, transposed] = system;
+    const index width = system.width(), block = system.block();
+    if (system.batch() == 1 || factor.batch_stride() != width * block || right_side.batch_stride() != width ||
+        solution.batch_stride() != width || (!initial.empty() && initial.batch_stride() != width))
+        return system;
+    const Shape shape{system.steps(), 1, system.batch() * width};
+    return {{factor.data(), shape, block, factor.step_stride(), 0},
+            {right_side.data(), shape, right_side.step_stride(), 0},
+            initial.empty() ? View<const T>() : View<const T>(initial.data(), {1, 1, shape.width}),
+            {solution.data(), shape, solution.step_stride(), 0},
+            transposed};
 }
 
-/// Steps per chunk: a few chunks per thread, so that none waits long for the others.
+/// Threads that have enough to do to be worth waking.
+template <class T>
+int useful_threads(const OrderedSystem<T>& system, int threads) {
+    constexpr index elements_per_thread = 1 << 15;
+    const index elements = system.steps() * system.batch() * system.width() * system.block();
+    return int(std::min<index>(threads, 1 + elements / elements_per_thread));
+}
+
+/// The method for a merged system. Diagonal: sequential where the rows are long enough for each thread to run along a
+/// part of them; a scan where they are short. Blocks: sequential, unless so many threads would be idle that
+/// they make good for the products that a scan needs, about `block` times the work of substitution.
+template <class T>
+Reduction choose_method(const OrderedSystem<T>& system, int threads) {
+    const index block = system.block();
+    if (block == 1) {
+        constexpr index line = 64 / sizeof(T), long_row = 16 * line;
+        const bool sequences_fill_threads = system.batch() >= threads;
+        const index row = sequences_fill_threads ? system.width() : system.batch() * system.width() / threads;
+        return row >= (sequences_fill_threads ? line : long_row) ? Reduction::sequential : Reduction::scan;
+    }
+    const index chains = system.batch() * system.width() / block;
+    return threads / std::min<index>(chains, threads) > block ? Reduction::scan : Reduction::sequential;
+}
+
+/// Steps per chunk of a merged system: one chunk where the sequences alone fill the threads; else a few chunks per
+/// thread, so that none waits long for the others, and diagonal ones small enough to stay in the cache between their
+/// summary and their replay.
 template <class T>
 index choose_chunk(const OrderedSystem<T>& system, int threads) {
-    const index parts = std::max<index>(1, 4 * index(threads) / system.batch());
-    return (system.steps() + parts - 1) / parts;
+    if (system.batch() >= threads) return system.steps();
+    const index chunk = (system.steps() + 4 * threads - 1) / (4 * threads);
+    if (system.block() > 1) return chunk;
+    constexpr index cached_elements = (index(256) << 10) / (2 * sizeof(T));
+    return std::clamp<index>(cached_elements / system.width(), 1, chunk);
 }
 
 template <Backend backend, class T>
-void run(const OrderedSystem<T>& system, const SolveOptions& options) {
-    const int threads = device::thread_count(options.execution);
+void run(const OrderedSystem<T>& given, const SolveOptions& options) {
+    const OrderedSystem<T> system = merged(given);
+    const int threads = useful_threads(system, device::thread_count(options.execution));
     const Reduction method = options.method == Reduction::automatic ? choose_method(system, threads) : options.method;
     const index chunk = options.chunk > 0 ? std::min(options.chunk, system.steps()) : choose_chunk(system, threads);
 

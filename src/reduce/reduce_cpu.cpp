@@ -1,166 +1,201 @@
-// The bidiagonal solvers for processors.
+// The bidiagonal solvers for processors: how the work is shared among threads. The arithmetic is in kernels_cpu.cpp.
+#include <hwy/cache_control.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "device/threads.hpp"
+#include "reduce/kernels_cpu.hpp"
 #include "reduce/reduce.hpp"
 
 namespace deeppcr::reduce {
 namespace {
 
-/// M(row, column) of the diagonal block that holds `row`; `column` counts within the block.
+/// A diagonal solution of this size bypasses the caches on its way to memory.
+constexpr index large_bytes = index(16) << 20;
+
+/// Steps [first, last), sequences [sequence, end_sequence) and elements [element, end_element) of a system. A part that
+/// does not begin with the first step goes on from the solution before it, unless `before` is set by the caller.
 template <class T>
-T entry(const T* blocks, index block, index row, index column, bool transposed) {
-    const T* first = blocks + row / block * block * block;
-    return transposed ? first[column * block + row % block] : first[row % block * block + column];
+Strip<T> strip(const OrderedSystem<T>& system, index first, index last, index sequence, index end_sequence,
+               index element, index end_element) {
+    const auto& [factor, right_side, initial, solution, transposed] = system;
+    const index bytes = system.steps() * system.batch() * system.width() * index(sizeof(T));
+    return {.factor = factor.at(first, sequence) + element * system.block(),
+            .right_side = right_side.at(first, sequence) + element,
+            .solution = solution.at(first, sequence) + element,
+            .before = first > 0         ? solution.at(first - 1, sequence) + element
+                      : initial.empty() ? nullptr
+                                        : initial.at(0, sequence) + element,
+            .factor_step = factor.step_stride(),
+            .right_side_step = right_side.step_stride(),
+            .solution_step = solution.step_stride(),
+            .factor_batch = factor.batch_stride(),
+            .right_side_batch = right_side.batch_stride(),
+            .solution_batch = solution.batch_stride(),
+            .before_batch = first > 0 ? solution.batch_stride() : initial.batch_stride(),
+            .steps = last - first,
+            .batch = end_sequence - sequence,
+            .width = end_element - element,
+            .block = system.block(),
+            .transposed = transposed,
+            .bypass_caches = system.block() == 1 && !system.in_place() && bytes >= large_bytes};
 }
 
-/// result = M state + right_side, for one step of one sequence; `result` may be `right_side`.
+/// A contiguous strip of one step: `width` elements in blocks.
 template <class T>
-void advance(const T* blocks, index width, index block, bool transposed, const T* state, const T* right_side,
-             T* result) {
-    for (index row = 0; row < width; ++row) {
-        T sum = right_side[row];
-        for (index column = 0; column < block; ++column)
-            sum += entry(blocks, block, row, column, transposed) * state[row / block * block + column];
-        result[row] = sum;
-    }
-}
-
-/// result = left right, block by block. The blocks of M_s M_r, the way they are stored, are A_s A_r, or A_r A_s where
-/// transposed.
-template <class T>
-void multiply(const T* left, const T* right, index width, index block, T* result) {
-    for (index row = 0; row < width; ++row) {
-        const T* below = right + row / block * block * block;
-        for (index column = 0; column < block; ++column) {
-            T sum = 0;
-            for (index inner = 0; inner < block; ++inner)
-                sum += left[row * block + inner] * below[inner * block + column];
-            result[row * block + column] = sum;
-        }
-    }
-}
-
-/// The first state, which needs no M where there is no initial state.
-template <class T>
-void begin(const OrderedSystem<T>& system, index sequence, T* state) {
-    const T* right_side = system.right_side.at(0, sequence);
-    if (system.initial.empty())
-        std::copy_n(right_side, system.width(), state);
-    else
-        advance(system.factor.at(0, sequence), system.width(), system.block(), system.transposed,
-                system.initial.at(0, sequence), right_side, state);
+Strip<T> one_step(const T* factor, const T* before, const T* right_side, T* solution, index width, index block,
+                  bool transposed) {
+    Strip<T> result{};
+    result.factor = factor;
+    result.before = before;
+    result.right_side = right_side;
+    result.solution = solution;
+    result.steps = result.batch = 1;
+    result.width = width;
+    result.block = block;
+    result.transposed = transposed;
+    return result;
 }
 
 }  // namespace
 
+// Threads take neighbouring blocks (or cache lines of channels): each block's arithmetic is the same wherever it runs.
 template <Backend backend, class T>
-void solve_sequential(const OrderedSystem<T>& system, int /*threads*/) {
-    const auto& [factor, right_side, initial, solution, transposed] = system;
-    for (index sequence = 0; sequence < system.batch(); ++sequence) {
-        begin(system, sequence, solution.at(0, sequence));
-        for (index step = 1; step < system.steps(); ++step)
-            advance(factor.at(step, sequence), system.width(), system.block(), transposed,
-                    solution.at(step - 1, sequence), right_side.at(step, sequence), solution.at(step, sequence));
-    }
+void solve_sequential(const OrderedSystem<T>& system, int threads) {
+    const index unit = system.block() == 1 ? 64 / index(sizeof(T)) : system.block();
+    const index units = (system.width() + unit - 1) / unit;
+    const Kernels<T>& kernel = kernels<T>();
+    device::parallel_ranges(threads, system.batch() * units, 1, [&](index first, index last) {
+        // Whole sequences together, and parts of a sequence at either end.
+        while (first < last) {
+            const index sequence = first / units, begin = first % units;
+            const bool whole = begin == 0 && last - first >= units;
+            const index sequences = whole ? (last - first) / units : 1;
+            const index end = whole ? units : std::min(units, begin + last - first);
+            kernel.substitute(strip(system, 0, system.steps(), sequence, sequence + sequences, begin * unit,
+                                    std::min(end * unit, system.width())));
+            first += whole ? sequences * units : end - begin;
+        }
+    });
 }
 
-// Algorithm 1 of arXiv 2309.16318. Before the pass with distance i, row s holds x_s = M_s x_{s-i} + b_s for s >= i, and
-// the solution for s < i. Substituting row s-i into row s doubles the distance:
-//
-//     i = 1     x0   x1<-x0  x2<-x1  x3<-x2  x4<-x3        b_s <- b_s + M_s b_{s-i}
-//     i = 2     x0   x1      x2<-x0  x3<-x1  x4<-x2        M_s <- M_s M_{s-i}
-//     i = 4     x0   x1      x2      x3      x4<-x0
-//
-// Row s needs its product only while s >= 2i: M_0 never enters a product.
+// As in the reference, on rows that lie together: with `row` elements in a step, element e meets element
+// e - distance * row, so that one pass is one long step, shared by the threads.
 template <Backend backend, class T>
-void solve_pcr(const OrderedSystem<T>& system, int /*threads*/, Workspace& workspace) {
+void solve_pcr(const OrderedSystem<T>& system, int threads, Workspace& workspace) {
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
+    const index row = batch * width;
+    const Kernels<T>& kernel = kernels<T>();
     const Workspace::Scope scope(workspace);
-    auto state = workspace.take_states<T>({steps, batch, width});
-    auto next_state = workspace.take_states<T>({steps, batch, width});
-    auto product = workspace.take_jacobian<T>({steps, batch, width}, block);
-    auto next_product = workspace.take_jacobian<T>({steps, batch, width}, block);
-    for (index sequence = 0; sequence < batch; ++sequence) {
-        begin(system, sequence, state.at(0, sequence));
-        for (index step = 1; step < steps; ++step) {
-            std::copy_n(system.right_side.at(step, sequence), width, state.at(step, sequence));
-            std::copy_n(system.factor.at(step, sequence), width * block, product.at(step, sequence));
-        }
-    }
-    for (index distance = 1; distance < steps; distance *= 2) {
-        for (index step = 0; step < steps; ++step) {
+    T* state = workspace.take<T>(steps * row);
+    T* next_state = workspace.take<T>(steps * row);
+    T* product = workspace.take<T>(steps * row * block);
+    T* next_product = workspace.take<T>(steps * row * block);
+
+    device::parallel_ranges(threads, steps, 1, [&](index first, index last) {
+        for (index step = first; step < last; ++step)
             for (index sequence = 0; sequence < batch; ++sequence) {
-                if (step < distance) {
-                    std::copy_n(state.at(step, sequence), width, next_state.at(step, sequence));
+                T* target = state + step * row + sequence * width;
+                if (step == 0) {
+                    auto begin = strip(system, 0, 1, sequence, sequence + 1, 0, width);
+                    begin.solution = target;
+                    begin.bypass_caches = false;
+                    kernel.substitute(begin);
                     continue;
                 }
-                advance<T>(product.at(step, sequence), width, block, system.transposed,
-                           state.at(step - distance, sequence), state.at(step, sequence),
-                           next_state.at(step, sequence));
-                if (step < 2 * distance) continue;
-                const T* late = product.at(step, sequence);
-                const T* early = product.at(step - distance, sequence);
-                multiply(system.transposed ? early : late, system.transposed ? late : early, width, block,
-                         next_product.at(step, sequence));
+                std::copy_n(system.right_side.at(step, sequence), width, target);
+                std::copy_n(system.factor.at(step, sequence), width * block,
+                            product + (step * row + sequence * width) * block);
             }
-        }
+    });
+    for (index distance = 1; distance < steps; distance *= 2) {
+        device::parallel_ranges(threads, steps * row / block, 1, [&](index first, index last) {
+            const index back = distance * row, begin = first * block, end = last * block;
+            const index moved = std::clamp(back, begin, end), multiplied = std::clamp(2 * back, begin, end);
+            std::copy(state + begin, state + moved, next_state + begin);
+            if (moved < end)
+                kernel.substitute(one_step<T>(product + moved * block, state + moved - back, state + moved,
+                                              next_state + moved, end - moved, block, system.transposed));
+            if (multiplied == end) return;
+            const T* late = product + multiplied * block;
+            const T* early = late - back * block;
+            kernel.multiply(system.transposed ? early : late, system.transposed ? late : early,
+                            (end - multiplied) / block, block, next_product + multiplied * block);
+        });
         std::swap(state, next_state);
         std::swap(product, next_product);
     }
-    for (index step = 0; step < steps; ++step)
-        for (index sequence = 0; sequence < batch; ++sequence)
-            std::copy_n(state.at(step, sequence), width, system.solution.at(step, sequence));
+    device::parallel_ranges(threads, steps, 1, [&](index first, index last) {
+        for (index step = first; step < last; ++step)
+            for (index sequence = 0; sequence < batch; ++sequence)
+                std::copy_n(state + step * row + sequence * width, width, system.solution.at(step, sequence));
+    });
 }
 
+// Threads take the chunks in order. A chunk's summary needs no other chunk; the state at its end is then one
+// multiplication from the state at the end of the chunk before, which some thread has taken earlier and is about to
+// pass on; so the chunks' ends follow each other quickly (by substitution: on few threads there are few chunks at a
+// time, and reducing their summaries in parallel would only add products), and each thread replays its chunk while
+// it is still in its cache:
+//
+//     thread 0   summary 1 . replay 1 ..... summary 3 . replay 3 .....
+//     thread 1       summary 2 . replay 2 ..... summary 4 . replay 4 .....        . waits for the end before it
+//
+// Memory is read once. The chunks alone decide on the bits, not which thread takes them.
 template <Backend backend, class T>
 void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace) {
-    const auto& [factor, right_side, initial, solution, transposed] = system;
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const index chunks = (steps + chunk - 1) / chunk;
+    const Kernels<T>& kernel = kernels<T>();
     const Workspace::Scope scope(workspace);
-    const auto product = workspace.take_jacobian<T>({chunks, batch, width}, block);
     const auto end = workspace.take_states<T>({chunks, batch, width});
-    T* scratch = workspace.take<T>(width * block);
+    const auto product = workspace.take_jacobian<T>({threads, 1, width}, block);
+    const auto scratch = workspace.take_states<T>({threads, 1, block * (block + 1)});
+    std::vector<std::atomic<index>> ends_known(static_cast<std::size_t>(batch));
+    std::atomic<index> next{0};
 
-    // A chunk is one long step: x_end = product x_before + end, where `end` is what it makes of a zero state.
-    for (index sequence = 0; sequence < batch; ++sequence) {
-        for (index part = 0; part < chunks; ++part) {
-            const index first = part * chunk, last = std::min(first + chunk, steps);
-            T* state = end.at(part, sequence);
-            T* total = product.at(part, sequence);
-            if (part == 0)
-                begin(system, sequence, state);
-            else
-                std::copy_n(right_side.at(first, sequence), width, state);
-            std::copy_n(factor.at(first, sequence), part == 0 ? 0 : width * block, total);
-            for (index step = first + 1; step < last; ++step) {
-                const T* now = factor.at(step, sequence);
-                std::copy_n(state, width, scratch);
-                advance<T>(now, width, block, transposed, scratch, right_side.at(step, sequence), state);
-                if (part == 0) continue;
-                multiply<T>(transposed ? total : now, transposed ? now : total, width, block, scratch);
-                std::copy_n(scratch, width * block, total);
+    device::run_together(int(std::min<index>(threads, chunks * batch)), [&](int thread) {
+        for (index item = next++; item < chunks * batch; item = next++) {
+            const index part = item / batch, sequence = item % batch;
+            auto here =
+                strip(system, part * chunk, std::min((part + 1) * chunk, steps), sequence, sequence + 1, 0, width);
+            std::atomic<index>& known = ends_known[std::size_t(sequence)];
+            if (part == 0) {
+                kernel.replay(here);
+                std::copy_n(system.solution.at(here.steps - 1, sequence), width, end.at(0, sequence));
+                known.store(1, std::memory_order_release);
+                continue;
             }
+            const bool passes_on = part + 1 < chunks;
+            if (passes_on) kernel.summarise(here, product.at(thread, 0), end.at(part, sequence), scratch.at(thread, 0));
+            for (int spins = 0; known.load(std::memory_order_acquire) < part; ++spins)
+                spins < 4000 ? hwy::Pause() : std::this_thread::yield();
+            here.before = end.at(part - 1, sequence);
+            if (passes_on) {
+                kernel.substitute(one_step<T>(product.at(thread, 0), here.before, end.at(part, sequence),
+                                              end.at(part, sequence), width, block, system.transposed));
+                known.store(part + 1, std::memory_order_release);
+            }
+            kernel.replay(here);
         }
-    }
-    solve_pcr<backend, T>({product, end, {}, end, transposed}, threads, workspace);
-
-    // Replay every chunk from the state before it.
-    for (index sequence = 0; sequence < batch; ++sequence) {
-        begin(system, sequence, solution.at(0, sequence));
-        for (index step = 1; step < steps; ++step)
-            advance<T>(factor.at(step, sequence), width, block, transposed,
-                       step % chunk == 0 ? end.at(step / chunk - 1, sequence) : solution.at(step - 1, sequence),
-                       right_side.at(step, sequence), solution.at(step, sequence));
-    }
+    });
 }
 
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
-                         int /*threads*/) {
-    for (index sequence = 0; sequence < y.batch(); ++sequence) {
-        std::fill_n(product.at(0, sequence), y.width(), T(0));
-        advance<T>(subdiagonal.at(0, sequence), y.width(), subdiagonal.block(), true, y.at(0, sequence),
-                   product.at(0, sequence), product.at(0, sequence));
-    }
+                         int threads) {
+    const Kernels<T>& kernel = kernels<T>();
+    device::parallel_ranges(threads, y.batch(), 1, [&](index first, index last) {
+        for (index sequence = first; sequence < last; ++sequence) {
+            T* result = product.at(0, sequence);
+            std::fill_n(result, y.width(), T(0));
+            kernel.substitute(one_step<T>(subdiagonal.at(0, sequence), y.at(0, sequence), result, result, y.width(),
+                                          subdiagonal.block(), true));
+        }
+    });
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                         \
