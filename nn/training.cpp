@@ -95,10 +95,11 @@ struct Blas {
     SetThreads* set_threads = reinterpret_cast<SetThreads*>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
 };
 
-void limit_threads(const Execution& execution) {
-    const int threads = execution.threads > 0 ? execution.threads : default_threads();
-    at::set_num_threads(threads);
-    if (const Blas blas; blas.set_threads) blas.set_threads(threads);
+/// One thread for LibTorch: what it does here (the two ends, the loss, the optimiser) is too small for more, and its
+/// idle threads spin on the processors that the trunk needs.
+void limit_threads() {
+    at::set_num_threads(1);
+    if (const Blas blas; blas.set_threads) blas.set_threads(1);
 }
 
 // ------------------------------------------------------------------------------------------------- network
@@ -298,7 +299,7 @@ Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor&
 TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks) {
     check(options);
     if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
-    limit_threads(options.evaluation.execution);
+    limit_threads();
 
     Checkpoint state;
     ResidualNetwork network = nullptr;
@@ -368,7 +369,8 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         record.steps = steps;
         record.epoch = epoch + 1;
         record.epochs = epochs;
-        record.epoch_progress = double(position + 1) / double(epoch_steps);
+        record.epoch_step = position + 1;
+        record.epoch_steps = std::min(epoch_steps, steps - epoch * epoch_steps);
         record.accuracy = double(correct(logits, batch.labels)) / double(options.batch);
         record.learning_rate = schedule.learning_rate(state.step);
         record.iterations = forward.iterations;
@@ -423,7 +425,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
 
 ValidationResult validate(const std::filesystem::path& checkpoint, const ValidationOptions& options) {
     require(options.batch >= 0, "batch", "at least 0", options.batch);
-    limit_threads(options.evaluation.execution);
+    limit_threads();
     const Checkpoint saved = read_checkpoint(checkpoint);
     ResidualNetwork network = make_network(checkpoint, saved);
     network->options.evaluation(options.evaluation);
@@ -437,7 +439,7 @@ ValidationResult validate(const std::filesystem::path& checkpoint, const Validat
 MethodComparison compare_methods(const TrainingOptions& training, const std::filesystem::path& checkpoint,
                                  const Options& first, const Options& second) {
     check(training);
-    limit_threads(first.execution);
+    limit_threads();
     ResidualNetwork network =
         checkpoint.empty() ? make_network(training) : make_network(checkpoint, read_checkpoint(checkpoint));
     const FashionMnist data =

@@ -31,7 +31,7 @@ inline constexpr Names<Reduction, 4> reduction_names{{{"automatic", Reduction::a
                                                       {"pcr", Reduction::pcr},
                                                       {"scan", Reduction::scan}}};
 inline constexpr Names<Guess, 3> guess_names{
-    {{"initial_state", Guess::initial_state}, {"first_step", Guess::first_step}, {"given", Guess::given}}};
+    {{"initial_state", Guess::initial_state}, {"first_step", Guess::first_step}, {"predicted", Guess::given}}};
 inline constexpr Names<OnFailure, 3> on_failure_names{
     {{"finish", OnFailure::finish}, {"report", OnFailure::report}, {"raise", OnFailure::raise}}};
 inline constexpr Names<Backend, 2> backend_names{{{"cpu", Backend::cpu}, {"reference", Backend::reference}}};

@@ -19,7 +19,7 @@ struct TrainingOptions {
     index layers = 1024, width = 16, skip = 1;
     Activation activation = Activation::tanh;
     /// How its trunk is evaluated, in training and in validation. The guess `given` starts each step from what the
-    /// last one predicts. execution.threads also bounds LibTorch's threads.
+    /// last one predicts. execution.threads are the trunk's; LibTorch gets one.
     Options evaluation = {.guess = Guess::given};
 
     // The data: 60,000 training images, of which `held_out` are kept for validation, and 10,000 test images.
@@ -51,10 +51,10 @@ struct TrainingOptions {
 };
 
 struct StepRecord {
-    index step = 0, steps = 0;      ///< 1..steps
-    index epoch = 0, epochs = 0;    ///< 1..epochs
-    double epoch_progress = 0;      ///< 0..1
-    double loss = 0, accuracy = 0;  ///< of this step's batch, before the update
+    index step = 0, steps = 0;              ///< 1..steps
+    index epoch = 0, epochs = 0;            ///< 1..epochs
+    index epoch_step = 0, epoch_steps = 0;  ///< 1..epoch_steps: the step's place in its epoch
+    double loss = 0, accuracy = 0;          ///< of this step's batch, before the update
     double learning_rate = 0, gradient_norm = 0;
     index iterations = 0;        ///< Newton passes of the forward pass; 0 where sequential
     double mean_iterations = 0;  ///< of the batch's sequences
@@ -105,7 +105,7 @@ struct TrainingDiverged : NotConverged {
 };
 
 /// Trains. Deterministic: the same options, machine, thread count and LibTorch give the same numbers.
-/// Sets LibTorch's number of threads for the process.
+/// Sets LibTorch's number of threads to 1 for the whole process, as `validate` and `compare_methods` do.
 /// Throws InvalidArgument, OutOfMemory, FileError (data, checkpoint), TrainingDiverged, NotConverged.
 TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks = {});
 

@@ -1,0 +1,88 @@
+// Options of the command line that change a structure of options only where they are given: so that a resumed training
+// keeps the options of its checkpoint, but for those that the user names.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <deeppcr/nn/names.hpp>
+
+namespace deeppcr::program {
+
+template <class Target>
+class GivenOptions {
+public:
+    explicit GivenOptions(CLI::App& command) : command_(command) {}
+
+    /// access(Target&): the field. Its default is shown by --help.
+    template <class Access>
+    void value(const std::string& flag, Access access, const std::string& help) {
+        using Value = std::remove_reference_t<std::invoke_result_t<Access, Target&>>;
+        Target defaults{};
+        std::ostringstream text;
+        text << access(defaults);
+        command_
+            .add_option_function<Value>(
+                flag,
+                [this, access](const Value& value) {
+                    changes_.push_back([access, value](Target& target) { access(target) = value; });
+                },
+                help)
+            ->default_str(text.str());
+    }
+
+    /// A field that is one of `names`.
+    template <class Access, class Choice, std::size_t count>
+    void choice(const std::string& flag, Access access, const nn::Names<Choice, count>& names,
+                const std::string& help) {
+        Target defaults{};
+        std::vector<std::string> known;
+        for (const auto& name : names) known.emplace_back(name.first);
+        command_
+            .add_option_function<std::string>(
+                flag,
+                [this, access, &names, flag](const std::string& name) {
+                    const Choice chosen = nn::choice_of(names, flag, name);
+                    changes_.push_back([access, chosen](Target& target) { access(target) = chosen; });
+                },
+                help)
+            ->check(CLI::IsMember(known))
+            ->default_str(nn::name_of(names, access(defaults)));
+    }
+
+    /// The options of evaluate that both training and validation offer; access(Target&): the deeppcr::Options.
+    template <class Access>
+    void evaluation(Access access) {
+        const auto field = [access](auto member) {
+            return [=](Target & target) -> auto& { return access(target).*member; };
+        };
+        choice("--method", field(&Options::method), nn::method_names,
+               "How the layers are evaluated: all at once, or one after the other");
+        choice("--surrogate", field(&Options::surrogate), nn::surrogate_names, "What stands for the Jacobian");
+        choice("--reduction", field(&Options::reduction), nn::reduction_names, "How the bidiagonal systems are solved");
+        value("--chunk", field(&Options::chunk), "Layers per chunk of the scan; 0: chosen");
+        choice("--guess", field(&Options::guess), nn::guess_names,
+               "Where Newton's method starts; predicted: from a linear fit to the last step's trajectories");
+        value("--tolerance", field(&Options::tolerance), "Of the residual of each layer; 0: 64 machine epsilons");
+        value("--window", field(&Options::window), "Layers evaluated at once; 0: as many as fit the memory");
+        choice("--on-failure", field(&Options::on_failure), nn::on_failure_names,
+               "What to do where Newton's method does not converge");
+        value(
+            "--threads", [access](Target& target) -> int& { return access(target).execution.threads; },
+            "Threads; 0: as many as there are processors");
+    }
+
+    void apply(Target& target) const {
+        for (const auto& change : changes_) change(target);
+    }
+
+private:
+    CLI::App& command_;
+    std::vector<std::function<void(Target&)>> changes_;
+};
+
+}  // namespace deeppcr::program

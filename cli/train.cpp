@@ -1,0 +1,250 @@
+// deeppcr train: a deep residual network on Fashion-MNIST.
+#include <deque>
+#include <fstream>
+#include <memory>
+#include <numeric>
+#include <optional>
+
+#include <deeppcr/nn/training.hpp>
+#include <files/error.hpp>
+
+#include "command.hpp"
+#include "given_options.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+using nn::TrainingOptions;
+
+struct Arguments {
+    std::string network, checkpoint, resume, log, data;
+    bool overwrite = false;
+    std::unique_ptr<GivenOptions<TrainingOptions>> given;
+};
+
+Json to_json(const nn::ValidationResult& result) {
+    return {{"images", result.images},         {"loss", result.loss},         {"accuracy", result.accuracy},
+            {"iterations", result.iterations}, {"residual", result.residual}, {"seconds", result.seconds}};
+}
+
+Json to_json(const nn::StepRecord& record) {
+    return {{"step", record.step},
+            {"epoch", record.epoch},
+            {"loss", record.loss},
+            {"accuracy", record.accuracy},
+            {"learning_rate", record.learning_rate},
+            {"gradient_norm", record.gradient_norm},
+            {"iterations", record.iterations},
+            {"mean_iterations", record.mean_iterations},
+            {"residual", record.residual},
+            {"status", to_string(record.status)},
+            {"sequential_steps", record.sequential_steps},
+            {"forward_seconds", record.forward_seconds},
+            {"backward_seconds", record.backward_seconds},
+            {"seconds", record.seconds}};
+}
+
+/// What the progress bar shows: means over the last steps.
+class Recent {
+public:
+    std::string note(const nn::StepRecord& record) {
+        steps_.push_back(record);
+        if (steps_.size() > 50) steps_.pop_front();
+        const auto mean = [&](auto field) {
+            double sum = 0;
+            for (const auto& step : steps_) sum += double(step.*field);
+            return sum / double(steps_.size());
+        };
+        std::string text = "loss " + number_text(mean(&nn::StepRecord::loss)) + "  accuracy " +
+                           percent_text(mean(&nn::StepRecord::accuracy));
+        if (record.iterations > 0) text += "  iterations " + number_text(mean(&nn::StepRecord::iterations), 2);
+        return text;
+    }
+
+private:
+    std::deque<nn::StepRecord> steps_;
+};
+
+/// One JSON object per line and step.
+class Log {
+public:
+    explicit Log(const std::string& path) : path_(path) {
+        if (path.empty()) return;
+        file_.open(path, std::ios::app);
+        if (!file_) throw FileError(path, "cannot be opened for writing");
+    }
+    void write(const nn::StepRecord& record) {
+        if (path_.empty()) return;
+        file_ << to_json(record).dump() << std::endl;
+        if (!file_) throw FileError(path_, "cannot be written to");
+    }
+
+private:
+    std::string path_;
+    std::ofstream file_;
+};
+
+TrainingOptions gather(const Arguments& arguments) {
+    TrainingOptions options = arguments.resume.empty() ? TrainingOptions{} : nn::checkpoint_options(arguments.resume);
+    arguments.given->apply(options);
+    options.resume = arguments.resume;
+    options.data = arguments.data;
+    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
+                         : !arguments.resume.empty()   ? arguments.resume
+                                                       : "resnet.safetensors";
+    std::error_code error;
+    if (std::filesystem::exists(options.checkpoint, error) && !arguments.overwrite &&
+        !(std::filesystem::equivalent(options.checkpoint, options.resume, error) && !error))
+        throw FileError(options.checkpoint,
+                        "exists: continue it with --resume, name another with --checkpoint, or give --overwrite");
+    return options;
+}
+
+std::string describe(const TrainingOptions& options) {
+    std::string text = "residual network of " + count_text(options.layers) + " layers x " + count_text(options.width) +
+                       ", " + nn::name_of(nn::activation_names, options.activation) + ", evaluated ";
+    return text + (options.evaluation.method == Method::sequential ? "layer by layer" : "by Newton's method");
+}
+
+std::string describe(const nn::EpochRecord& epoch) {
+    std::string text = "epoch " + std::to_string(epoch.epoch) + ": loss " + number_text(epoch.loss) + ", accuracy " +
+                       percent_text(epoch.accuracy);
+    if (epoch.validation.images > 0)
+        text += "; held out " + number_text(epoch.validation.loss) + ", " + percent_text(epoch.validation.accuracy);
+    return text + "  (" + seconds_text(epoch.seconds) + ")";
+}
+
+std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
+    if (steps.empty()) return "no steps were left to do";
+    nn::StepRecord sum;
+    index finished = 0;
+    for (const auto& step : steps) {
+        sum.seconds += step.seconds;
+        sum.forward_seconds += step.forward_seconds;
+        sum.backward_seconds += step.backward_seconds;
+        sum.iterations += step.iterations;
+        sum.residual = std::max(sum.residual, step.residual);
+        finished += step.sequential_steps > 0;
+    }
+    const double count = double(steps.size());
+    std::string text = count_text(index(steps.size())) + " steps of " + seconds_text(sum.seconds / count) +
+                       " (layers: forward " + seconds_text(sum.forward_seconds / count) + ", backward " +
+                       seconds_text(sum.backward_seconds / count) + ")";
+    if (sum.iterations > 0)
+        text += ", " + number_text(double(sum.iterations) / count) + " Newton iterations each, residual at most " +
+                scientific_text(sum.residual);
+    if (finished > 0) text += "; " + count_text(finished) + " of them finished sequentially";
+    return text;
+}
+
+Exit run_train(const Arguments& arguments, Output& output) {
+    const TrainingOptions options = gather(arguments);
+    Log log(arguments.log);
+    output.line("Fashion-MNIST, " + describe(options));
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar;
+    index before_epoch = 0;
+    bool validating = false;
+    Recent recent;
+    nn::TrainingCallbacks callbacks;
+    callbacks.step = [&](const nn::StepRecord& record) {
+        log.write(record);
+        if (!bar) {
+            const std::string title = "epoch " + std::to_string(record.epoch) + "/" + std::to_string(record.epochs);
+            bar.emplace(title, double(record.epoch_steps - record.epoch_step + 1));
+            before_epoch = record.step - 1;
+        }
+        bar->update(double(record.step - before_epoch), recent.note(record));
+    };
+    callbacks.validation = [&](double done) {
+        if (!validating) bar.reset();
+        if (!bar) bar.emplace("validating", 1.0);
+        validating = true;
+        bar->update(done);
+    };
+    callbacks.epoch = [&](const nn::EpochRecord& epoch) {
+        bar.reset();
+        validating = false;
+        output.line(describe(epoch));
+    };
+    callbacks.interrupted = interrupted;
+    const nn::TrainingResult result = nn::train(options, callbacks);
+    bar.reset();
+
+    output.line(describe_steps(result.steps));
+    if (result.test.images > 0 && !result.interrupted)
+        output.line("test accuracy " + percent_text(result.test.accuracy, 2) + ", loss " +
+                    number_text(result.test.loss) + " on " + count_text(result.test.images) + " images");
+    output.line(result.interrupted
+                    ? "interrupted; go on with: deeppcr train resnet --resume " + options.checkpoint.string()
+                    : "checkpoint: " + options.checkpoint.string());
+
+    Json& json = output.result;
+    json["checkpoint"] = options.checkpoint.string();
+    json["interrupted"] = result.interrupted;
+    json["parameters"] = result.parameters;
+    json["seconds"] = result.seconds;
+    json["steps"] = Json::array();
+    for (const auto& step : result.steps) json["steps"].push_back(to_json(step));
+    json["epochs"] = Json::array();
+    for (const auto& epoch : result.epochs)
+        json["epochs"].push_back({{"epoch", epoch.epoch},
+                                  {"step", epoch.step},
+                                  {"loss", epoch.loss},
+                                  {"accuracy", epoch.accuracy},
+                                  {"held_out", to_json(epoch.validation)},
+                                  {"seconds", epoch.seconds}});
+    json["test"] = result.test.images > 0 ? to_json(result.test) : Json();
+    return result.interrupted ? Exit::interrupted : Exit::done;
+}
+
+}  // namespace
+
+void add_train(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command =
+        program.add("train", "Train a deep residual network on Fashion-MNIST",
+                    "  deeppcr train resnet --layers 1024 --width 16 --epochs 3\n"
+                    "  deeppcr train resnet --method sequential --steps 500 --checkpoint plain.safetensors\n"
+                    "  deeppcr train resnet --resume resnet.safetensors",
+                    [arguments](Output& output) { return run_train(*arguments, output); });
+    command.add_option("network", arguments->network, "What to train: resnet")
+        ->required()
+        ->check(CLI::IsMember({"resnet"}));
+
+    arguments->given = std::make_unique<GivenOptions<TrainingOptions>>(command);
+    auto& given = *arguments->given;
+    const auto field = [](auto member) {
+        return [=](TrainingOptions & options) -> auto& { return options.*member; };
+    };
+    given.value("--layers", field(&TrainingOptions::layers), "Residual layers, a multiple of --skip");
+    given.value("--width", field(&TrainingOptions::width), "Width of each layer");
+    given.value("--skip", field(&TrainingOptions::skip), "Layers that a skip connection spans; 0: none");
+    given.choice("--activation", field(&TrainingOptions::activation), nn::activation_names, "Of the layers");
+    given.evaluation(field(&TrainingOptions::evaluation));
+    given.value("--batch", field(&TrainingOptions::batch), "Images per step");
+    given.value("--epochs", field(&TrainingOptions::epochs), "Passes over the training images");
+    given.value("--steps", field(&TrainingOptions::steps), "Steps, instead of epochs; 0: as --epochs says");
+    given.choice("--optimiser", field(&TrainingOptions::optimiser), nn::optimiser_names, "How parameters are updated");
+    given.value("--learning-rate", field(&TrainingOptions::learning_rate), "Of encoder and decoder, at its highest");
+    given.value("--trunk-learning-rate", field(&TrainingOptions::trunk_learning_rate),
+                "Of the layers; 0: chosen from --learning-rate and --layers");
+    given.value("--warm-up", field(&TrainingOptions::warm_up), "Steps until the learning rate is at its highest");
+    given.value("--weight-decay", field(&TrainingOptions::weight_decay), "Decay of the parameters");
+    given.value("--gradient-clip", field(&TrainingOptions::gradient_clip), "Largest norm of the gradient; 0: any");
+    given.value("--seed", field(&TrainingOptions::seed), "Of initial weights, split and shuffles");
+    given.value("--train-images", field(&TrainingOptions::train_images), "Train on so many images only; 0: all 54,000");
+    given.value("--checkpoint-interval", field(&TrainingOptions::checkpoint_interval),
+                "Save every so many steps, besides each epoch's end; 0: not");
+    command.add_option("--data", arguments->data,
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
+    command.add_option("--checkpoint", arguments->checkpoint,
+                       "Where the training is saved (default: --resume's, else resnet.safetensors)");
+    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
+    command.add_option("--log", arguments->log, "Append a JSON object per step to this file");
+}
+
+}  // namespace deeppcr::program

@@ -1,0 +1,75 @@
+// deeppcr validate: a checkpoint on the test set.
+#include <memory>
+#include <optional>
+
+#include <deeppcr/nn/training.hpp>
+
+#include "command.hpp"
+#include "given_options.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+struct Arguments {
+    std::string checkpoint, data;
+    bool held_out = false;
+    std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
+};
+
+Exit run_validate(const Arguments& arguments, Output& output) {
+    nn::ValidationOptions options;
+    options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
+    arguments.given->apply(options);
+    options.data = arguments.data;
+    options.held_out = arguments.held_out;
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar(std::in_place, "validating", 1.0);
+    options.progress = [&](double done) { bar->update(done); };
+    options.interrupted = interrupted;
+    const nn::ValidationResult result = nn::validate(arguments.checkpoint, options);
+    bar.reset();
+    if (interrupted()) throw Interrupted();
+
+    std::string text = std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
+                       percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
+                       count_text(result.images) + " images in " + seconds_text(result.seconds);
+    if (options.evaluation.method == Method::newton)
+        text += ", " + number_text(result.iterations) + " Newton iterations per batch, residual at most " +
+                scientific_text(result.residual);
+    output.line(text);
+    output.result.update(Json{{"checkpoint", arguments.checkpoint},
+                              {"set", arguments.held_out ? "held_out" : "test"},
+                              {"method", nn::name_of(nn::method_names, options.evaluation.method)},
+                              {"images", result.images},
+                              {"accuracy", result.accuracy},
+                              {"loss", result.loss},
+                              {"iterations", result.iterations},
+                              {"residual", result.residual},
+                              {"seconds", result.seconds}});
+    return Exit::done;
+}
+
+}  // namespace
+
+void add_validate(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add("validate", "Accuracy of a trained network on the test set",
+                                    "  deeppcr validate resnet.safetensors\n"
+                                    "  deeppcr validate resnet.safetensors --method sequential --json",
+                                    [arguments](Output& output) { return run_validate(*arguments, output); });
+    command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
+    arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
+    auto& given = *arguments->given;
+    const auto field = [](auto member) {
+        return [=](nn::ValidationOptions & options) -> auto& { return options.*member; };
+    };
+    given.evaluation(field(&nn::ValidationOptions::evaluation));
+    given.value("--batch", field(&nn::ValidationOptions::batch), "Images at once; 0: as in the training");
+    command.add_option("--data", arguments->data,
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+    command.add_flag("--held-out", arguments->held_out, "The images held out of the training, instead of the test set");
+}
+
+}  // namespace deeppcr::program
