@@ -3,25 +3,35 @@
 include(ProcessorCount)
 ProcessorCount(processors)
 
-# A build tree of its own from a preset, as a fixture that the tests needing it require. Listed first, for it takes long.
-function(add_build_tree preset)
-  set(tree "${PROJECT_BINARY_DIR}/${preset}")
-  add_test(NAME ${preset}.build WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"
-           COMMAND sh -c "\"$0\" --preset ${preset} -B \"$1\" && \"$0\" --build \"$1\"" "${CMAKE_COMMAND}" "${tree}")
-  set_tests_properties(${preset}.build PROPERTIES FIXTURES_SETUP ${preset} LABELS ${preset} TIMEOUT 1200
-                                                  PROCESSORS ${processors} COST 1000)
+# A build tree of its own as a fixture of the tests that run programs from it. COST: begins first, for it takes long.
+function(add_build_tree name)
+  add_test(NAME ${name}.build WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"
+           COMMAND sh -c "cmake=\"$0\" tree=\"$1\"; shift; \"$cmake\" -B \"$tree\" \"$@\" && \"$cmake\" --build \"$tree\""
+                   "${CMAKE_COMMAND}" "${PROJECT_BINARY_DIR}/${name}" ${ARGN})
+  set_tests_properties(${name}.build PROPERTIES FIXTURES_SETUP ${name} LABELS ${name} TIMEOUT 1200
+                                                PROCESSORS ${processors} COST 1000)
 endfunction()
 
-# ThreadSanitizer sees only what threads do; one thread, on a small machine, would show it nothing.
-add_build_tree(asan)
-add_build_tree(tsan)
+# The core's and files' tests under the sanitizers. Three threads, on small machines too: one alone cannot race.
 foreach(sanitizer IN ITEMS asan tsan)
+  add_build_tree(${sanitizer} --preset ${sanitizer})
   foreach(name IN LISTS core_tests)
     add_test(NAME ${sanitizer}.${name}
              COMMAND ${without_address_randomisation} "${PROJECT_BINARY_DIR}/${sanitizer}/tests/${name}")
     set_tests_properties(${sanitizer}.${name} PROPERTIES FIXTURES_REQUIRED ${sanitizer} LABELS ${sanitizer} TIMEOUT 600
                          ENVIRONMENT "DEEPPCR_THREADS=3;UBSAN_OPTIONS=print_stacktrace=1;TSAN_OPTIONS=halt_on_error=1")
   endforeach()
+endforeach()
+
+# The file readers, fuzzed for some seconds each.
+add_build_tree(fuzz -S tests/fuzz -G Ninja -DCMAKE_CXX_COMPILER=clang++-14
+               "-DCMAKE_CROSSCOMPILING_EMULATOR=${without_address_randomisation}")
+file(GLOB fuzzers CONFIGURE_DEPENDS RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}/fuzz" fuzz/*_fuzz.cpp)
+foreach(source IN LISTS fuzzers)
+  string(REGEX REPLACE "_fuzz\\.cpp$" "" format "${source}")
+  add_test(NAME fuzz.${format} COMMAND "${CMAKE_CTEST_COMMAND}" --test-dir "${PROJECT_BINARY_DIR}/fuzz" --output-on-failure
+                                       --no-tests=error --tests-regex "^fuzz\\.${format}$")
+  set_tests_properties(fuzz.${format} PROPERTIES FIXTURES_REQUIRED fuzz LABELS fuzz TIMEOUT 600)
 endforeach()
 
 # Consumers: once with the installed package, once with add_subdirectory.
