@@ -50,7 +50,7 @@ std::string with_thousands(std::string digits) {
     const std::size_t first = digits.find_first_of("0123456789");
     std::size_t end = digits.find_first_not_of("0123456789", first);
     if (end == std::string::npos) end = digits.size();
-    for (std::size_t i = end; i > first + 3; i -= 3) digits.insert(i - 3, ",");
+    for (std::size_t i = end; i > first + 3; i -= 3) digits.insert(i - 3, 1, ',');
     return digits;
 }
 

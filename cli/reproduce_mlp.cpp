@@ -63,55 +63,80 @@ double seconds_of(const Call& call) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-/// Largest difference of two arrays of the same shape, relative to the largest entry of `expected`.
-double largest_difference(const Buffer<float>& actual, const Buffer<float>& expected) {
+/// Largest difference of two contiguous arrays of the same shape, relative to the largest entry of `expected`;
+/// infinite where it is not a number.
+double largest_difference(View<const float> actual, View<const float> expected) {
     double difference = 0, size = 0;
-    for (index i = 0; i < expected.size(); ++i) {
+    for (index i = 0; i < expected.shape().count(); ++i) {
         const double distance = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
-        if (!(distance <= difference)) difference = distance;  // NaN stays
+        difference = std::isnan(distance) ? INFINITY : std::max(difference, distance);
         size = std::max(size, std::abs(double(expected.data()[i])));
     }
     return size > 0 ? difference / size : difference;
 }
 
 /// One way of computing a forward and a backward pass, with what it computed last and the seconds that it took.
-struct Contender {
-    Contender(std::string label, const Shape& shape, const Options& choices)
-        : name(std::move(label)), options(choices), trajectory(shape) {
-        options.workspace = &workspace;
+class Contender {
+public:
+    Contender(std::string label, const Network& network, const Options& choices)
+        : name(std::move(label)), options_(choices), network_(network), states_({shape().steps + 1, batch(), width()}) {
+        options_.workspace = &workspace_;
+        std::copy_n(network.input.data(), network.input.size(), states_.data());
+        if (!sequential()) return;
+        slopes_ = Buffer<float>(shape());
+        gradients_ = {Buffer<float>(network.weights.shape()),
+                      Buffer<float>(network.biases.shape()),
+                      Buffer<float>(network.input.shape()),
+                      {}};
     }
 
-    bool sequential() const { return options.method == Method::sequential; }
+    bool sequential() const { return options_.method == Method::sequential; }
+    /// Whether the last forward pass is right, so that there is something to differentiate.
+    bool right() const { return sequential() || report_.status == Status::converged; }
 
-    void forward(const Network& network) {
-        forward_seconds.push_back(seconds_of([&] {
+    void forward() {
+        const auto call = [&] {
             if (sequential())
-                network.chain.run(network.section(), network.input, trajectory);
+                network_.chain.run(network_.section(), network_.input, trajectory());
             else
-                report = evaluate(network.chain, trajectory, options);
-        }));
+                report_ = evaluate(network_.chain, trajectory(), options_);
+        };
+        forward_seconds.push_back(seconds_of(call));
     }
 
-    void backward(const Network& network) {
-        backward_seconds.push_back(seconds_of([&] {
-            gradients = adjoint(network.chain, trajectory.view(), report, network.output_gradient.view(), options,
-                                slopes.view());
-        }));
+    /// The sequential pass at its best: the slopes come with the forward pass, and nothing is allocated or copied.
+    void backward() {
+        if (sequential()) network_.chain.run_with_slopes(network_.section(), network_.input, trajectory(), slopes_);
+        const auto call = [&] {
+            if (sequential())
+                network_.chain.run_backward(network_.section(), states_.view().steps(0, shape().steps), slopes_,
+                                            network_.output_gradient, gradients_.weights, gradients_.biases, {},
+                                            gradients_.initial);
+            else
+                gradients_ = adjoint(network_.chain, trajectory(), report_, network_.output_gradient.view(), options_);
+        };
+        backward_seconds.push_back(seconds_of(call));
     }
+
+    View<float> trajectory() const { return states_.view().steps(1, shape().steps + 1); }
+    const DenseChainGradients<float>& gradients() const { return gradients_; }
+    const Report& report() const { return report_; }
 
     std::string name;
-    Workspace workspace;
-    Options options;
-    Buffer<float> trajectory, slopes;
-    DenseChainGradients<float> gradients;
-    Report report;
     std::vector<double> forward_seconds, backward_seconds;
-};
 
-Json quartiles_json(const std::vector<double>& seconds) {
-    const Quartiles found = quartiles(seconds);
-    return {{"median", found.median}, {"quartiles", {found.first, found.third}}};
-}
+private:
+    const Shape& shape() const { return network_.chain.shape(); }
+    index batch() const { return shape().batch; }
+    index width() const { return shape().width; }
+
+    Workspace workspace_;
+    Options options_;
+    const Network& network_;
+    Buffer<float> states_, slopes_;  // states_: x_0 .. x_T
+    DenseChainGradients<float> gradients_;
+    Report report_;
+};
 
 /// How long a configuration takes beyond a second, roughly: products of Jacobians decide.
 double weight(index width, index depth, index batch) {
@@ -120,24 +145,20 @@ double weight(index width, index depth, index batch) {
 
 Json measure(index width, index depth, index batch, const Grid& sizes, const Experiment& experiment) {
     const Network network(width, depth, batch, experiment.seed);
-    const Shape& shape = network.chain.shape();
     const Options newton{.max_iterations = most_iterations, .on_failure = OnFailure::report, .estimates = false};
     Options pcr = newton, scan = newton;
     pcr.reduction = Reduction::pcr;
     scan.reduction = Reduction::scan;
     std::vector<Contender> contenders;
     contenders.reserve(3);  // their options point to their workspaces
-    contenders.emplace_back("sequential", shape, Options{.method = Method::sequential});
-    contenders.emplace_back("pcr", shape, pcr);
-    contenders.emplace_back("scan", shape, scan);
-    Contender& baseline = contenders[0];
+    contenders.emplace_back("sequential", network, Options{.method = Method::sequential});
+    contenders.emplace_back("pcr", network, pcr);
+    contenders.emplace_back("scan", network, scan);
 
-    // Verify and warm up: the first pass of each is not timed.
-    baseline.slopes = Buffer<float>(shape);
-    network.chain.run_with_slopes(network.section(), network.input, baseline.trajectory, baseline.slopes);
+    // The first pass of each warms up and is not timed.
     for (Contender& contender : contenders) {
-        contender.forward(network);
-        if (contender.report.ok()) contender.backward(network);
+        contender.forward();
+        if (contender.right()) contender.backward();
         contender.forward_seconds.clear();
         contender.backward_seconds.clear();
     }
@@ -149,37 +170,40 @@ Json measure(index width, index depth, index batch, const Grid& sizes, const Exp
            (repetitions < sizes.least_repetitions ||
             std::chrono::steady_clock::now() - begin < std::chrono::duration<double>(sizes.seconds))) {
         for (Contender& contender : contenders) {
-            if (!contender.report.ok()) continue;
-            contender.forward(network);
-            contender.backward(network);
+            if (!contender.right()) continue;
+            contender.forward();
+            contender.backward();
         }
         ++repetitions;
     }
 
     Json result{{"width", width}, {"depth", depth}, {"batch", batch}, {"repetitions", repetitions}};
-    for (Contender& contender : contenders) {
+    const Contender& baseline = contenders[0];
+    for (const Contender& contender : contenders) {
         Json entry = Json::object();
         if (!contender.sequential()) {
-            entry["status"] = to_string(contender.report.status);
-            entry["iterations"] = contender.report.iterations;
+            entry["status"] = to_string(contender.report().status);
+            entry["iterations"] = contender.report().iterations;
         }
-        if (contender.report.ok()) {
-            const Json forward = quartiles_json(contender.forward_seconds);
-            const Json backward = quartiles_json(contender.backward_seconds);
-            entry["forward_seconds"] = forward["median"];
-            entry["forward_quartiles"] = forward["quartiles"];
-            entry["backward_seconds"] = backward["median"];
-            entry["backward_quartiles"] = backward["quartiles"];
-            if (!contender.sequential()) {
-                entry["forward_ratio"] =
-                    result["sequential"]["forward_seconds"].get<double>() / entry["forward_seconds"].get<double>();
-                entry["backward_ratio"] =
-                    result["sequential"]["backward_seconds"].get<double>() / entry["backward_seconds"].get<double>();
-                entry["state_difference"] = largest_difference(contender.trajectory, baseline.trajectory);
-                entry["gradient_difference"] =
-                    std::max(largest_difference(contender.gradients.weights, baseline.gradients.weights),
-                             largest_difference(contender.gradients.biases, baseline.gradients.biases));
+        if (contender.right()) {
+            for (const char* pass : {"forward", "backward"}) {
+                const bool forward = pass == std::string("forward");
+                const Quartiles found = quartiles(forward ? contender.forward_seconds : contender.backward_seconds);
+                const std::string prefix = pass + std::string("_");
+                entry[prefix + "seconds"] = found.median;
+                entry[prefix + "quartiles"] = {found.first, found.third};
+                if (!contender.sequential())
+                    entry[prefix + "ratio"] = result["sequential"][prefix + "seconds"].get<double>() /
+                                              entry[prefix + "seconds"].get<double>();
             }
+        }
+        if (contender.right() && !contender.sequential()) {
+            const auto gradient_difference = [&](const Buffer<float> DenseChainGradients<float>::*part) {
+                return largest_difference(contender.gradients().*part, baseline.gradients().*part);
+            };
+            entry["state_difference"] = largest_difference(contender.trajectory(), baseline.trajectory());
+            entry["gradient_difference"] = std::max(gradient_difference(&DenseChainGradients<float>::weights),
+                                                    gradient_difference(&DenseChainGradients<float>::biases));
         }
         result[contender.name] = entry;
     }
