@@ -142,6 +142,7 @@ Checkpoint read_checkpoint(const std::filesystem::path& path) {
                 throw FileError(path, std::string("a number as metadata \"") + key + '"', '"' + written + '"');
         }
     });
+    if (checkpoint.step < 0) throw FileError(path, "a count as metadata \"step\"", std::to_string(checkpoint.step));
     for (const auto& [name, tensor] : contents.tensors) checkpoint.tensors.emplace(name, from_file(tensor));
     return checkpoint;
 }

@@ -191,7 +191,7 @@ std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& traj
         state_gradients = output_gradient.contiguous();
     } else {
         state_gradients = at::zeros(trajectory.sizes(), trajectory.options());
-        if (shape.steps > 0) state_gradients[shape.steps - 1].copy_(output_gradient);
+        state_gradients[shape.steps - 1].copy_(output_gradient);
     }
     auto gradients =
         adjoint(forward.chain, view<const T>(trajectory), forward.report, view<const T>(state_gradients),
@@ -216,10 +216,7 @@ struct DenseChainFunction : torch::autograd::Function<DenseChainFunction<T>> {
         auto pass = c10::make_intrusive<Forward<T>>(initial.detach().contiguous(), weights.detach().contiguous(),
                                                     biases.detach().contiguous(), options, memory);
         Tensor trajectory = run_forward(*pass, backward_follows);
-        const index steps = trajectory.size(0);
-        Tensor output = options.whole_trajectory ? trajectory
-                        : steps > 0              ? trajectory[steps - 1].clone()
-                                                 : initial.clone();
+        Tensor output = options.whole_trajectory ? trajectory : trajectory[trajectory.size(0) - 1].clone();
         context->save_for_backward({initial, weights, biases, trajectory});
         context->saved_data["pass"] = c10::IValue::make_capsule(pass);
         return output;
@@ -262,6 +259,7 @@ Tensor dense_chain(const Tensor& initial, const Tensor& weights, const Tensor& b
         biases.size(1) != initial.size(1) || biases.scalar_type() != type || !biases.device().is_cpu())
         throw InvalidArgument("biases", "[" + std::to_string(weights.size(0)) + "," + width + "] of initial's type",
                               describe(biases));
+    if (weights.size(0) == 0 && !options.whole_trajectory) return initial.clone();
     if (!memory) memory = std::make_shared<DenseChainMemory>();
     return type == at::kFloat ? apply<float>(initial, weights, biases, options, memory)
                               : apply<double>(initial, weights, biases, options, memory);

@@ -5,6 +5,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace deeppcr::nn {
@@ -30,7 +31,13 @@ ResidualNetworkImpl::ResidualNetworkImpl(const ResidualNetworkOptions& network_o
     require(skip == 0 || depth % skip == 0, "layers", "a multiple of skip = " + std::to_string(skip), depth);
     if (options.type() != at::kFloat && options.type() != at::kDouble)
         throw InvalidArgument("type", "float or double", c10::toString(options.type()));
-    Shape{depth, width, width}.count();  // overflow is an InvalidArgument here, not LibTorch's error
+    const double parameters = double(depth) * double(width + 1) * double(width) +
+                              double(width) * double(options.inputs() + options.outputs());
+    const double bytes = parameters * double(c10::elementSize(options.type()));
+    if (bytes > double(available_memory()))
+        throw OutOfMemory("a network of " + std::to_string(depth) + " layers x " + std::to_string(width) + " needs " +
+                          std::to_string(index(std::min(bytes, 9e18))) + " bytes for its parameters alone, " +
+                          std::to_string(available_memory()) + " are available");
 
     const auto type = at::TensorOptions(options.type());
     auto generator = at::make_generator<at::CPUGeneratorImpl>(options.seed());
@@ -54,6 +61,7 @@ ResidualNetworkImpl::ResidualNetworkImpl(const ResidualNetworkOptions& network_o
                 last_weights.div_(blocks);
                 break;
             case Activation::sigmoid:
+                last_weights.div_(std::sqrt(blocks));
                 last_biases.fill_(-std::log(blocks));
                 break;
         }

@@ -40,8 +40,8 @@ struct DenseParameters : torch::nn::Module {
 /// of each residual block is scaled down, so that the sum of all blocks is of the size of the state that they are
 /// added to, at any depth: by 1 / sqrt(blocks) where the activation is odd around 0 (identity, tanh, gelu nearly), for
 /// the sums of blocks then grow like a random walk; by 1 / blocks for relu, whose outputs all push the same way; and a
-/// sigmoid starts at 1 / blocks by its bias. The numbers come from a generator of the network's own, not from
-/// LibTorch's global one: the same seed gives the same network.
+/// sigmoid, scaled as tanh is, starts at 1 / blocks by its bias. The numbers come from a generator of the network's
+/// own, not from LibTorch's global one: the same seed gives the same network.
 class ResidualNetworkImpl : public torch::nn::Module {
 public:
     /// Throws InvalidArgument.
