@@ -107,6 +107,9 @@ private:
 void warn_about_slow_blas(Output& output);
 
 // The commands, in the order of --help.
+void add_reproduce(Program& program);
+void add_train(Program& program);
+void add_validate(Program& program);
 void add_solve(Program& program);
 void add_check(Program& program);
 void add_info(Program& program);

@@ -4,6 +4,9 @@
 int main(int argc, char** argv) {
     using namespace deeppcr::program;
     Program program;
+    add_reproduce(program);
+    add_train(program);
+    add_validate(program);
     add_solve(program);
     add_check(program);
     add_info(program);
