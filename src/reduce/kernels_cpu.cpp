@@ -64,16 +64,10 @@ HWY_INLINE void store_first(hn::Vec<D> vector, D d, T* to, index count) {
 
 // ------------------------------------------------------------------------------------------------------------- rows
 
-/// x = a before + b for one row of channels.
+/// Into the second-level cache; `ahead` 0 fetches what is being read anyway.
 template <class T>
-HWY_INLINE void advance_row(const T* a, const T* before, const T* b, T* x, index width) {
-    const Lanes<T> d;
-    index i = 0;
-    for (; i + lanes<T> <= width; i += lanes<T>)
-        hn::StoreU(hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, before + i), hn::LoadU(d, b + i)), d, x + i);
-    if (const index rest = width - i; rest > 0)
-        store_first(hn::MulAdd(load_first(d, a + i, rest), load_first(d, before + i, rest), load_first(d, b + i, rest)),
-                    d, x + i, rest);
+HWY_INLINE void fetch(const T* from, index ahead) {
+    __builtin_prefetch(from + ahead, 0, 2);
 }
 
 /// Copies past the caches; the ends that do not fill an aligned vector go the ordinary way.
@@ -87,95 +81,189 @@ HWY_INLINE void copy_past_caches(const T* from, index count, T* to) {
     if (i < count) std::copy_n(from + i, count - i, to + i);
 }
 
-/// Channels [first, last) of one sequence, all steps.
+/// The states of neighbouring channels between two rows: in registers where they are few, else in memory.
+template <class T, index vectors>
+struct CarriedStates {
+    static constexpr index largest_width = vectors * lanes<T>;
+    hn::Vec<Lanes<T>> state[vectors];
+    HWY_INLINE auto load(index i) const { return state[i / lanes<T>]; }
+    HWY_INLINE void store(hn::Vec<Lanes<T>> value, index i) { state[i / lanes<T>] = value; }
+    /// body(i, lanes in use) for the first channel i of each vector.
+    template <class Body>
+    HWY_INLINE void for_each(index width, const Body& body) {
+        unroll<vectors>([&](auto v) HWY_ATTR { body(v * lanes<T>, std::min(width - v * lanes<T>, lanes<T>)); });
+    }
+};
 template <class T>
-HWY_INLINE void substitute_channels(const Strip<T>& s, const T* a, const T* b, const T* before, T* x, index width) {
-    constexpr index half = 8192 / sizeof(T);
-    HWY_ALIGN T rows[2 * half];
-    const index together = s.bypass_caches ? std::max<index>(1, half / width) : s.steps;
-    const bool one_run = s.solution_step == width;
-    for (index first = 0, part = 0; first < s.steps; first += together, ++part) {
-        // Past the caches: some rows at a time, in either half of `rows`, and then all of them to the solution.
+struct CarriedStates<T, 0> {
+    static constexpr index largest_width = 16384 / sizeof(T);
+    HWY_ALIGN T state[largest_width];
+    HWY_INLINE auto load(index i) const { return hn::Load(Lanes<T>(), state + i); }
+    HWY_INLINE void store(hn::Vec<Lanes<T>> value, index i) { hn::Store(value, Lanes<T>(), state + i); }
+    template <class Body>
+    HWY_INLINE void for_each(index width, const Body& body) {
+        index i = 0;
+        for (; i + lanes<T> <= width; i += lanes<T>) body(i, lanes<T>);
+        if (i < width) body(i, width - i);
+    }
+};
+
+template <class T>
+HWY_INLINE auto load_up_to(const T* from, index count) {
+    return count == lanes<T> ? hn::LoadU(Lanes<T>(), from) : load_first(Lanes<T>(), from, count);
+}
+
+template <class T>
+HWY_INLINE void store_up_to(hn::Vec<Lanes<T>> vector, T* to, index count) {
+    if (count == lanes<T>)
+        hn::StoreU(vector, Lanes<T>(), to);
+    else
+        store_first(vector, Lanes<T>(), to, count);
+}
+
+/// All steps of neighbouring channels of one sequence. Past the caches, a wide row goes straight to memory if it is
+/// aligned; others are staged, some rows at a time, so that they fill whole cache lines.
+template <class T, index vectors>
+void substitute_channels(const Strip<T>& s, const T* a, const T* b, const T* before, T* x, index width) {
+    const Lanes<T> d;
+    constexpr index most_staged = 8192 / sizeof(T);
+    using States = CarriedStates<T, vectors>;
+    HWY_ALIGN T staged[vectors > 0 ? most_staged + States::largest_width : States::largest_width];
+    States states;
+    const auto aligned = [&](index elements) { return elements % lanes<T> == 0; };
+    const bool straight = s.bypass_caches && vectors == 0 && aligned(s.solution_step) && aligned(width) &&
+                          aligned(index(reinterpret_cast<std::uintptr_t>(x) / sizeof(T)));
+    const bool stage = s.bypass_caches && !straight;
+    const index together = stage ? std::max<index>(1, most_staged / width) : 1;
+
+    states.for_each(width, [&](index i, index count) HWY_ATTR {
+        auto state = load_up_to(b + i, count);
+        if (before != nullptr) state = hn::MulAdd(load_up_to(a + i, count), load_up_to(before + i, count), state);
+        states.store(state, i);
+        store_up_to(state, x + i, count);
+    });
+    const index factor_ahead = s.factor_ahead * s.factor_step,
+                right_side_ahead = s.right_side_ahead * s.right_side_step;
+    for (index first = 1; first < s.steps; first += together) {
         const index last = std::min(first + together, s.steps);
-        T* row = s.bypass_caches ? rows + part % 2 * half : x;
-        const index row_stride = s.bypass_caches ? width : s.solution_step;
+        x += s.solution_step;
+        T* row = stage ? staged : x;
         for (index step = first; step < last; ++step) {
-            if (before == nullptr)
-                std::copy_n(b, width, row);
-            else
-                advance_row(a, before, b, row, width);
-            before = row;
-            row += row_stride;
             a += s.factor_step;
             b += s.right_side_step;
+            states.for_each(width, [&](index i, index count) HWY_ATTR {
+                fetch(a + i, factor_ahead);
+                fetch(b + i, right_side_ahead);
+                const auto state = hn::MulAdd(load_up_to(a + i, count), states.load(i), load_up_to(b + i, count));
+                states.store(state, i);
+                if (straight)
+                    hn::Stream(state, d, row + i);
+                else if (stage)
+                    hn::StoreU(state, d, row + i);  // may run into the next row, which comes later
+                else
+                    store_up_to(state, row + i, count);
+            });
+            row += width;
         }
-        if (!s.bypass_caches) continue;
-        const T* done = rows + part % 2 * half;
-        if (one_run)
-            copy_past_caches(done, (last - first) * width, x);
+        if (!stage) continue;
+        const index rows = last - first;
+        if (s.solution_step == width)
+            copy_past_caches(staged, rows * width, x);
         else
-            for (index i = 0; i < last - first; ++i) copy_past_caches(done + i * width, width, x + i * s.solution_step);
-        x += (last - first) * s.solution_step;
+            for (index i = 0; i < rows; ++i) copy_past_caches(staged + i * width, width, x + i * s.solution_step);
+        x += (rows - 1) * s.solution_step;
+    }
+}
+
+template <class T, index vectors>
+void summarise_channels(const Strip<T>& s, const T* a, const T* b, T* product, T* end, index width) {
+    CarriedStates<T, vectors> products, states;
+    states.for_each(width, [&](index i, index count) HWY_ATTR {
+        products.store(load_up_to(a + i, count), i);
+        states.store(load_up_to(b + i, count), i);
+    });
+    const index factor_ahead = s.factor_ahead * s.factor_step,
+                right_side_ahead = s.right_side_ahead * s.right_side_step;
+    for (index step = 1; step < s.steps; ++step) {
+        a += s.factor_step;
+        b += s.right_side_step;
+        states.for_each(width, [&](index i, index count) HWY_ATTR {
+            fetch(a + i, factor_ahead);
+            fetch(b + i, right_side_ahead);
+            const auto factor = load_up_to(a + i, count);
+            products.store(hn::Mul(factor, products.load(i)), i);
+            states.store(hn::MulAdd(factor, states.load(i), load_up_to(b + i, count)), i);
+        });
+    }
+    states.for_each(width, [&](index i, index count) HWY_ATTR {
+        store_up_to(products.load(i), product + i, count);
+        store_up_to(states.load(i), end + i, count);
+    });
+}
+
+/// Calls body(first, width, vectors) for tiles of neighbouring channels; vectors: how many hold a tile, 0: many.
+template <class T, class Body>
+void for_each_tile(index width, const Body& body) {
+    constexpr index tile = CarriedStates<T, 0>::largest_width;
+    for (index first = 0; first < width; first += tile) {
+        const index size = std::min(tile, width - first);
+        switch ((size + lanes<T> - 1) / lanes<T>) {
+            case 1:
+                body(first, size, std::integral_constant<index, 1>());
+                break;
+            case 2:
+                body(first, size, std::integral_constant<index, 2>());
+                break;
+            case 3:
+                body(first, size, std::integral_constant<index, 3>());
+                break;
+            case 4:
+                body(first, size, std::integral_constant<index, 4>());
+                break;
+            default:
+                body(first, size, std::integral_constant<index, 0>());
+        }
+    }
+}
+
+/// A few channels in each of several sequences: side by side, so that they do not wait for each other.
+template <class T>
+void substitute_side_by_side(const Strip<T>& s) {
+    const Lanes<T> d;
+    for (index step = 0; step < s.steps; ++step) {
+        for (index sequence = 0; sequence < s.batch; ++sequence) {
+            const T* b = s.right_side + step * s.right_side_step + sequence * s.right_side_batch;
+            T* x = s.solution + step * s.solution_step + sequence * s.solution_batch;
+            const T* before = step > 0   ? x - s.solution_step
+                              : s.before ? s.before + sequence * s.before_batch
+                                         : nullptr;
+            auto state = load_first(d, b, s.width);
+            if (before != nullptr)
+                state = hn::MulAdd(load_first(d, s.factor + step * s.factor_step + sequence * s.factor_batch, s.width),
+                                   load_first(d, before, s.width), state);
+            store_first(state, d, x, s.width);
+        }
     }
 }
 
 template <class T>
 void substitute_diagonal(const Strip<T>& s) {
-    constexpr index tile = 8192 / sizeof(T);
-    if (s.width < lanes<T> && s.batch > 1) {
-        // A few channels in each of several sequences: side by side, so that they do not wait for each other.
-        for (index step = 0; step < s.steps; ++step) {
-            for (index sequence = 0; sequence < s.batch; ++sequence) {
-                const T* b = s.right_side + step * s.right_side_step + sequence * s.right_side_batch;
-                T* x = s.solution + step * s.solution_step + sequence * s.solution_batch;
-                const T* before = step > 0   ? x - s.solution_step
-                                  : s.before ? s.before + sequence * s.before_batch
-                                             : nullptr;
-                if (before == nullptr)
-                    std::copy_n(b, s.width, x);
-                else
-                    advance_row(s.factor + step * s.factor_step + sequence * s.factor_batch, before, b, x, s.width);
-            }
-        }
-        return;
-    }
+    if (s.width < lanes<T> && s.batch > 1) return substitute_side_by_side(s);
     for (index sequence = 0; sequence < s.batch; ++sequence)
-        for (index first = 0; first < s.width; first += tile)
-            substitute_channels(s, s.factor + sequence * s.factor_batch + first,
-                                s.right_side + sequence * s.right_side_batch + first,
-                                s.before ? s.before + sequence * s.before_batch + first : nullptr,
-                                s.solution + sequence * s.solution_batch + first, std::min(tile, s.width - first));
+        for_each_tile<T>(s.width, [&](index first, index width, auto vectors) HWY_ATTR {
+            substitute_channels<T, vectors>(s, s.factor + sequence * s.factor_batch + first,
+                                            s.right_side + sequence * s.right_side_batch + first,
+                                            s.before ? s.before + sequence * s.before_batch + first : nullptr,
+                                            s.solution + sequence * s.solution_batch + first, width);
+        });
     if (s.bypass_caches) hwy::FlushStream();
 }
 
 template <class T>
 void summarise_rows(const Strip<T>& s, T* product, T* end) {
-    constexpr index tile = 8192 / sizeof(T);
-    const Lanes<T> d;
-    for (index first = 0; first < s.width; first += tile) {
-        const index width = std::min(tile, s.width - first);
-        const T* a = s.factor + first;
-        const T* b = s.right_side + first;
-        T* p = product + first;
-        T* e = end + first;
-        std::copy_n(a, width, p);
-        std::copy_n(b, width, e);
-        for (index step = 1; step < s.steps; ++step) {
-            a += s.factor_step;
-            b += s.right_side_step;
-            index i = 0;
-            for (; i + lanes<T> <= width; i += lanes<T>) {
-                const auto factor = hn::LoadU(d, a + i);
-                hn::StoreU(hn::Mul(factor, hn::LoadU(d, p + i)), d, p + i);
-                hn::StoreU(hn::MulAdd(factor, hn::LoadU(d, e + i), hn::LoadU(d, b + i)), d, e + i);
-            }
-            if (const index rest = width - i; rest > 0) {
-                const auto factor = load_first(d, a + i, rest);
-                store_first(hn::Mul(factor, load_first(d, p + i, rest)), d, p + i, rest);
-                store_first(hn::MulAdd(factor, load_first(d, e + i, rest), load_first(d, b + i, rest)), d, e + i, rest);
-            }
-        }
-    }
+    for_each_tile<T>(s.width, [&](index first, index width, auto vectors) HWY_ATTR {
+        summarise_channels<T, vectors>(s, s.factor + first, s.right_side + first, product + first, end + first, width);
+    });
 }
 
 // ----------------------------------------------------------------------------------------------------------- series
@@ -240,6 +328,8 @@ void replay_series(const Strip<T>& s) {
     const T* a = s.factor + first_channel;
     const T* b = s.right_side + first_channel;
     T* x = s.solution + first_channel;
+    const index factor_ahead = s.factor_ahead * s.factor_step,
+                right_side_ahead = s.right_side_ahead * s.right_side_step;
     const SeriesScan<T, rounds> series(channels, backwards);
 
     for (index channel = 0; channel < channels; ++channel) {
@@ -264,6 +354,8 @@ void replay_series(const Strip<T>& s) {
         T* const target = s.bypass_caches ? staged : run;
         for (index i = 0; i < length; i += lanes<T>) {
             const index at = sign * (position + i) - lowest;
+            fetch(a + at, factor_ahead);
+            fetch(b + at, right_side_ahead);
             auto factor = hn::LoadU(d, a + at), sum = hn::LoadU(d, b + at);
             series.scan(factor, sum);
             state = hn::MulAdd(factor, series.carry(state), sum);
@@ -284,6 +376,8 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
     const index sign = backwards ? -1 : 1, first_channel = backwards ? channels - 1 : 0;
     const T* a = s.factor + first_channel;
     const T* b = s.right_side + first_channel;
+    const index factor_ahead = s.factor_ahead * s.factor_step,
+                right_side_ahead = s.right_side_ahead * s.right_side_step;
     const SeriesScan<T, rounds> series(channels, backwards);
     const index lowest = backwards ? lanes<T> - 1 : 0;
     const auto lane = [&](index position) { return backwards ? lanes<T> - 1 - position : position; };
@@ -298,6 +392,8 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
     index position = channels;
     for (; position + lanes<T> <= count; position += lanes<T>) {
         const index at = sign * position - lowest;
+        fetch(a + at, factor_ahead);
+        fetch(b + at, right_side_ahead);
         auto factor = hn::LoadU(d, a + at), sum = hn::LoadU(d, b + at);
         series.scan(factor, sum);
         total = hn::Mul(factor, series.carry(total));

@@ -41,7 +41,9 @@ Strip<T> strip(const OrderedSystem<T>& system, index first, index last, index se
             .width = end_element - element,
             .block = system.block(),
             .transposed = transposed,
-            .bypass_caches = system.block() == 1 && !system.in_place() && bytes >= large_bytes};
+            .bypass_caches = system.block() == 1 && !system.in_place() && bytes >= large_bytes,
+            .factor_ahead = 0,
+            .right_side_ahead = 0};
 }
 
 /// A contiguous strip of one step: `width` elements in blocks.
@@ -156,9 +158,11 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
     const auto scratch = workspace.take_states<T>({threads, 1, block * (block + 1)});
     std::vector<std::atomic<index>> ends_known(static_cast<std::size_t>(batch));
     std::atomic<index> next{0};
+    const bool fetches = block == 1 && batch == 1;
 
     device::run_together(int(std::min<index>(threads, chunks * batch)), [&](int thread) {
-        for (index item = next++; item < chunks * batch; item = next++) {
+        for (index item = next++, following; item < chunks * batch; item = following) {
+            following = next++;
             const index part = item / batch, sequence = item % batch;
             auto here =
                 strip(system, part * chunk, std::min((part + 1) * chunk, steps), sequence, sequence + 1, 0, width);
@@ -169,7 +173,10 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
                 known.store(1, std::memory_order_release);
                 continue;
             }
+            // Memory must not rest while a chunk is replayed from the cache: the next one is fetched on the way.
+            const index ahead = fetches && following < chunks ? (following - part) * chunk : 0;
             const bool passes_on = part + 1 < chunks;
+            here.factor_ahead = ahead;
             if (passes_on) kernel.summarise(here, product.at(thread, 0), end.at(part, sequence), scratch.at(thread, 0));
             for (int spins = 0; known.load(std::memory_order_acquire) < part; ++spins)
                 spins < 4000 ? hwy::Pause() : std::this_thread::yield();
@@ -179,6 +186,8 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
                                               end.at(part, sequence), width, block, system.transposed));
                 known.store(part + 1, std::memory_order_release);
             }
+            here.factor_ahead = 0;
+            here.right_side_ahead = ahead;
             kernel.replay(here);
         }
     });
