@@ -14,6 +14,8 @@
 
 #include <hwy/highway.h>
 
+#include <array>
+
 #include <deeppcr/dense_chain.hpp>
 
 HWY_BEFORE_NAMESPACE();
@@ -33,7 +35,7 @@ HWY_INLINE V LimitAbove(D d, hn::TFromD<D> limit, V v) {
 
 /// c[0] + x (c[1] + x (c[2] + ...)).
 template <class D, class V, std::size_t n>
-HWY_INLINE V Polynomial(D d, V x, const hn::TFromD<D> (&c)[n]) {
+HWY_INLINE V Polynomial(D d, V x, const std::array<hn::TFromD<D>, n>& c) {
     V sum = hn::Set(d, c[n - 1]);
 #pragma GCC unroll 32
     for (std::size_t i = 1; i < n; ++i) sum = hn::MulAdd(sum, x, hn::Set(d, c[n - 1 - i]));
@@ -49,10 +51,11 @@ struct Exponential<float> {
     static constexpr float rounding = 0x1.8p23f;    // adding it rounds to an integer, held in the low bits
     static constexpr float log2_e = 0x1.715476p0f;  // 1 / ln 2
     static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;  // high: few bits, n * high is exact
-    static constexpr float underflow = 105;                                    // exp is 0 below it
+    static constexpr float underflow = 105;                                     // exp is 0 below it
+    static constexpr float ln2 = 0x1.62e43p-1f, two_to_minus_half_bias = 0x1p-63f;
     static constexpr float tanh_is_one = 10;
     // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, to 6.5e-8
-    static constexpr float series[] = {0.5f, 0.166665770f, 0.0416665546f, 0.00836317763f, 0.00139261818f};
+    static constexpr std::array series = {0.5f, 0.166665770f, 0.0416665546f, 0.00836317763f, 0.00139261818f};
 };
 
 template <>
@@ -62,59 +65,43 @@ struct Exponential<double> {
     static constexpr double log2_e = 0x1.71547652b82fep0;
     static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
     static constexpr double underflow = 746;
+    static constexpr double ln2 = 0x1.62e42fefa39efp-1, two_to_minus_half_bias = 0x1p-511;
     static constexpr double tanh_is_one = 20;
     // to 1.4e-18
-    static constexpr double series[] = {0.5,
-                                        0.16666666666666671,
-                                        0.0416666666666666698,
-                                        0.0083333333333261365,
-                                        0.00138888888888837493,
-                                        0.000198412698748158331,
-                                        0.0000248015873255443191,
-                                        2.75572554062850437e-6,
-                                        2.75572736474510896e-7,
-                                        2.51052144747514137e-8,
-                                        2.0914685161418068e-9};
+    static constexpr std::array series = {0.5,
+                                          0.16666666666666671,
+                                          0.0416666666666666698,
+                                          0.0083333333333261365,
+                                          0.00138888888888837493,
+                                          0.000198412698748158331,
+                                          0.0000248015873255443191,
+                                          2.75572554062850437e-6,
+                                          2.75572736474510896e-7,
+                                          2.51052144747514137e-8,
+                                          2.0914685161418068e-9};
 };
 
-/// e^(high + low) = 2^n (1 + q), |q| < 1/2. low is a small correction of high.
-template <class V>
-struct Split {
-    V q;
-    V n_bits;  // n, in the low bits
-};
-
-template <class D, class V = hn::Vec<D>>
-HWY_INLINE Split<V> SplitExponential(D d, V high, V low) {
-    using C = Exponential<hn::TFromD<D>>;
-    const V shifted = hn::MulAdd(high, hn::Set(d, C::log2_e), hn::Set(d, C::rounding));
-    const V n = hn::Sub(shifted, hn::Set(d, C::rounding));
-    const V r = hn::Add(hn::NegMulAdd(n, hn::Set(d, C::ln2_low), hn::NegMulAdd(n, hn::Set(d, C::ln2_high), high)), low);
-    return {hn::MulAdd(hn::Mul(r, r), Polynomial(d, r, C::series), r), shifted};
-}
-
-/// 2^n for normal results.
-template <class D, class V = hn::Vec<D>>
-HWY_INLINE V PowerOfTwo(D d, V n_bits) {
-    using C = Exponential<hn::TFromD<D>>;
+/// 2^n for n = the low bits of `shifted` less the bias.
+template <class D, class V>
+HWY_INLINE V PowerOfTwo(D d, V shifted) {
     const hn::RebindToSigned<D> di;
-    return hn::BitCast(
-        d, hn::ShiftLeft<C::mantissa_bits>(hn::Add(hn::BitCast(di, n_bits), hn::Set(di, C::exponent_bias))));
+    return hn::BitCast(d, hn::ShiftLeft<Exponential<hn::TFromD<D>>::mantissa_bits>(hn::BitCast(di, shifted)));
 }
 
-/// e^-(high + low) for arguments from 0 on, gradual underflow included.
-template <class D, class V = hn::Vec<D>>
+/// e^-(high + low) for arguments from 0 on, gradual underflow included; low is a small correction of high.
+template <class D, class V>
 HWY_INLINE V ExpMinus(D d, V high, V low) {
-    using C = Exponential<hn::TFromD<D>>;
-    const hn::RebindToSigned<D> di;
-    using Integer = hn::TFromD<decltype(di)>;
-    const auto split = SplitExponential(d, hn::Neg(LimitAbove(d, C::underflow, high)), hn::Neg(low));
-    // 2^n in two factors, as n may lie below the smallest normal exponent: 2^(n + half) is normal.
-    constexpr Integer half = C::exponent_bias / 2;
-    const V scale = hn::BitCast(d, hn::ShiftLeft<C::mantissa_bits>(
-                                       hn::Add(hn::BitCast(di, split.n_bits), hn::Set(di, C::exponent_bias + half))));
-    const V rest = hn::BitCast(d, hn::Set(di, Integer(C::exponent_bias - half) << C::mantissa_bits));
-    return hn::Mul(hn::MulAdd(scale, split.q, scale), rest);
+    using T = hn::TFromD<D>;
+    using C = Exponential<T>;
+    // = 2^n (1 + q). 2^n is made of two factors, as n may lie below the smallest normal exponent.
+    constexpr T half = C::exponent_bias / 2, magic = C::rounding + C::exponent_bias + half;
+    const V limited = LimitAbove(d, C::underflow, high);
+    const V shifted = hn::NegMulAdd(limited, hn::Set(d, C::log2_e), hn::Set(d, magic));
+    const V n = hn::Sub(hn::Set(d, magic), shifted);
+    const V r = hn::Sub(hn::MulAdd(n, hn::Set(d, C::ln2_low), hn::MulSub(n, hn::Set(d, C::ln2_high), limited)), low);
+    const V q = hn::MulAdd(hn::Mul(r, r), Polynomial(d, r, C::series), r);
+    const V scale = PowerOfTwo(d, shifted);
+    return hn::Mul(hn::MulAdd(scale, q, scale), hn::Set(d, C::two_to_minus_half_bias));
 }
 
 /// Each activation: value(d, z), and value and slope at once.
@@ -150,15 +137,22 @@ struct Function<Activation::relu> {
 
 template <>
 struct Function<Activation::tanh> {
-    // e / (e + 2) with e = exp(2 |z|) - 1
+    // h / (h + 1) with h = (e^(2 |z|) - 1) / 2 = 2^(n-1) q + 2^(n-1) - 1/2, q = e^r - 1. Where n > 0, tanh changes so
+    // little with its argument that ln 2 needs no second part. Additions, where they will do, leave the multipliers
+    // free.
     template <class D, class V>
     static HWY_INLINE V Value(D d, V z) {
-        using C = Exponential<hn::TFromD<D>>;
+        using T = hn::TFromD<D>;
+        using C = Exponential<T>;
+        constexpr T magic = C::rounding + C::exponent_bias - 1;
         const V limited = LimitAbove(d, C::tanh_is_one, hn::Abs(z));
-        const auto split = SplitExponential(d, hn::Add(limited, limited), hn::Zero(d));
-        const V scale = PowerOfTwo(d, split.n_bits);
-        const V e = hn::MulAdd(scale, split.q, hn::Sub(scale, hn::Set(d, 1)));
-        return hn::CopySign(hn::Div(e, hn::Add(e, hn::Set(d, 2))), z);
+        const V shifted = hn::MulAdd(limited, hn::Set(d, 2 * C::log2_e), hn::Set(d, magic));
+        const V n = hn::Sub(shifted, hn::Set(d, magic));
+        const V r = hn::NegMulAdd(n, hn::Set(d, C::ln2), hn::Add(limited, limited));
+        const V q = hn::MulAdd(hn::Mul(r, r), Polynomial(d, r, C::series), r);
+        const V scale = PowerOfTwo(d, shifted);
+        const V h = hn::MulAdd(scale, q, hn::Sub(scale, hn::Set(d, T(0.5))));
+        return hn::CopySign(hn::Div(h, hn::Add(h, hn::Set(d, 1))), z);
     }
     template <class D, class V>
     static HWY_INLINE V ValueAndSlope(D d, V z, V& slope) {
@@ -194,16 +188,16 @@ template <>
 struct ScaledTail<float> {
     static constexpr float centre = 3, limit = 10.4f;
     static constexpr unsigned keep = 0xFFFFF000u;  // the leading half of a mantissa: its square is exact
-    static constexpr float series[] = {0.626504029f,   -0.0678105738f,   -0.0237811541f,  0.064823341f,
-                                       -0.0596360537f, 0.0341465636f,    -0.011896782f,   0.00128877728f,
-                                       0.00100001168f, -0.000395319812f, -0.000137262254f};
+    static constexpr std::array series = {0.626504029f,   -0.0678105738f,   -0.0237811541f,  0.064823341f,
+                                          -0.0596360537f, 0.0341465636f,    -0.011896782f,   0.00128877728f,
+                                          0.00100001168f, -0.000395319812f, -0.000137262254f};
 };
 
 template <>
 struct ScaledTail<double> {
     static constexpr double centre = 3.75, limit = 27.4;
     static constexpr unsigned long long keep = 0xFFFFFFFFF8000000ull;
-    static constexpr double series[] = {
+    static constexpr std::array series = {
         0.618756315418913827,     -0.0701202992927733852,   0.00179270774272042224,  0.0411383692450575846,
         -0.0544019650702558611,   0.046152160580888995,     -0.0293466993073807219,  0.0141811386948865248,
         -0.00487328965010829007,  0.000877813088363762173,  0.00014685608200026238,  -0.000145078090289197778,

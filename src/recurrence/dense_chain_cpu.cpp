@@ -14,7 +14,7 @@
 // threads take different sequences and never wait for each other. Where layers are wide, threads instead take different
 // outputs of the same layer, with a barrier after it, so that the weights are read once.
 #include <algorithm>
-#include <cstring>
+#include <cstdint>
 
 #include "device/simd.hpp"
 #include "device/threads.hpp"
@@ -23,6 +23,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "recurrence/dense_chain_cpu.cpp"
 #include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
 // After foreach_target.h:
 #include <hwy/highway.h>
 
@@ -45,6 +46,8 @@ struct Kernels {
 constexpr index work_per_thread = 32768;
 /// Bytes of states that a group of sequences keeps in the first-level cache.
 constexpr index group_bytes = 16384;
+/// Jacobians larger than this are written past the caches.
+constexpr index stream_bytes = index(1) << 22;
 /// Width from which threads share the outputs of a layer rather than the sequences.
 constexpr index wide_layer = 256;
 
@@ -271,7 +274,7 @@ int ThreadsFor(const Extent& extent, index work) {
     return int(std::clamp<index>(work / work_per_thread, 1, extent.threads));
 }
 
-/// Rows [first, last) of a group, one after the other.
+/// Sequences whose states stay in the first-level cache.
 template <class T>
 index GroupRows(index width) {
     return std::max<index>(32, group_bytes / (width * index(sizeof(T))));
@@ -298,19 +301,83 @@ void Run(const Network<T>& network, const Extent& extent, const T* state, T* tra
     });
 }
 
-/// out = diag(slopes) matrix, + 1 on the diagonal where `residual`. matrix: rows of `stride`; out: [width,width].
+/// Computes diag(slopes) matrix, + 1 on the diagonal where `residual`, for one matrix after the other.
 template <class T>
-void ScaleRows(index width, const T* matrix, index stride, const T* slopes, bool residual, T* out) {
-    const hn::ScalableTag<T> d;
-    const index lanes = index(hn::Lanes(d));
-    for (index o = 0; o < width; ++o, matrix += stride, out += width) {
-        const auto slope = hn::Set(d, slopes[o]);
-        index c = 0;
-        for (; c + lanes <= width; c += lanes) hn::StoreU(hn::Mul(slope, hn::LoadU(d, matrix + c)), d, out + c);
-        if (c < width) Store<true>(d, hn::Mul(slope, Load<true>(d, matrix + c, width - c)), out + c, width - c);
-        if (residual) out[o] += 1;
+class RowScaling {
+public:
+    RowScaling(index width, bool residual) : width_(width), residual_(residual) {
+        // A matrix whose rows do not fill a vector is taken as one run of numbers: element e lies in row e / width.
+        for (index e = 0; e < width * width && Short(width); ++e) {
+            row_of_[e] = Lane(e / width);
+            identity_[e] = T(residual && e / width == e % width);
+        }
+        one_[lanes] = 1;
     }
-}
+
+    /// matrix: rows of `stride`; out: [width,width]. slopes: [width], and readable for a whole vector.
+    /// stream: past the caches, where the rows allow it.
+    HWY_NOINLINE void operator()(const T* matrix, index stride, const T* slopes, bool stream, T* out) const {
+        if (Short(width_) && stride == width_)
+            return stream && Aligned(out, width_ * width_) ? Run<true>(matrix, slopes, out)
+                                                           : Run<false>(matrix, slopes, out);
+        return stream && Aligned(out, width_) ? ByRow<true>(matrix, stride, slopes, out)
+                                              : ByRow<false>(matrix, stride, slopes, out);
+    }
+
+private:
+    using D = hn::ScalableTag<T>;
+    using Lane = hn::TFromD<hn::RebindToSigned<D>>;
+    static constexpr index lanes = index(hn::MaxLanes(D()));
+
+    static constexpr bool Short(index width) { return width <= lanes && HWY_TARGET != HWY_SCALAR; }
+    static bool Aligned(const T* out, index run) {
+        return run % lanes == 0 && reinterpret_cast<std::uintptr_t>(out) % (lanes * sizeof(T)) == 0;
+    }
+
+    template <bool stream>
+    static HWY_INLINE void Put(hn::Vec<D> v, T* to) {
+        if constexpr (stream)
+            hn::Stream(v, D(), to);
+        else
+            hn::StoreU(v, D(), to);
+    }
+
+    template <bool stream>
+    HWY_INLINE void Run(const T* matrix, const T* slopes, T* out) const {
+        const D d;
+        const auto slope = hn::LoadU(d, slopes);
+        const index count = width_ * width_;
+        index e = 0;
+        const auto scaled = [&](auto entries) HWY_ATTR {
+            const auto by_row = hn::TableLookupLanes(slope, hn::SetTableIndices(d, row_of_ + e));
+            return hn::MulAdd(by_row, entries, hn::LoadU(d, identity_ + e));
+        };
+        for (; e + lanes <= count; e += lanes) Put<stream>(scaled(hn::LoadU(d, matrix + e)), out + e);
+        if (e < count) Store<true>(d, scaled(Load<true>(d, matrix + e, count - e)), out + e, count - e);
+    }
+
+    template <bool stream>
+    HWY_INLINE void ByRow(const T* matrix, index stride, const T* slopes, T* out) const {
+        const D d;
+        for (index o = 0; o < width_; ++o, matrix += stride, out += width_) {
+            const auto slope = hn::Set(d, slopes[o]);
+            const auto scaled = [&](index c, auto entries) HWY_ATTR {
+                if (residual_ && o - c >= 0 && o - c < lanes)
+                    return hn::MulAdd(slope, entries, hn::LoadU(d, one_ + lanes - (o - c)));
+                return hn::Mul(slope, entries);
+            };
+            index c = 0;
+            for (; c + lanes <= width_; c += lanes) Put<stream>(scaled(c, hn::LoadU(d, matrix + c)), out + c);
+            if (c < width_) Store<true>(d, scaled(c, Load<true>(d, matrix + c, width_ - c)), out + c, width_ - c);
+        }
+    }
+
+    index width_;
+    bool residual_;
+    HWY_ALIGN Lane row_of_[lanes * lanes] = {};
+    HWY_ALIGN T identity_[lanes * lanes] = {};
+    HWY_ALIGN T one_[2 * lanes] = {};  // a window of it is a row of the identity
+};
 
 template <class T>
 void Linearise(const Network<T>& network, const Extent& extent, const T* before, T* after, T* jacobian, T* diagonal) {
@@ -318,37 +385,39 @@ void Linearise(const Network<T>& network, const Extent& extent, const T* before,
     const bool wanted = jacobian != nullptr || diagonal != nullptr;
     const index group = std::min(GroupRows<T>(width), extent.batch);
     const index grain = std::max<index>(1, work_per_thread / (square * depth));
+    const RowScaling<T> scale(width, false), scale_last(width, network.residual());
+    const bool stream = jacobian != nullptr && extent.steps * extent.batch * square * index(sizeof(T)) > stream_bytes;
     device::parallel_ranges(extent.threads, extent.steps * extent.batch, grain, [&](index first, index last) {
-        const Buffer<T> memory = Buffer<T>::uninitialised({2 * depth, group, width});
+        const Buffer<T> memory = Buffer<T>::uninitialised({1, 1, (2 * depth * group + 1) * width + panel_width<T>});
         const Buffer<T> products = Buffer<T>::uninitialised({depth > 1 || diagonal != nullptr ? 3 : 0, width, width});
-        T* const slopes = memory.data();
-        T* const hidden = slopes + depth * group * width;
+        T* const hidden = memory.data();
+        T* const slopes = hidden + depth * group * width;
         for (index at = first; at < last;) {
             const index step = extent.first + at / extent.batch;
             const index rows = std::min({group, last - at, extent.batch - at % extent.batch});
             Step(network, step, rows, before + at * width, after + at * width, hidden, group * width,
                  wanted ? slopes : nullptr, group * width);
             for (index j = 0; wanted && j < rows; ++j) {
-                T* const target = jacobian != nullptr ? jacobian + (at + j) * square : products.data();
                 const T* matrix = network.weights.at(step * depth, 0);
                 index stride = network.weights.batch_stride();
-                for (index i = 0; i < depth; ++i) {
-                    T* const scaled = i + 1 == depth ? target : products.data() + square;
-                    ScaleRows(width, matrix, stride, slopes + (i * group + j) * width,
-                              i + 1 == depth && network.residual(), scaled);
-                    if (i + 1 == depth) break;
+                for (index i = 0; i + 1 < depth; ++i) {
+                    T* const scaled = products.data() + square;
                     T* const product = products.data() + 2 * square;
+                    scale(matrix, stride, slopes + (i * group + j) * width, false, scaled);
                     Multiply<T>({width, 0, width, width, network.weights.at(step * depth + i + 1, 0),
                                  network.weights.batch_stride(), 1, Right<T>::Rows(scaled, width), nullptr, 0, product,
                                  width});
                     matrix = product;
                     stride = width;
                 }
+                T* const target = jacobian != nullptr ? jacobian + (at + j) * square : products.data();
+                scale_last(matrix, stride, slopes + ((depth - 1) * group + j) * width, stream, target);
                 if (diagonal != nullptr)
                     for (index k = 0; k < width; ++k) diagonal[(at + j) * width + k] = target[k * width + k];
             }
             at += rows;
         }
+        if (stream) hwy::FlushStream();
     });
 }
 
