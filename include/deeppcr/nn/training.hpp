@@ -20,7 +20,7 @@ struct TrainingOptions {
     Activation activation = Activation::tanh;
     /// How its trunk is evaluated, in training and in validation. The guess `given` starts each step from what the
     /// last one predicts. execution.threads are the trunk's; LibTorch gets one.
-    Options evaluation = {.guess = Guess::given};
+    Options evaluation = {.guess = Guess::given, .estimates = false};
 
     // The data: 60,000 training images, of which `held_out` are kept for validation, and 10,000 test images.
     std::filesystem::path data = {};  ///< folder of the four files; empty: DEEPPCR_DATA, else where Debian has them
@@ -32,13 +32,13 @@ struct TrainingOptions {
     index epochs = 1;
     index steps = 0;  ///< 0: as `epochs` says
     Optimiser optimiser = Optimiser::adamw;
-    double learning_rate = 1e-2;     ///< of encoder and decoder, at its highest
+    double learning_rate = 3e-3;     ///< of encoder and decoder, at its highest
     double trunk_learning_rate = 0;  ///< of the layers; 0: learning_rate / layers
     index warm_up = 50;              ///< steps of linear growth; a cosine leads from there to 0
     double weight_decay = 0;
-    double momentum = 0.9;     ///< of sgd
-    double gradient_clip = 1;  ///< the norm of all gradients is limited to this; 0: not
-    std::uint64_t seed = 1;    ///< of initial weights, split and shuffles
+    double momentum = 0.9;      ///< of sgd
+    double gradient_clip = 10;  ///< the norm of all gradients is limited to this; 0: not
+    std::uint64_t seed = 1;     ///< of initial weights, split and shuffles
 
     // Checkpoints: written at the end of every epoch and of the training, also of an interrupted one.
     std::filesystem::path checkpoint = {};  ///< empty: none
@@ -116,7 +116,7 @@ struct ValidationOptions {
     std::filesystem::path data = {};  ///< as in TrainingOptions
     bool held_out = false;            ///< validate on the images held out of the training instead of the test set
     index batch = 0;                  ///< 0: the checkpoint's
-    Options evaluation = {};
+    Options evaluation = {.guess = Guess::given, .estimates = false};
     std::function<void(double done)> progress = {};
     /// Asked after every batch; true stops, and the result counts the images so far.
     std::function<bool()> interrupted = {};
