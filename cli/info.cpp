@@ -48,6 +48,14 @@ std::string joined(const std::vector<std::string>& names) {
 }
 
 Exit run_info(const std::string& data, Output& output) {
+    std::string found, missing;
+    try {
+        found = files::find_fashion_mnist(data).string();
+    } catch (const FileError& error) {
+        // A folder that the user named must be right; that the package is not installed is only worth knowing.
+        if (!data.empty()) throw;
+        missing = error.what();
+    }
     const LoadedLibraries loaded;
     const auto tell = [&](const char* label, const char* key, const std::string& text, const Json& value) {
         output.line(std::string(label) + std::string(18 - std::string(label).size(), ' ') + text);
@@ -67,14 +75,7 @@ Exit run_info(const std::string& data, Output& output) {
          loaded.libtorch.empty() ? Json() : Json(loaded.libtorch));
     tell("BLAS", "blas", loaded.blas.empty() ? "not loaded" : loaded.blas,
          loaded.blas.empty() ? Json() : Json(loaded.blas));
-    try {
-        const std::string folder = files::find_fashion_mnist(data).string();
-        tell("Fashion-MNIST", "fashion_mnist", folder, folder);
-    } catch (const FileError& missing) {
-        // A folder that the user named must be right; that the package is not installed is only worth knowing.
-        if (!data.empty()) throw;
-        tell("Fashion-MNIST", "fashion_mnist", missing.what(), Json());
-    }
+    tell("Fashion-MNIST", "fashion_mnist", found.empty() ? missing : found, found.empty() ? Json() : Json(found));
     warn_about_slow_blas(output);
     return Exit::done;
 }
