@@ -351,7 +351,9 @@ void replay_series(const Strip<T>& s) {
     while (position + lanes<T> <= count) {
         const index length = std::min(together, (count - position) / lanes<T> * lanes<T>);
         T* const run = x + sign * position - (backwards ? length - 1 : 0);
-        T* const target = s.bypass_caches ? staged : run;
+        const bool aligned = reinterpret_cast<std::uintptr_t>(run) % (lanes<T> * sizeof(T)) == 0;
+        const bool straight = s.bypass_caches && aligned, stage = s.bypass_caches && !aligned;
+        T* const target = stage ? staged : run;
         for (index i = 0; i < length; i += lanes<T>) {
             const index at = sign * (position + i) - lowest;
             fetch(a + at, factor_ahead);
@@ -359,13 +361,39 @@ void replay_series(const Strip<T>& s) {
             auto factor = hn::LoadU(d, a + at), sum = hn::LoadU(d, b + at);
             series.scan(factor, sum);
             state = hn::MulAdd(factor, series.carry(state), sum);
-            hn::StoreU(state, d, target + (backwards ? length - lanes<T> - i : i));
+            T* const to = target + (backwards ? length - lanes<T> - i : i);
+            if (straight)
+                hn::Stream(state, d, to);
+            else
+                hn::StoreU(state, d, to);
         }
-        if (s.bypass_caches) copy_past_caches(staged, length, run);
+        if (stage) copy_past_caches(staged, length, run);
         position += length;
     }
     for (; position < count; ++position) one_by_one(position);
     if (s.bypass_caches) hwy::FlushStream();
+}
+
+/// A single channel, 2^levels vectors at once: lane i of the result is the composition of 2^levels neighbouring
+/// elements, the i-th such group in memory. Neighbours are joined pair by pair, which takes half the shuffles of a
+/// scan.
+template <class T, int levels>
+HWY_INLINE void compose_neighbours(const T* a, const T* b, bool backwards, hn::Vec<Lanes<T>>& factor,
+                                   hn::Vec<Lanes<T>>& sum) {
+    const Lanes<T> d;
+    if constexpr (levels == 0) {
+        factor = hn::LoadU(d, a);
+        sum = hn::LoadU(d, b);
+    } else {
+        constexpr index half = lanes<T> << (levels - 1);
+        hn::Vec<Lanes<T>> low_factor, low_sum, high_factor, high_sum;
+        compose_neighbours<T, levels - 1>(a, b, backwards, low_factor, low_sum);
+        compose_neighbours<T, levels - 1>(a + half, b + half, backwards, high_factor, high_sum);
+        const auto even_factor = ConcatEven(d, high_factor, low_factor), even_sum = ConcatEven(d, high_sum, low_sum);
+        const auto odd_factor = ConcatOdd(d, high_factor, low_factor), odd_sum = ConcatOdd(d, high_sum, low_sum);
+        factor = hn::Mul(even_factor, odd_factor);
+        sum = backwards ? hn::MulAdd(even_factor, odd_sum, even_sum) : hn::MulAdd(odd_factor, even_sum, odd_sum);
+    }
 }
 
 template <class T, int rounds>
@@ -390,6 +418,22 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
     }
     auto total = hn::Load(d, factors), state = hn::Load(d, sums);
     index position = channels;
+    if constexpr (lanes < T >> 1) {
+        constexpr int levels = 4;
+        constexpr index length = lanes<T> << levels;
+        for (; channels == 1 && position + length <= count; position += length) {
+            const index at = sign * position - (backwards ? length - 1 : 0);
+            for (index i = 0; i < length; i += 64 / index(sizeof(T))) {
+                fetch(a + at + i, factor_ahead);
+                fetch(b + at + i, right_side_ahead);
+            }
+            hn::Vec<Lanes<T>> factor, sum;
+            compose_neighbours<T, levels>(a + at, b + at, backwards, factor, sum);
+            series.scan(factor, sum);
+            total = hn::Mul(factor, series.carry(total));
+            state = hn::MulAdd(factor, series.carry(state), sum);
+        }
+    }
     for (; position + lanes<T> <= count; position += lanes<T>) {
         const index at = sign * position - lowest;
         fetch(a + at, factor_ahead);

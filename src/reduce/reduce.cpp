@@ -207,7 +207,8 @@ index choose_chunk(const OrderedSystem<T>& system, int threads) {
     const index chunk = (system.steps() + 4 * threads - 1) / (4 * threads);
     if (system.block() > 1) return chunk;
     constexpr index cached_elements = (index(256) << 10) / (2 * sizeof(T));
-    return std::clamp<index>(cached_elements / system.width(), 1, chunk);
+    constexpr index line = 64 / sizeof(T);  // chunks that begin with a cache line, where the arrays do
+    return std::clamp<index>(cached_elements / system.width() / line * line, 1, chunk);
 }
 
 template <Backend backend, class T>

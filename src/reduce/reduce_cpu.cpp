@@ -16,6 +16,9 @@ namespace {
 /// A diagonal solution of this size bypasses the caches on its way to memory.
 constexpr index large_bytes = index(16) << 20;
 
+/// How far ahead rows are fetched, at least a row: rows that lie far apart are not foreseen by the processor.
+constexpr index bytes_ahead = 8192;
+
 /// Steps [first, last), sequences [sequence, end_sequence) and elements [element, end_element) of a system. A part that
 /// does not begin with the first step goes on from the solution before it, unless `before` is set by the caller.
 template <class T>
@@ -77,8 +80,11 @@ void solve_sequential(const OrderedSystem<T>& system, int threads) {
             const bool whole = begin == 0 && last - first >= units;
             const index sequences = whole ? (last - first) / units : 1;
             const index end = whole ? units : std::min(units, begin + last - first);
-            kernel.substitute(strip(system, 0, system.steps(), sequence, sequence + sequences, begin * unit,
-                                    std::min(end * unit, system.width())));
+            auto part = strip(system, 0, system.steps(), sequence, sequence + sequences, begin * unit,
+                              std::min(end * unit, system.width()));
+            if (part.bypass_caches)
+                part.factor_ahead = part.right_side_ahead = 1 + bytes_ahead / (part.width * index(sizeof(T)));
+            kernel.substitute(part);
             first += whole ? sequences * units : end - begin;
         }
     });
