@@ -142,7 +142,7 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
         if (states.contiguous()) return states;
         const View<T> copy = workspace.take_states<T>(states.shape());
         for (index i = 0; i < states.steps(); ++i)
-            for (index j = 0; j < batch; ++j) std::copy_n(states.at(i, j), width, copy.at(i, j));
+            for (index j = 0; j < states.batch(); ++j) std::copy_n(states.at(i, j), states.width(), copy.at(i, j));
         return View<const T>(copy);
     };
     const View<const T> states = contiguous(trajectory), gradient = contiguous(output_gradient);

@@ -77,8 +77,8 @@ void compare_jacobian(CheckReport& report, const Recurrence<T>& recurrence, cons
     const Jacobian<T> jacobian = trial.jacobians(block);
     const Buffer<T> moved = trial.before.clone(), up(trial.shape), down(trial.shape);
     const auto shift_column = [&](index column, double sign) {
-        for (index i = 0; i < steps; ++i)
-            for (index j = 0; j < batch; ++j) {
+        for (index i = 0; i < trial.shape.steps; ++i)
+            for (index j = 0; j < trial.shape.batch; ++j) {
                 const T value = trial.before(i, j, column);
                 moved(i, j, column) =
                     T(double(value) + sign * std::cbrt(epsilon) * std::max(1.0, std::abs(double(value))));

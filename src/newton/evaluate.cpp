@@ -325,7 +325,7 @@ private:
         for (index j = 0; j < batch(); ++j) here.follow(j, window().jacobian, j, std::min(rows(), rows_to_follow));
         const double digits = -std::log(double(std::numeric_limits<T>::epsilon())), exponent = here.exponent();
         if (!(exponent > 0)) return half;
-        return index(std::clamp(digits / exponent, double(half / 4), double(half)));
+        return index(std::clamp(digits / exponent, double(half) / 4, double(half)));
     }
 
     void solve_update() {
