@@ -154,9 +154,10 @@ Exit solve_files(const Arguments& arguments, const Problem& problem, Output& out
         residual = residual_of<T>(system, solution, arguments.transposed);
     }
     if (!(residual.relative <= limit)) {
-        const std::string reason = std::isnan(residual.relative)
-                                       ? "the solution is not finite: it grows beyond the range of its element type"
-                                       : "the solution has a relative residual of " + number(residual.relative);
+        const std::string reason =
+            std::isnan(residual.relative)
+                ? "the result is not finite: x, or a product of A, grows beyond the range of its element type"
+                : "the solution has a relative residual of " + number(residual.relative);
         throw NotConverged(reason + "; nothing was written" +
                            (options.method == Reduction::sequential ? "" : " (--method sequential may succeed)"));
     }

@@ -301,7 +301,7 @@ TEST_F(Solve, ASolutionBeyondTheRangeOfNumbersIsNotWritten) {
     for (const char* method : {"automatic", "sequential", "pcr", "scan"}) {
         const Outcome outcome = run({"solve", "A.npy", "b.npy", "-o", "x.npy", "--method", method, "--json"});
         EXPECT_EQ(outcome.exit_code, 2);
-        EXPECT_THAT(outcome.errors, HasSubstr("deeppcr: error: the solution is not finite"));
+        EXPECT_THAT(outcome.errors, HasSubstr("deeppcr: error: the result is not finite"));
         EXPECT_EQ(outcome.json().value("exit_code", 0), 2);
         EXPECT_FALSE(fs::exists(folder / "x.npy"));
     }
@@ -309,10 +309,11 @@ TEST_F(Solve, ASolutionBeyondTheRangeOfNumbersIsNotWritten) {
 
 TEST_F(Solve, ProductsBeyondTheRangeOfNumbersAreSolvedSequentially) {
     // b is 0 until the last step, so the solution is 0 until then; but the products of A overflow.
-    write<float>("A.npy", {64, 1, 1}, std::vector<float>(64, 1e10F));
-    std::vector<float> right_side(64);
+    const index steps = 100'000;
+    write<float>("A.npy", {steps, 1, 1}, std::vector<float>(std::size_t(steps), 1e10F));
+    std::vector<float> right_side(steps);
     right_side.back() = 1;
-    write<float>("b.npy", {64, 1, 1}, right_side);
+    write<float>("b.npy", {steps, 1, 1}, right_side);
     const Outcome pcr = run({"solve", "A.npy", "b.npy", "-o", "x.npy", "--method", "pcr"});
     EXPECT_EQ(pcr.exit_code, 2);
     EXPECT_THAT(pcr.errors, HasSubstr("--method sequential may succeed"));
