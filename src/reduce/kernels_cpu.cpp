@@ -142,8 +142,6 @@ void substitute_channels(const Strip<T>& s, const T* a, const T* b, const T* bef
         states.store(state, i);
         store_up_to(state, x + i, count);
     });
-    const index factor_ahead = s.factor_ahead * s.factor_step,
-                right_side_ahead = s.right_side_ahead * s.right_side_step;
     for (index first = 1; first < s.steps; first += together) {
         const index last = std::min(first + together, s.steps);
         x += s.solution_step;
@@ -152,8 +150,8 @@ void substitute_channels(const Strip<T>& s, const T* a, const T* b, const T* bef
             a += s.factor_step;
             b += s.right_side_step;
             states.for_each(width, [&](index i, index count) HWY_ATTR {
-                fetch(a + i, factor_ahead);
-                fetch(b + i, right_side_ahead);
+                fetch(a + i, s.factor_ahead);
+                fetch(b + i, s.right_side_ahead);
                 const auto state = hn::MulAdd(load_up_to(a + i, count), states.load(i), load_up_to(b + i, count));
                 states.store(state, i);
                 if (straight)
@@ -182,14 +180,12 @@ void summarise_channels(const Strip<T>& s, const T* a, const T* b, T* product, T
         products.store(load_up_to(a + i, count), i);
         states.store(load_up_to(b + i, count), i);
     });
-    const index factor_ahead = s.factor_ahead * s.factor_step,
-                right_side_ahead = s.right_side_ahead * s.right_side_step;
     for (index step = 1; step < s.steps; ++step) {
         a += s.factor_step;
         b += s.right_side_step;
         states.for_each(width, [&](index i, index count) HWY_ATTR {
-            fetch(a + i, factor_ahead);
-            fetch(b + i, right_side_ahead);
+            fetch(a + i, s.factor_ahead);
+            fetch(b + i, s.right_side_ahead);
             const auto factor = load_up_to(a + i, count);
             products.store(hn::Mul(factor, products.load(i)), i);
             states.store(hn::MulAdd(factor, states.load(i), load_up_to(b + i, count)), i);
@@ -328,8 +324,6 @@ void replay_series(const Strip<T>& s) {
     const T* a = s.factor + first_channel;
     const T* b = s.right_side + first_channel;
     T* x = s.solution + first_channel;
-    const index factor_ahead = s.factor_ahead * s.factor_step,
-                right_side_ahead = s.right_side_ahead * s.right_side_step;
     const SeriesScan<T, rounds> series(channels, backwards);
 
     for (index channel = 0; channel < channels; ++channel) {
@@ -356,8 +350,8 @@ void replay_series(const Strip<T>& s) {
         T* const target = stage ? staged : run;
         for (index i = 0; i < length; i += lanes<T>) {
             const index at = sign * (position + i) - lowest;
-            fetch(a + at, factor_ahead);
-            fetch(b + at, right_side_ahead);
+            fetch(a + at, s.factor_ahead);
+            fetch(b + at, s.right_side_ahead);
             auto factor = hn::LoadU(d, a + at), sum = hn::LoadU(d, b + at);
             series.scan(factor, sum);
             state = hn::MulAdd(factor, series.carry(state), sum);
@@ -404,8 +398,6 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
     const index sign = backwards ? -1 : 1, first_channel = backwards ? channels - 1 : 0;
     const T* a = s.factor + first_channel;
     const T* b = s.right_side + first_channel;
-    const index factor_ahead = s.factor_ahead * s.factor_step,
-                right_side_ahead = s.right_side_ahead * s.right_side_step;
     const SeriesScan<T, rounds> series(channels, backwards);
     const index lowest = backwards ? lanes<T> - 1 : 0;
     const auto lane = [&](index position) { return backwards ? lanes<T> - 1 - position : position; };
@@ -424,8 +416,8 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
         for (; channels == 1 && position + length <= count; position += length) {
             const index at = sign * position - (backwards ? length - 1 : 0);
             for (index i = 0; i < length; i += 64 / index(sizeof(T))) {
-                fetch(a + at + i, factor_ahead);
-                fetch(b + at + i, right_side_ahead);
+                fetch(a + at + i, s.factor_ahead);
+                fetch(b + at + i, s.right_side_ahead);
             }
             hn::Vec<Lanes<T>> factor, sum;
             compose_neighbours<T, levels>(a + at, b + at, backwards, factor, sum);
@@ -436,8 +428,8 @@ void summarise_series(const Strip<T>& s, T* product, T* end) {
     }
     for (; position + lanes<T> <= count; position += lanes<T>) {
         const index at = sign * position - lowest;
-        fetch(a + at, factor_ahead);
-        fetch(b + at, right_side_ahead);
+        fetch(a + at, s.factor_ahead);
+        fetch(b + at, s.right_side_ahead);
         auto factor = hn::LoadU(d, a + at), sum = hn::LoadU(d, b + at);
         series.scan(factor, sum);
         total = hn::Mul(factor, series.carry(total));
@@ -636,6 +628,9 @@ HWY_INLINE void substitute_blocks(const Strip<T>& s, const B& block) {
                 continue;
             }
             for (index first = 0; first < s.width; first += size) {
+                for (index i = 0; i < size * size; i += 64 / index(sizeof(T)))
+                    fetch(a + first * size + i, s.factor_ahead);
+                fetch(b + first, s.right_side_ahead);
                 if constexpr (transposed)
                     block.advance_transposed(a + first * size, before + first, b + first, x + first);
                 else

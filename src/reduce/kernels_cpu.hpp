@@ -17,7 +17,7 @@ struct Strip {
     index steps, batch, width, block;
     bool transposed;
     bool bypass_caches;  ///< whether the solution is too large for the caches to keep
-    /// Diagonal: fetch the factors and right sides of so many steps ahead into the cache on the way.
+    /// Elements that lie so far after those in use are fetched into the cache on the way.
     index factor_ahead, right_side_ahead;
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -16,8 +17,13 @@ namespace {
 /// A diagonal solution of this size bypasses the caches on its way to memory.
 constexpr index large_bytes = index(16) << 20;
 
-/// How far ahead rows are fetched, at least a row: rows that lie far apart are not foreseen by the processor.
-constexpr index bytes_ahead = 8192;
+/// How many elements ahead to fetch: the same place of a later row, which the processor does not foresee. Long rows
+/// that are read as a whole it foresees better by itself.
+template <class T>
+index distance_ahead(index row, index stride, bool whole_rows) {
+    constexpr index distance = 8192 / sizeof(T);
+    return whole_rows && row > 8 * distance ? 0 : (1 + distance / row) * stride;
+}
 
 /// Steps [first, last), sequences [sequence, end_sequence) and elements [element, end_element) of a system. A part that
 /// does not begin with the first step goes on from the solution before it, unless `before` is set by the caller.
@@ -73,17 +79,21 @@ void solve_sequential(const OrderedSystem<T>& system, int threads) {
     const index unit = system.block() == 1 ? 64 / index(sizeof(T)) : system.block();
     const index units = (system.width() + unit - 1) / unit;
     const Kernels<T>& kernel = kernels<T>();
+    // Enough sequences at a time that their steps need not wait for each other; all, where they lie side by side.
+    const bool steps_first = std::abs(system.factor.batch_stride()) < std::abs(system.factor.step_stride());
+    const index side_by_side = steps_first ? system.batch() : std::max<index>(1, 4 / units);
     device::parallel_ranges(threads, system.batch() * units, 1, [&](index first, index last) {
         // Whole sequences together, and parts of a sequence at either end.
         while (first < last) {
             const index sequence = first / units, begin = first % units;
             const bool whole = begin == 0 && last - first >= units;
-            const index sequences = whole ? (last - first) / units : 1;
+            const index sequences = whole ? std::min((last - first) / units, side_by_side) : 1;
             const index end = whole ? units : std::min(units, begin + last - first);
             auto part = strip(system, 0, system.steps(), sequence, sequence + sequences, begin * unit,
                               std::min(end * unit, system.width()));
-            if (part.bypass_caches)
-                part.factor_ahead = part.right_side_ahead = 1 + bytes_ahead / (part.width * index(sizeof(T)));
+            const bool whole_rows = part.block > 1;
+            part.factor_ahead = distance_ahead<T>(part.width * part.block, part.factor_step, whole_rows);
+            part.right_side_ahead = distance_ahead<T>(part.width, part.right_side_step, whole_rows);
             kernel.substitute(part);
             first += whole ? sequences * units : end - begin;
         }
@@ -182,7 +192,7 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
             // Memory must not rest while a chunk is replayed from the cache: the next one is fetched on the way.
             const index ahead = fetches && following < chunks ? (following - part) * chunk : 0;
             const bool passes_on = part + 1 < chunks;
-            here.factor_ahead = ahead;
+            here.factor_ahead = ahead * here.factor_step;
             if (passes_on) kernel.summarise(here, product.at(thread, 0), end.at(part, sequence), scratch.at(thread, 0));
             for (int spins = 0; known.load(std::memory_order_acquire) < part; ++spins)
                 spins < 4000 ? hwy::Pause() : std::this_thread::yield();
@@ -193,7 +203,7 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
                 known.store(part + 1, std::memory_order_release);
             }
             here.factor_ahead = 0;
-            here.right_side_ahead = ahead;
+            here.right_side_ahead = ahead * here.right_side_step;
             kernel.replay(here);
         }
     });
