@@ -498,7 +498,7 @@ template <class T>
 void expect_same_bits_for_every_thread_count(const Problem<T>& problem) {
     SCOPED_TRACE(problem.description());
     const Results<T> expected(problem, {Backend::cpu, 1});
-    for (const int threads : {2, 5}) {
+    for (const int threads : {2, 3}) {
         SCOPED_TRACE(std::to_string(threads) + " threads");
         const Results<T> results(problem, {Backend::cpu, threads});
         EXPECT_TRUE(same_bits(results.trajectory, expected.trajectory));
@@ -523,8 +523,8 @@ TYPED_TEST(DenseChainTest, EveryThreadCountGivesTheSameBits) {
         expect_same_bits_for_every_thread_count(Problem<T>(600, 1, 33, Activation::relu, skip));
     }
     // Wide layers, whose outputs the threads share: neither width nor batch a multiple of anything.
-    expect_same_bits_for_every_thread_count(Problem<T>(6, 3, 257, Activation::tanh, 1));
-    expect_same_bits_for_every_thread_count(Problem<T>(6, 1, 301, Activation::sigmoid, 2));
+    expect_same_bits_for_every_thread_count(Problem<T>(5, 3, 391, Activation::tanh, 1));
+    expect_same_bits_for_every_thread_count(Problem<T>(4, 1, 385, Activation::sigmoid, 2));
 }
 
 TYPED_TEST(DenseChainTest, ASequenceNeverAffectsAnother) {

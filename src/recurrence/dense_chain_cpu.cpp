@@ -15,6 +15,7 @@
 // outputs of the same layer, with a barrier after it, so that the weights are read once.
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "device/simd.hpp"
 #include "device/threads.hpp"
@@ -22,8 +23,8 @@
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "recurrence/dense_chain_cpu.cpp"
-#include <hwy/foreach_target.h>
 #include <hwy/cache_control.h>
+#include <hwy/foreach_target.h>
 // After foreach_target.h:
 #include <hwy/highway.h>
 
@@ -42,14 +43,16 @@ struct Kernels {
     decltype(&run_backward<Backend::cpu, T>) run_backward;
 };
 
-/// Work, in multiplications, that is worth waking a thread for.
-constexpr index work_per_thread = 32768;
+/// Work, in multiplications, that is worth waking a thread for: about 10 microseconds.
+constexpr index work_per_thread = index(1) << 18;
 /// Bytes of states that a group of sequences keeps in the first-level cache.
 constexpr index group_bytes = 16384;
 /// Jacobians larger than this are written past the caches.
 constexpr index stream_bytes = index(1) << 22;
-/// Width from which threads share the outputs of a layer rather than the sequences.
-constexpr index wide_layer = 256;
+/// Width from which a barrier after each layer is worth sharing the outputs of a layer among threads.
+constexpr index wide_layer = 384;
+/// Products of fewer terms than this are limited by writing their results, and write them row by row.
+constexpr index few_terms = 32;
 
 }  // namespace deeppcr::chain
 #endif
@@ -148,13 +151,13 @@ HWY_INLINE void Tile(D d, const Product<T>& p, index row, index column) {
     V sum[rows][vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < vectors; ++c)
             sum[r][c] = start[c] == nullptr ? hn::Zero(d) : Load<partial>(d, start[c] + r * start_row, count);
     const T* left = p.left + row * p.left_row;
     for (index k = 0; k < p.inner; ++k) {
         V b[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < vectors; ++c) {
             b[c] = Load<partial>(d, right[c], count);
             right[c] += stride;
@@ -162,7 +165,7 @@ HWY_INLINE void Tile(D d, const Product<T>& p, index row, index column) {
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
             const V a = hn::Set(d, left[r * p.left_row]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < vectors; ++c) sum[r][c] = hn::MulAdd(a, b[c], sum[r][c]);
         }
         left += p.left_inner;
@@ -170,7 +173,7 @@ HWY_INLINE void Tile(D d, const Product<T>& p, index row, index column) {
     T* out = p.out + row * p.out_row + column;
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < vectors; ++c)
             Store<partial>(d, sum[r][c], out + r * p.out_row + c * index(hn::Lanes(d)), count);
 }
@@ -196,12 +199,25 @@ HWY_INLINE void NarrowColumns(D d, const Product<T>& p, index column) {
 
 template <class T>
 HWY_NOINLINE void Multiply(const Product<T>& p) {
+    if (p.inner < few_terms && p.rows > tile_rows && p.last_column > panel_width<T>) {
+        Product<T> part = p;
+        for (index row = 0; row < p.rows; row += tile_rows) {
+            part.rows = std::min<index>(tile_rows, p.rows - row);
+            part.left = p.left + row * p.left_row;
+            part.start = p.start == nullptr ? nullptr : p.start + row * p.start_row;
+            part.out = p.out + row * p.out_row;
+            Multiply(part);
+        }
+        return;
+    }
     const hn::ScalableTag<T> d;
     const index lanes = index(hn::Lanes(d));
-    // Two vectors side by side must lie in rows of the same stride.
+    // Vectors side by side must lie in rows of the same stride.
     const index paired =
         p.right.panels() ? std::min(p.last_column, p.right.width / panel_width<T> * panel_width<T>) : p.last_column;
     index column = p.first_column;
+    if (p.rows == 1)  // enough independent sums to fill the pipeline
+        for (; column + 8 * lanes <= paired; column += 8 * lanes) Tile<1, 8, false>(d, p, 0, column);
     for (; column + 2 * lanes <= paired; column += 2 * lanes) Rows<tile_rows, 2, false>(d, p, 0, column);
     for (; column + lanes <= p.last_column; column += lanes) Rows<tile_rows, 1, false>(d, p, 0, column);
     if (column < p.last_column) NarrowColumns(d, p, column);
@@ -252,20 +268,31 @@ void Activate(Activation activation, index count, const T* z, const T* previous,
     }
 }
 
-/// One step for some sequences. hidden: the outputs of the layers but the last, [depth - 1, rows, width]; slopes: of
-/// each layer, or null.
+/// One layer for some sequences, its outputs first..last only. previous and slopes may be null.
+template <class T>
+void Layer(const Network<T>& network, index layer, index rows, index first, index last, const T* in, const T* previous,
+           T* out, T* slopes) {
+    const index width = network.width();
+    Multiply<T>({rows, first, last, width, in, width, 1, Right<T>::Panels(network, layer), nullptr, 0, out, width});
+    const bool whole = last - first == width;
+    for (index row = 0; row < (whole ? 1 : rows); ++row) {
+        const index at = row * width + first;
+        Activate(network.activation, whole ? rows * width : last - first, out + at,
+                 previous == nullptr ? nullptr : previous + at, out + at, slopes == nullptr ? nullptr : slopes + at);
+    }
+}
+
+/// One step for some sequences. hidden: the outputs of the layers but the last, [depth - 1, rows, width], its layers
+/// `hidden_layer` apart; slopes: of each layer, `slopes_layer` apart, or null.
 template <class T>
 void Step(const Network<T>& network, index step, index rows, const T* before, T* after, T* hidden, index hidden_layer,
           T* slopes, index slopes_layer) {
-    const index width = network.width(), depth = network.depth();
+    const index depth = network.depth();
     for (index i = 0; i < depth; ++i) {
         const bool last = i + 1 == depth;
-        const T* in = i == 0 ? before : hidden + (i - 1) * hidden_layer;
-        T* out = last ? after : hidden + i * hidden_layer;
-        Multiply<T>(
-            {rows, 0, width, width, in, width, 1, Right<T>::Panels(network, step * depth + i), nullptr, 0, out, width});
-        Activate(network.activation, rows * width, out, last && network.residual() ? before : nullptr, out,
-                 slopes == nullptr ? nullptr : slopes + i * slopes_layer);
+        Layer(network, step * depth + i, rows, 0, network.width(), i == 0 ? before : hidden + (i - 1) * hidden_layer,
+              last && network.residual() ? before : nullptr, last ? after : hidden + i * hidden_layer,
+              slopes == nullptr ? nullptr : slopes + i * slopes_layer);
     }
 }
 
@@ -280,11 +307,36 @@ index GroupRows(index width) {
     return std::max<index>(32, group_bytes / (width * index(sizeof(T))));
 }
 
+/// Threads take different outputs of each layer.
+template <class T>
+void RunWide(const Network<T>& network, const Extent& extent, int threads, const T* state, T* trajectory, T* slopes) {
+    const index width = network.width(), depth = network.depth(), row = extent.batch * width;
+    const index panels = (width + panel_width<T> - 1) / panel_width<T>;
+    const Buffer<T> hidden = Buffer<T>::uninitialised({depth - 1, extent.batch, width});
+    device::Barrier barrier(threads);
+    device::run_together(threads, [&](int thread) {
+        const index first = panels * thread / threads * panel_width<T>;
+        const index last = std::min(width, panels * (thread + 1) / threads * panel_width<T>);
+        for (index layer = 0; layer < extent.steps * depth; ++layer) {
+            const index step = layer / depth, i = layer % depth;
+            const bool end = i + 1 == depth;
+            const T* before = step == 0 ? state : trajectory + (step - 1) * row;
+            Layer(network, extent.first * depth + layer, extent.batch, first, last,
+                  i == 0 ? before : hidden.data() + (i - 1) * row, end && network.residual() ? before : nullptr,
+                  end ? trajectory + step * row : hidden.data() + i * row,
+                  slopes == nullptr ? nullptr : slopes + layer * row);
+            barrier.wait();
+        }
+    });
+}
+
 template <class T>
 void Run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes) {
     const index width = network.width(), depth = network.depth(), row = extent.batch * width;
     const index group = std::min(GroupRows<T>(width), extent.batch);
     const int threads = ThreadsFor(extent, extent.steps * depth * row * width);
+    if (width >= wide_layer && threads > 1 && extent.batch < threads * tile_rows)
+        return RunWide(network, extent, threads, state, trajectory, slopes);
     device::parallel_ranges(threads, extent.batch, tile_rows, [&](index first, index last) {
         Buffer<T> hidden;
         if (depth > 1) hidden = Buffer<T>::uninitialised({depth - 1, group, width});
@@ -422,22 +474,26 @@ void Linearise(const Network<T>& network, const Extent& extent, const T* before,
 }
 
 /// y <- y + gradient (where not null), adjoint = y (where not null), delta = slopes * y.
+/// `next` is how far away the slopes and gradients of the next step are, to fetch them ahead of time.
 template <class T>
-void Deltas(index count, T* y, const T* gradient, T* adjoint, const T* slopes, T* delta) {
+HWY_NOINLINE void Deltas(index count, T* y, const T* gradient, T* adjoint, const T* slopes, T* delta, index next) {
     const hn::ScalableTag<T> d;
     const index lanes = index(hn::Lanes(d));
+    const auto part = [&](auto partial, index i) HWY_ATTR {
+        constexpr bool p = decltype(partial)::value;
+        auto v = Load<p>(d, y + i, count - i);
+        if (gradient != nullptr) {
+            v = hn::Add(v, Load<p>(d, gradient + i, count - i));
+            Store<p>(d, v, y + i, count - i);
+            hwy::Prefetch(gradient + i + next);
+        }
+        if (adjoint != nullptr) Store<p>(d, v, adjoint + i, count - i);
+        Store<p>(d, hn::Mul(Load<p>(d, slopes + i, count - i), v), delta + i, count - i);
+        hwy::Prefetch(slopes + i + next);
+    };
     index i = 0;
-    for (; i + lanes <= count; i += lanes) {
-        auto v = hn::LoadU(d, y + i);
-        if (gradient != nullptr) hn::StoreU(v = hn::Add(v, hn::LoadU(d, gradient + i)), d, y + i);
-        if (adjoint != nullptr) hn::StoreU(v, d, adjoint + i);
-        hn::StoreU(hn::Mul(hn::LoadU(d, slopes + i), v), d, delta + i);
-    }
-    for (; i < count; ++i) {
-        if (gradient != nullptr) y[i] += gradient[i];
-        if (adjoint != nullptr) adjoint[i] = y[i];
-        delta[i] = slopes[i] * y[i];
-    }
+    for (; i + lanes <= count; i += lanes) part(std::false_type(), i);
+    if (i < count) part(std::true_type(), i);
 }
 
 /// previous = start + W^T delta, for `rows` sequences.
@@ -454,9 +510,8 @@ void MultiplyTransposed(const Network<T>& network, index layer, index rows, cons
 template <class T>
 void LayerGradients(index width, index batch, const T* delta, const T* input, T* weights, T* biases) {
     Multiply<T>({width, 0, width, batch, delta, 1, width, Right<T>::Rows(input, width), nullptr, 0, weights, width});
-    std::fill_n(biases, width, T(0));
-    for (index j = 0; j < batch; ++j)
-        for (index i = 0; i < width; ++i) biases[i] += delta[j * width + i];
+    const T one = 1;
+    Multiply<T>({1, 0, width, batch, &one, 0, 0, Right<T>::Rows(delta, width), nullptr, 0, biases, width});
 }
 
 /// Some layers' worth of arrays that the backward passes keep between the two halves of their work.
@@ -480,11 +535,11 @@ private:
     Buffer<T> memory;
 };
 
-/// Back through one step for sequences first..last: y (at the step's end, in) becomes the adjoint state before it.
-/// Leaves the deltas of its layers, and what went into them, on the tape.
+/// Back through one step for sequences first..last: y (at the step's end, in) becomes the adjoint state before it,
+/// where that is wanted. Leaves the deltas of its layers, and what went into them, on the tape. `next`: see Deltas.
 template <class T>
 void StepBack(const Network<T>& network, index step, index first, index last, const Tape<T>& tape, index slot,
-              const T* before, const T* slopes, const T* gradient, T* adjoint, T* y) {
+              const T* before, const T* slopes, const T* gradient, T* adjoint, T* y, bool previous_wanted, index next) {
     const index width = network.width(), depth = network.depth(), rows = last - first, row = tape.row;
     const index at = first * width;
     if (slopes == nullptr || depth > 1)
@@ -497,7 +552,8 @@ void StepBack(const Network<T>& network, index step, index first, index last, co
         const bool end = i + 1 == depth, begin = i == 0;
         T* const in = end ? y + at : tape.Temporary(slot) + at;
         Deltas(rows * width, in, end && gradient != nullptr ? gradient + at : nullptr,
-               end && adjoint != nullptr ? adjoint + at : nullptr, slopes + i * row + at, delta);
+               end && adjoint != nullptr ? adjoint + at : nullptr, slopes + i * row + at, delta, next);
+        if (begin && !previous_wanted) break;
         MultiplyTransposed(network, step * depth + i, rows, delta, begin && network.residual() ? outer : nullptr,
                            begin ? y + at : tape.Temporary(slot) + at);
     }
@@ -524,7 +580,7 @@ void ParameterGradients(const Network<T>& network, const Extent& extent, const T
         for (index i = first; i < last; ++i) {
             std::copy_n(adjoint + i * row, row, y.data());
             StepBack<T>(network, extent.first + i, 0, extent.batch, tape, 0, before + i * row, nullptr, nullptr,
-                        nullptr, y.data());
+                        nullptr, y.data(), false, 0);
             StepGradients(network, extent.batch, tape, 0, before + i * row, weights + i * depth * width * width,
                           biases + i * depth * width);
         }
@@ -549,7 +605,7 @@ void RunBackward(const Network<T>& network, const Extent& extent, const T* befor
             for (index i = end - 1; first < last && i >= begin; --i)
                 StepBack(network, extent.first + i, first, last, tape, i - begin, before + i * row,
                          slopes == nullptr ? nullptr : slopes + i * depth * row, output_gradient + i * row,
-                         adjoint == nullptr ? nullptr : adjoint + i * row, initial);
+                         adjoint == nullptr ? nullptr : adjoint + i * row, initial, true, i > 0 ? -depth * row : 0);
             barrier.wait();
             for (index i = begin + thread; i < end; i += threads)
                 StepGradients(network, extent.batch, tape, i - begin, before + i * row,
