@@ -228,7 +228,8 @@ main { max-width: 1140px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--frame); }
 h3 { font-size: 1rem; margin: 0 0 .4rem; }
-p { max-width: 78ch; margin: .6rem 0; }
+p, ul { max-width: 86ch; margin: .6rem 0; }
+ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
 .notice { border-left: 4px solid var(--soft); background: var(--shade); padding: .6rem 1rem; margin: .8rem 0; }
 .notice.good { border-color: var(--good); background: var(--good-shade); }
 .notice.bad { border-color: var(--bad); background: var(--bad-shade); }
@@ -239,14 +240,16 @@ figcaption, .caption { color: var(--soft); font-size: .87rem; line-height: 1.45;
 .table { margin: 1.4rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--frame); }
+th, td { padding: .26rem .75rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--frame);
+  white-space: normal; }
 .number { text-align: right; }
 td.good { color: var(--good); font-weight: 600; }
 td.bad { color: var(--bad); }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 svg .tick { fill: var(--soft); font-size: 11.5px; }
+svg .halo { paint-order: stroke; stroke: var(--page); stroke-width: 4; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); }
 svg .reference { stroke: var(--text); stroke-dasharray: 2 4; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
@@ -292,7 +295,12 @@ std::string seconds_text(double seconds) {
 
 std::string scientific_text(double value) {
     if (!std::isfinite(value)) return "-";
-    return value == 0 ? "0" : format("%.1e", value);
+    if (value == 0) return "0";
+    std::string digits = format("%.1e", value);  // "1.0e-05"
+    const std::size_t exponent = digits.find('e');
+    std::string mantissa = digits.substr(0, exponent);
+    if (mantissa.ends_with(".0")) mantissa.resize(mantissa.size() - 2);
+    return mantissa + "e" + std::to_string(std::stoi(digits.substr(exponent + 1)));
 }
 
 std::string percent_text(double fraction, int decimals) {
@@ -349,13 +357,14 @@ std::string svg(const Plot& plot) {
     result += format("<path class=\"axis\" d=\"M%.1f %.1fH%.1f\"/>", left, bottom, width - right) +
               format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">", (left + width - right) / 2, bottom + 38) +
               escape(plot.x.label) + "</text>";
+    for (std::size_t i = 0; i < plot.series.size(); ++i) result += line(plot.series[i], colour_of(plot, i), across, up);
     if (plot.reference) {
         const double place = up.place(*plot.reference);
-        result += format("<path class=\"reference\" d=\"M%.1f %.1fH%.1f\"/>", left, place, width - right) +
-                  format("<text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">", width - right, place - 5) +
-                  escape(plot.reference_label) + "</text>";
+        result +=
+            format("<path class=\"reference\" d=\"M%.1f %.1fH%.1f\"/>", left, place, width - right) +
+            format("<text class=\"tick halo\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">", width - right, place - 5) +
+            escape(plot.reference_label) + "</text>";
     }
-    for (std::size_t i = 0; i < plot.series.size(); ++i) result += line(plot.series[i], colour_of(plot, i), across, up);
     return result + "</svg>\n";
 }
 
@@ -384,6 +393,12 @@ std::string text(const Table& table) {
 void Page::heading(std::string_view content) { body_ += "<h2>" + escape(content) + "</h2>\n"; }
 
 void Page::paragraph(std::string_view content) { body_ += "<p>" + escape(content) + "</p>\n"; }
+
+void Page::list(const std::vector<std::string>& items) {
+    body_ += "<ul>";
+    for (const std::string& item : items) body_ += "<li>" + escape(item) + "</li>\n";
+    body_ += "</ul>\n";
+}
 
 void Page::notice(std::string_view content, Table::Tone tone) {
     body_ += "<p class=\"notice" + tone_class(tone) + "\">" + escape(content) + "</p>\n";

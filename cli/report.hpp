@@ -9,7 +9,7 @@
 
 namespace deeppcr::program {
 
-/// How numbers are written for people: 1,024; 3 significant digits; 12.3 µs; 1.2e-06. "-" where not finite.
+/// How numbers are written for people: 1,024; 3 significant digits; 12.3 µs; 1.2e-6. "-" where not finite.
 std::string count_text(long long value);
 std::string number_text(double value, int digits = 3);
 std::string seconds_text(double seconds);
@@ -78,6 +78,7 @@ public:
 
     void heading(std::string_view content);
     void paragraph(std::string_view content);
+    void list(const std::vector<std::string>& items);
     /// A framed message: good, bad, or plain.
     void notice(std::string_view content, Table::Tone tone);
     void table(const Table& table);

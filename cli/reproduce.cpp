@@ -11,6 +11,7 @@
 #include <fstream>
 
 #include <deeppcr/execution.hpp>
+#include <deeppcr/nn/training.hpp>
 #include <files/write.hpp>
 
 namespace deeppcr::program {
@@ -19,14 +20,15 @@ namespace {
 struct Arguments {
     std::string part = "all";
     std::filesystem::path output = "deeppcr-report";
-    bool quick = false;
-    std::uint64_t seed = 1;
+    Experiment experiment;
 
     bool wants(const std::string& name) const { return part == name || part == "all"; }
 
     std::string command() const {
-        return "deeppcr reproduce " + part + " --output " + output.string() + " --seed " + std::to_string(seed) +
-               (quick ? " --quick" : "");
+        return "deeppcr reproduce " + part + " --output " + output.string() + " --seed " +
+               std::to_string(experiment.seed) + " --tolerance " + scientific_text(experiment.tolerance) +
+               (experiment.data.empty() ? "" : " --data " + experiment.data.string()) +
+               (experiment.quick ? " --quick" : "");
     }
 };
 
@@ -38,9 +40,18 @@ std::string processor_name() {
     return "unknown";
 }
 
+std::string compiler() {
+#ifdef __clang__
+    return std::string("Clang ") + __clang_version__;
+#else
+    return std::string("GCC ") + __VERSION__;
+#endif
+}
+
 Json machine() {
     utsname system = {};
     uname(&system);
+    const nn::LibTorch torch = nn::libtorch();
     return {{"processor", processor_name()},
             {"architecture", system.machine},
             {"processors", sysconf(_SC_NPROCESSORS_ONLN)},
@@ -48,7 +59,9 @@ Json machine() {
             {"simd", simd_target()},
             {"memory_bytes", std::int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE)},
             {"system", std::string(system.sysname) + " " + system.release},
-            {"compiler", __VERSION__}};
+            {"compiler", compiler()},
+            {"libtorch", torch.version},
+            {"blas", torch.blas}};
 }
 
 std::string now() {
@@ -62,30 +75,33 @@ std::string now() {
 
 /// Explains results.json to those who read it later.
 Json schema() {
-    return {{"units",
-             "seconds are wall-clock; *_ratio is sequential / parallel of the seconds beside it, above 1 parallel "
-             "is faster; *_difference is the largest absolute difference from sequential over the largest "
-             "absolute sequential value; accuracies are fractions; null: not measured"},
-            {"complete", "false: interrupted, or failed after this was written; the lists hold what was finished"},
-            {"quick", "true: tiny sizes, which show only that everything works"},
-            {"agreement", "whether every difference measured is within its tolerance; null where none was measured"},
-            {"mlp.configurations[]",
-             "width, depth (layers), batch, repetitions, and for each of sequential, pcr, scan: forward_seconds and "
-             "backward_seconds (medians), *_quartiles (first and third), and of pcr and scan also status, iterations "
-             "(Newton), ratios, and the differences of all states and of all gradients; a method whose status is not "
-             "converged has no numbers beyond iterations"},
-            {"resnet.training",
-             "for each of sequential and deeppcr, one value per training step: loss, seconds, iterations (Newton); and "
-             "median_seconds, seconds_quartiles, test_loss, test_accuracy, parameters_sha where known"},
-            {"resnet.same_parameters[]",
-             "both methods on one batch with the same parameters, at the named training step: differences of logits, "
-             "loss and gradients"}};
+    return {
+        {"units",
+         "seconds are wall-clock; *_ratio is sequential / parallel of the seconds beside it, above 1 parallel "
+         "is faster; *_difference is the largest absolute difference from sequential over the largest "
+         "absolute sequential value; accuracies are fractions; null: not measured"},
+        {"complete", "false: interrupted, or failed after this was written; the lists hold what was finished"},
+        {"quick", "true: tiny sizes, which show only that everything works"},
+        {"agreement", "whether every difference measured is within its tolerance; null where none was measured"},
+        {"mlp.configurations[]",
+         "width, depth (layers), batch, repetitions, and for each of sequential, pcr, scan: forward_seconds and "
+         "backward_seconds (medians), *_quartiles (first and third), and of pcr and scan also status, iterations "
+         "(Newton), ratios, and the differences of all states and of all gradients; a method whose status is not "
+         "converged has no numbers beyond iterations"},
+        {"resnet.training",
+         "for each of sequential and deeppcr: lists with one value per training step (loss, accuracy, seconds; "
+         "forward_seconds and backward_seconds of the residual layers alone; of deeppcr also iterations of the slowest "
+         "sequence, mean_iterations, status, residual), their medians, and the result on the test set"},
+        {"resnet.seconds_ratio", "median seconds per training step, sequential / deeppcr"},
+        {"resnet.same_parameters[]",
+         "both methods on one batch with the same parameters, after so many training steps: differences of the logits "
+         "and of the gradients, the largest and by parameter"}};
 }
 
 std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
 
 std::string report_page(const Json& results) {
-    Page page("deeppcr reproduce");
+    Page page("deeppcr reproduce: parallel against sequential evaluation");
     if (results["quick"].get<bool>())
         page.notice("Quick run: tiny sizes, which show only that everything works. The times mean nothing.",
                     Table::Tone::plain);
@@ -108,7 +124,8 @@ std::string report_page(const Json& results) {
     Table facts{.title = {}, .caption = {}, .columns = {{"This run", false}, {"", false}}, .rows = {}};
     const Json& machine = results["machine"];
     facts.rows = {{"command", results["command"].get<std::string>()},
-                  {"version", results["version"].get<std::string>() + ", " + facts_text(machine["compiler"])},
+                  {"version", results["version"].get<std::string>() + ", " + facts_text(machine["compiler"]) +
+                                  ", LibTorch " + facts_text(machine["libtorch"]) + ", " + facts_text(machine["blas"])},
                   {"date", results["date"].get<std::string>()},
                   {"duration", clock_time(results["seconds"].get<double>())},
                   {"seed", facts_text(results["seed"])},
@@ -141,17 +158,32 @@ void prepare_folder(const Arguments& arguments) {
 }
 
 Exit reproduce(const Arguments& arguments, Output& output) {
+    const double tolerance = arguments.experiment.tolerance;
+    if (!(tolerance > 0 && std::isfinite(tolerance)))
+        throw InvalidArgument("--tolerance", "a finite number above 0", std::to_string(tolerance));
+    if (arguments.wants("resnet")) {
+        check_resnet_data(arguments.experiment);
+        warn_about_slow_blas(output);
+    }
     prepare_folder(arguments);
-    if (arguments.wants("resnet")) check_resnet_data();
 
     const auto begin = std::chrono::steady_clock::now();
-    Json results{
-        {"program", "deeppcr reproduce"}, {"version", version()}, {"complete", false}, {"quick", arguments.quick},
-        {"agreement", nullptr},           {"date", now()},        {"seconds", 0.0},    {"command", arguments.command()},
-        {"seed", arguments.seed},         {"machine", machine()}, {"schema", schema()}};
+    Json results{{"program", "deeppcr reproduce"},
+                 {"version", version()},
+                 {"complete", false},
+                 {"quick", arguments.experiment.quick},
+                 {"agreement", nullptr},
+                 {"date", now()},
+                 {"seconds", 0.0},
+                 {"command", arguments.command()},
+                 {"seed", arguments.experiment.seed},
+                 {"machine", machine()},
+                 {"schema", schema()}};
+    results.update(output.result);  // warnings
     output.line("deeppcr " + version() + " on " + results["machine"]["processor"].get<std::string>() + ", " +
                 std::to_string(default_threads()) + " threads, " + simd_target() + ", seed " +
-                std::to_string(arguments.seed) + (arguments.quick ? ", quick run: the times mean nothing" : "") + "\n");
+                std::to_string(arguments.experiment.seed) +
+                (arguments.experiment.quick ? ", quick run: the times mean nothing" : "") + "\n");
 
     using Run = Json (*)(const Experiment&);
     using Summarise = std::string (*)(const Json&);
@@ -170,7 +202,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
             const std::string place =
                 parts.size() > 1 ? " (" + std::to_string(i + 1) + "/" + std::to_string(parts.size()) + ")" : "";
             Progress progress(parts[i].title + place, 1);
-            Experiment experiment{arguments.quick, arguments.seed, {}};
+            Experiment experiment = arguments.experiment;
             experiment.advance = [&](double done, const std::string& what) {
                 progress.update(done, what);
                 return !interrupted();
@@ -220,8 +252,16 @@ void add_reproduce(Program& program) {
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
         ->capture_default_str();
-    command.add_option("--seed", arguments->seed, "Seed of networks, inputs and training")->capture_default_str();
-    command.add_flag("--quick", arguments->quick, "Tiny sizes, seconds in all: shows only that everything works");
+    command.add_option("--seed", arguments->experiment.seed, "Seed of networks, inputs and training")
+        ->check(CLI::NonNegativeNumber)  // "-1" would be read as 2^64 - 1
+        ->capture_default_str();
+    command
+        .add_option("--tolerance", arguments->experiment.tolerance,
+                    "Largest relative difference of states and logits; of gradients ten times that")
+        ->capture_default_str();
+    command.add_option("--data", arguments->experiment.data, "Folder of Fashion-MNIST's four files");
+    command.add_flag("--quick", arguments->experiment.quick,
+                     "Tiny sizes, seconds in all: shows only that everything works");
 }
 
 }  // namespace deeppcr::program

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
@@ -16,9 +17,13 @@ namespace deeppcr::program {
 struct Experiment {
     bool quick = false;  ///< tiny sizes, which show only that everything works
     std::uint64_t seed = 1;
+    double tolerance = 1e-4;          ///< of states and logits, relative to the largest; of gradients ten times that
+    std::filesystem::path data = {};  ///< folder of Fashion-MNIST; empty: where it usually is
     /// Told how much of the experiment is done, from 0 to 1, and what comes now. False: stop soon; what is finished is
     /// returned with "complete": false.
     std::function<bool(double done, const std::string& now)> advance;
+
+    double gradient_tolerance() const { return 10 * tolerance; }
 };
 
 /// Forward and backward passes of multilayer perceptrons over a grid of widths, depths and batches: the fused
@@ -29,7 +34,7 @@ std::string summarise_mlp(const Json& mlp);
 
 /// A residual network trained twice from the same seed on Fashion-MNIST, sequentially and by DeepPCR.
 /// Throws FileError, naming the package to install, where the data set is missing.
-void check_resnet_data();
+void check_resnet_data(const Experiment& experiment);
 Json run_resnet(const Experiment& experiment);
 void describe_resnet(const Json& resnet, Page& page);
 std::string summarise_resnet(const Json& resnet);

@@ -13,7 +13,6 @@
 namespace deeppcr::program {
 namespace {
 
-constexpr double state_tolerance = 1e-4, gradient_tolerance = 1e-3;
 constexpr index most_iterations = 100;
 
 struct Grid {
@@ -143,8 +142,43 @@ double weight(index width, index depth, index batch) {
     return 1 + 1e-9 * double(depth * batch) * std::pow(double(width), 3) * std::log2(double(depth));
 }
 
-Json measure(index width, index depth, index batch, const Grid& sizes, const Experiment& experiment) {
-    const Network network(width, depth, batch, experiment.seed);
+/// Medians, quartiles, ratios and differences. contenders[0] is the baseline.
+Json to_json(const std::vector<Contender>& contenders) {
+    const Contender& baseline = contenders[0];
+    Json result = Json::object();
+    for (const Contender& contender : contenders) {
+        Json& entry = result[contender.name];
+        entry = Json::object();
+        if (!contender.sequential()) {
+            entry["status"] = to_string(contender.report().status);
+            entry["iterations"] = contender.report().iterations;
+        }
+        if (!contender.right()) continue;
+        const auto add_seconds = [&](const std::string& pass, const std::vector<double>& sample) {
+            const Quartiles found = quartiles(sample);
+            entry[pass + "_seconds"] = found.median;
+            entry[pass + "_quartiles"] = {found.first, found.third};
+            if (!contender.sequential())
+                entry[pass + "_ratio"] = number(result[baseline.name][pass + "_seconds"]) / found.median;
+        };
+        add_seconds("forward", contender.forward_seconds);
+        add_seconds("backward", contender.backward_seconds);
+        if (contender.sequential()) continue;
+        const auto gradient_difference = [&](const Buffer<float> DenseChainGradients<float>::*part) {
+            return largest_difference(contender.gradients().*part, baseline.gradients().*part);
+        };
+        entry["state_difference"] = largest_difference(contender.trajectory(), baseline.trajectory());
+        entry["gradient_difference"] = std::max({gradient_difference(&DenseChainGradients<float>::weights),
+                                                 gradient_difference(&DenseChainGradients<float>::biases),
+                                                 gradient_difference(&DenseChainGradients<float>::initial)});
+    }
+    return result;
+}
+
+/// One configuration. going_on is told how much of it is done; null where it says no.
+Json measure(index width, index depth, index batch, const Grid& sizes, std::uint64_t seed,
+             const std::function<bool(double done)>& going_on) {
+    const Network network(width, depth, batch, seed);
     const Options newton{.max_iterations = most_iterations, .on_failure = OnFailure::report, .estimates = false};
     Options pcr = newton, scan = newton;
     pcr.reduction = Reduction::pcr;
@@ -157,6 +191,7 @@ Json measure(index width, index depth, index batch, const Grid& sizes, const Exp
 
     // The first pass of each warms up and is not timed.
     for (Contender& contender : contenders) {
+        if (!going_on(0)) return {};
         contender.forward();
         if (contender.right()) contender.backward();
         contender.forward_seconds.clear();
@@ -166,54 +201,30 @@ Json measure(index width, index depth, index batch, const Grid& sizes, const Exp
     // Interleaved, so that whatever else the machine does meets all of them alike.
     const auto begin = std::chrono::steady_clock::now();
     int repetitions = 0;
-    while (repetitions < sizes.most_repetitions &&
-           (repetitions < sizes.least_repetitions ||
-            std::chrono::steady_clock::now() - begin < std::chrono::duration<double>(sizes.seconds))) {
+    for (bool enough = false; !enough; ++repetitions) {
         for (Contender& contender : contenders) {
             if (!contender.right()) continue;
             contender.forward();
             contender.backward();
         }
-        ++repetitions;
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        const int measured = repetitions + 1;
+        if (!going_on(std::min(1.0, std::max(seconds / sizes.seconds, double(measured) / sizes.most_repetitions))))
+            return {};
+        enough =
+            measured >= sizes.most_repetitions || (measured >= sizes.least_repetitions && seconds >= sizes.seconds);
     }
 
     Json result{{"width", width}, {"depth", depth}, {"batch", batch}, {"repetitions", repetitions}};
-    const Contender& baseline = contenders[0];
-    for (const Contender& contender : contenders) {
-        Json entry = Json::object();
-        if (!contender.sequential()) {
-            entry["status"] = to_string(contender.report().status);
-            entry["iterations"] = contender.report().iterations;
-        }
-        if (contender.right()) {
-            for (const char* pass : {"forward", "backward"}) {
-                const bool forward = pass == std::string("forward");
-                const Quartiles found = quartiles(forward ? contender.forward_seconds : contender.backward_seconds);
-                const std::string prefix = pass + std::string("_");
-                entry[prefix + "seconds"] = found.median;
-                entry[prefix + "quartiles"] = {found.first, found.third};
-                if (!contender.sequential())
-                    entry[prefix + "ratio"] = result["sequential"][prefix + "seconds"].get<double>() /
-                                              entry[prefix + "seconds"].get<double>();
-            }
-        }
-        if (contender.right() && !contender.sequential()) {
-            const auto gradient_difference = [&](const Buffer<float> DenseChainGradients<float>::*part) {
-                return largest_difference(contender.gradients().*part, baseline.gradients().*part);
-            };
-            entry["state_difference"] = largest_difference(contender.trajectory(), baseline.trajectory());
-            entry["gradient_difference"] = std::max(gradient_difference(&DenseChainGradients<float>::weights),
-                                                    gradient_difference(&DenseChainGradients<float>::biases));
-        }
-        result[contender.name] = entry;
-    }
+    result.update(to_json(contenders));
     return result;
 }
 
 /// Whether a parallel method that converged also agrees. Not finite: no.
-bool agrees(const Json& method) {
-    return !method.contains("state_difference") || (number(method["state_difference"]) <= state_tolerance &&
-                                                    number(method["gradient_difference"]) <= gradient_tolerance);
+bool agrees(const Json& method, const Experiment& experiment) {
+    return !method.contains("state_difference") ||
+           (number(method["state_difference"]) <= experiment.tolerance &&
+            number(method["gradient_difference"]) <= experiment.gradient_tolerance());
 }
 
 double measured(const Json& configuration, const char* method, const std::string& field) {
@@ -288,19 +299,17 @@ Plot seconds_plot(const Json& mlp, index width, index batch, const std::string& 
 }
 
 Plot iterations_plot(const Json& mlp) {
-    Plot plot{.title = "Newton iterations until the residual test passes",
+    const index batch = measured_values(mlp, "batch").back();
+    Plot plot{.title = "Newton iterations until the residual test passes, batch " + count_text(batch),
               .caption =
-                  "The largest number over the batches. Each iteration solves one bidiagonal system for all layers "
-                  "at once.",
+                  "The slowest sequence of the batch decides. Each iteration solves one bidiagonal system for all "
+                  "layers at once; layer by layer there are as many dependent steps as layers.",
               .x = depth_axis,
               .y = {.label = "iterations", .first = 0.0},
               .series = {}};
-    const std::vector<index> batches = measured_values(mlp, "batch");
-    for (const index width : measured_values(mlp, "width")) {
-        plot.series.push_back(over_depth(mlp, width, batches.back(), "width " + count_text(width),
+    for (const index width : measured_values(mlp, "width"))
+        plot.series.push_back(over_depth(mlp, width, batch, "width " + count_text(width),
                                          [](const Json& entry) { return measured(entry, "scan", "iterations"); }));
-    }
-    plot.caption = "Batch " + count_text(batches.back()) + ": the slowest of its sequences decides. " + plot.caption;
     return plot;
 }
 
@@ -308,8 +317,8 @@ Plot iterations_plot(const Json& mlp) {
 Plot difference_plot(const Json& mlp) {
     Plot plot{.title = "Largest difference from sequential",
               .caption = "Over all widths and batches, Newton + PCR and Newton + scan. Above a tolerance (" +
-                         scientific_text(state_tolerance) + " for states, " + scientific_text(gradient_tolerance) +
-                         " for gradients) the command fails.",
+                         scientific_text(number(mlp["state_tolerance"])) + " for states, " +
+                         scientific_text(number(mlp["gradient_tolerance"])) + " for gradients) the command fails.",
               .x = depth_axis,
               .y = {.label = "relative difference", .logarithm = 10},
               .series = {}};
@@ -344,8 +353,8 @@ Table measurements(const Json& mlp, index batch) {
                             {"ratio"},
                             {"backward"},
                             {"ratio"},
-                            {"state difference"},
-                            {"gradient difference"},
+                            {"states differ by"},
+                            {"gradients differ by"},
                             {"repetitions"}},
                 .rows = {}};
     for (const Json& entry : mlp["configurations"]) {
@@ -354,9 +363,10 @@ Table measurements(const Json& mlp, index batch) {
             const auto value = [&](const char* field) { return measured(entry, method, field); };
             const bool parallel = entry[method].contains("status"), right = entry[method].contains("forward_seconds");
             const double forward = value("forward_ratio"), backward = value("backward_ratio");
+            const auto once = [&](const char* field) { return parallel ? "" : count_text(entry[field].get<index>()); };
             table.rows.push_back(
-                {count_text(entry["width"].get<index>()),
-                 count_text(entry["depth"].get<index>()),
+                {once("width"),
+                 once("depth"),
                  name,
                  parallel ? count_text(entry[method]["iterations"].get<index>()) : "",
                  right ? seconds_text(value("forward_seconds")) : entry[method]["status"].get<std::string>(),
@@ -365,7 +375,7 @@ Table measurements(const Json& mlp, index batch) {
                  {parallel ? times_text(backward) : "", tone(backward)},
                  parallel ? scientific_text(value("state_difference")) : "",
                  parallel ? scientific_text(value("gradient_difference")) : "",
-                 count_text(entry["repetitions"].get<index>())});
+                 once("repetitions")});
         };
         add("sequential", "sequential, fused");
         add("pcr", "Newton + PCR");
@@ -413,9 +423,9 @@ std::vector<std::string> verdicts(const Json& mlp) {
     if (configurations == 0) return {"Nothing was measured."};
     std::vector<std::string> sentences{
         "Largest relative difference from sequential: states " + scientific_text(state) + " (tolerance " +
-        scientific_text(state_tolerance) + "), gradients " + scientific_text(gradient) + " (tolerance " +
-        scientific_text(gradient_tolerance) + "). Newton iterations: " + number_text(fewest) + " to " +
-        number_text(most) + "."};
+        scientific_text(number(mlp["state_tolerance"])) + "), gradients " + scientific_text(gradient) + " (tolerance " +
+        scientific_text(number(mlp["gradient_tolerance"])) + "). Newton iterations: " + count_text(index(fewest)) +
+        " to " + count_text(index(most)) + "."};
     if (unconverged > 0)
         sentences.push_back(count_text(unconverged) + " of " + count_text(2 * configurations) +
                             " evaluations by Newton's method did not converge within " + count_text(most_iterations) +
@@ -459,16 +469,20 @@ Json run_mlp(const Experiment& experiment) {
     each([&](index width, index depth, index batch) { total += weight(width, depth, batch); });
     each([&](index width, index depth, index batch) {
         if (!complete) return;
-        complete = experiment.advance(done / total, "MLP, batch " + count_text(batch) + ", width " + count_text(width) +
-                                                        ", depth " + count_text(depth));
+        const auto going_on = [&](double part) {
+            return experiment.advance(
+                (done + part * weight(width, depth, batch)) / total,
+                "batch " + count_text(batch) + ", width " + count_text(width) + ", depth " + count_text(depth));
+        };
+        Json configuration = measure(width, depth, batch, sizes, experiment.seed, going_on);
+        complete = !configuration.is_null();
         if (!complete) return;
-        configurations.push_back(measure(width, depth, batch, sizes, experiment));
-        agreement = agreement && agrees(configurations.back()["pcr"]) && agrees(configurations.back()["scan"]);
+        agreement = agreement && agrees(configuration["pcr"], experiment) && agrees(configuration["scan"], experiment);
+        configurations.push_back(std::move(configuration));
         done += weight(width, depth, batch);
     });
-    if (complete) experiment.advance(1, "MLP done");
     return {{"complete", complete},
-            {"agreement", agreement},
+            {"agreement", configurations.empty() ? Json() : Json(agreement)},
             {"precision", "float"},
             {"activation", "tanh"},
             {"weights", "Xavier uniform"},
@@ -476,14 +490,14 @@ Json run_mlp(const Experiment& experiment) {
             {"baseline",
              "sequential, fused: DenseChain::run forward, DenseChain::run_backward with the forward pass' "
              "slopes backward"},
-            {"state_tolerance", state_tolerance},
-            {"gradient_tolerance", gradient_tolerance},
+            {"state_tolerance", experiment.tolerance},
+            {"gradient_tolerance", experiment.gradient_tolerance()},
             {"max_iterations", most_iterations},
             {"configurations", configurations}};
 }
 
 void describe_mlp(const Json& mlp, Page& page) {
-    page.heading("Multilayer perceptrons: width x depth");
+    page.heading("Multilayer perceptrons: width × depth");
     page.paragraph(
         "Every layer is x_t = tanh(W_t x_{t-1} + b_t), in float, with Xavier weights. The forward pass computes the "
         "whole trajectory x_1 .. x_T; the backward pass computes the gradients of all weights, biases and the input, "
@@ -494,7 +508,8 @@ void describe_mlp(const Json& mlp, Page& page) {
     page.paragraph(
         "Times are medians of interleaved repetitions in this one run, after a pass to warm up. Differences are the "
         "largest over the trajectory or over all weights and biases, relative to the largest value there.");
-    for (const std::string& sentence : verdicts(mlp)) page.paragraph(sentence);
+    page.list(verdicts(mlp));
+    if (mlp["configurations"].empty()) return;
 
     const std::vector<index> widths = measured_values(mlp, "width");
     for (const index batch : measured_values(mlp, "batch")) {

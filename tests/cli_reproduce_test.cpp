@@ -134,6 +134,91 @@ TEST_F(ReproduceTest, Mlp) {
     expect_page(contents(folder / "deeppcr-report" / "report.html"), mlp_plots);
 }
 
+void expect_resnet(const Json& resnet) {
+    EXPECT_EQ(resnet["complete"], true);
+    EXPECT_EQ(resnet["agreement"], true);
+    const Json &sequential = resnet["training"]["sequential"], &deeppcr = resnet["training"]["deeppcr"];
+    const std::size_t steps = 6;
+    for (const Json* trial : {&sequential, &deeppcr}) {
+        EXPECT_EQ((*trial)["complete"], true);
+        EXPECT_EQ((*trial)["test_images"], 10000);
+        EXPECT_GT((*trial)["test_accuracy"], 0.1) << "no better than guessing";
+        EXPECT_LE((*trial)["test_accuracy"], 1.0);
+        for (const char* list : {"loss", "accuracy", "seconds", "forward_seconds", "backward_seconds"}) {
+            ASSERT_EQ((*trial)[list].size(), steps) << list;
+            for (const Json& value : (*trial)[list]) EXPECT_GE(value, 0.0) << list;
+        }
+    }
+    EXPECT_NEAR(resnet["seconds_ratio"].get<double>(),
+                sequential["median_seconds"].get<double>() / deeppcr["median_seconds"].get<double>(), 1e-9);
+    EXPECT_FALSE(sequential.contains("iterations"));
+    ASSERT_EQ(deeppcr["iterations"].size(), steps);
+    for (std::size_t i = 0; i < steps; ++i) {
+        EXPECT_GE(deeppcr["iterations"][i], 1);
+        EXPECT_LE(deeppcr["mean_iterations"][i], deeppcr["iterations"][i]);
+        EXPECT_EQ(deeppcr["status"][i], "converged");
+        EXPECT_NEAR(sequential["loss"][i].get<double>(), deeppcr["loss"][i].get<double>(), 1e-3);
+    }
+    ASSERT_EQ(resnet["same_parameters"].size(), 2U);
+    EXPECT_EQ(resnet["same_parameters"][0]["step"], 0);
+    EXPECT_EQ(resnet["same_parameters"][1]["step"], steps);
+    for (const Json& comparison : resnet["same_parameters"]) {
+        EXPECT_LE(comparison["logits_difference"], resnet["logits_tolerance"]);
+        EXPECT_LE(comparison["gradient_difference"], resnet["gradient_tolerance"]);
+        EXPECT_EQ(comparison["gradient_differences"].size(), 6U) << "three layers with weight and bias";
+        for (const Json& difference : comparison["gradient_differences"])
+            EXPECT_LE(difference, comparison["gradient_difference"]);
+    }
+}
+
+constexpr std::size_t resnet_plots = 4;
+
+TEST_F(ReproduceTest, ResNet) {
+    const Outcome outcome = reproduce("resnet --quick");
+    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    EXPECT_NE(outcome.output.find("test accuracy"), std::string::npos) << outcome.output;
+    const Json found = results();
+    expect_header(found);
+    expect_resnet(found["resnet"]);
+    EXPECT_FALSE(found.contains("mlp"));
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), resnet_plots);
+}
+
+TEST_F(ReproduceTest, AllIsTheDefault) {
+    const Outcome outcome = reproduce("--quick");
+    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    const Json found = results();
+    expect_header(found);
+    expect_mlp(found["mlp"]);
+    expect_resnet(found["resnet"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), mlp_plots + resnet_plots);
+}
+
+TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
+    for (const char* part : {"mlp", "resnet"}) {
+        const Outcome outcome = reproduce(std::string(part) + " --quick --tolerance 1e-12");
+        EXPECT_EQ(outcome.code, 2) << outcome.errors;
+        EXPECT_NE(outcome.output.find("disagree"), std::string::npos) << outcome.output;
+        const Json found = results();
+        EXPECT_EQ(found["agreement"], false);
+        EXPECT_EQ(found[part]["agreement"], false);
+        EXPECT_EQ(found["complete"], true);
+        EXPECT_NE(contents(folder / "deeppcr-report" / "report.html").find("disagree beyond"), std::string::npos);
+    }
+}
+
+TEST_F(ReproduceTest, AMissingDataSetNamesThePackageBeforeAnythingRuns) {
+    for (const char* arguments : {"all --quick", "resnet --quick"}) {
+        const Outcome outcome = reproduce(arguments, "DEEPPCR_DATA=/nowhere");
+        EXPECT_EQ(outcome.code, 1);
+        EXPECT_NE(outcome.errors.find("dataset-fashion-mnist"), std::string::npos) << outcome.errors;
+        EXPECT_NE(outcome.errors.find("/nowhere"), std::string::npos) << outcome.errors;
+    }
+    EXPECT_EQ(reproduce("resnet --quick --data /nowhere").code, 1);
+    EXPECT_FALSE(std::filesystem::exists(folder / "deeppcr-report"));
+    EXPECT_EQ(reproduce("mlp --quick", "DEEPPCR_DATA=/nowhere").code, 0) << "the MLP needs no data";
+}
+
 TEST_F(ReproduceTest, JsonIsWhatTheFileHolds) {
     const Outcome outcome = reproduce("mlp --quick --json --output elsewhere/deep --seed 7");
     ASSERT_EQ(outcome.code, 0) << outcome.errors;
@@ -165,9 +250,9 @@ TEST_F(ReproduceTest, AnOutputFolderThatCannotBeWrittenIsRefusedAtOnce) {
 }
 
 TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
-    for (const char* arguments :
-         {"rnn", "mlp resnet", "mlp --seed -1", "mlp --seed one", "mlp --quick=perhaps", "mlp --output", "--fast"}) {
-        const Outcome outcome = reproduce(arguments);
+    for (const char* arguments : {"rnn", "mlp resnet", "mlp --seed -1", "mlp --seed one", "mlp --quick=perhaps",
+                                  "--fast", "mlp --tolerance 0", "mlp --tolerance nan", "mlp --output"}) {
+        const Outcome outcome = reproduce(std::string("--quick ") + arguments);
         EXPECT_EQ(outcome.code, 1) << arguments;
         EXPECT_EQ(outcome.errors.rfind("deeppcr: error: ", 0), 0U) << arguments << ": " << outcome.errors;
     }
