@@ -192,24 +192,25 @@ std::vector<std::pair<Case, Bound>> cases() {
             .width = 1,
             .block = 1,
             .method = Reduction::sequential});
+    const auto square = [](index block) { return std::to_string(block) + "x" + std::to_string(block); };
     for (const bool transposed : {false, true})
-        for (const index block : {2, 3, 4, 5, 8, 13, 16, 17, 32, 64})
-            products({.name = "dense/" + std::to_string(block) + "x" + std::to_string(block) + "/sequences:256" +
-                              (transposed ? "/transposed" : ""),
-                      .batch = 256,
-                      .width = block,
-                      .block = block,
-                      .transposed = transposed});
+        for (const index sequences : {4096, 256})
+            for (const index block : {2, 3, 4, 5, 8, 13, 16, 17, 32, 64})
+                products({.name = "dense/" + square(block) + "/sequences:" + std::to_string(sequences) +
+                                  (transposed ? "/transposed" : ""),
+                          .batch = sequences,
+                          .width = block,
+                          .block = block,
+                          .transposed = transposed});
     for (const index block : {4, 16, 32})
-        products({.name = "dense/" + std::to_string(block) + "x" + std::to_string(block) + "/[B,T,D]/sequences:64",
+        products({.name = "dense/" + square(block) + "/[B,T,D]/sequences:64",
                   .batch = 64,
                   .width = block,
                   .block = block,
                   .layout = Layout::batch_first});
     for (const Reduction method : {Reduction::pcr, Reduction::scan})
         for (const index block : {4, 8, 16, 17, 32, 64})
-            products({.name = std::string(method == Reduction::pcr ? "pcr/" : "scan/") + std::to_string(block) + "x" +
-                              std::to_string(block) + "/sequences:1",
+            products({.name = (method == Reduction::pcr ? "pcr/" : "scan/") + square(block) + "/sequences:1",
                       .batch = 1,
                       .width = block,
                       .block = block,
