@@ -48,6 +48,13 @@ std::string compiler() {
 #endif
 }
 
+/// Of OpenBLAS' long description, its name and version.
+std::string first_words(const std::string& text, int words) {
+    std::size_t end = 0;
+    while (words-- > 0 && end != std::string::npos) end = text.find(' ', end + (end > 0 ? 1 : 0));
+    return text.substr(0, end);
+}
+
 Json machine() {
     utsname system = {};
     uname(&system);
@@ -61,7 +68,7 @@ Json machine() {
             {"system", std::string(system.sysname) + " " + system.release},
             {"compiler", compiler()},
             {"libtorch", torch.version},
-            {"blas", torch.blas}};
+            {"blas", first_words(torch.blas, 2)}};
 }
 
 std::string now() {
@@ -123,17 +130,18 @@ std::string report_page(const Json& results) {
 
     Table facts{.title = {}, .caption = {}, .columns = {{"This run", false}, {"", false}}, .rows = {}};
     const Json& machine = results["machine"];
-    facts.rows = {{"command", results["command"].get<std::string>()},
-                  {"version", results["version"].get<std::string>() + ", " + facts_text(machine["compiler"]) +
-                                  ", LibTorch " + facts_text(machine["libtorch"]) + ", " + facts_text(machine["blas"])},
-                  {"date", results["date"].get<std::string>()},
-                  {"duration", clock_time(results["seconds"].get<double>())},
-                  {"seed", facts_text(results["seed"])},
-                  {"processor", facts_text(machine["processor"]) + ", " + facts_text(machine["processors"]) +
-                                    " processors, " + facts_text(machine["architecture"])},
-                  {"threads, SIMD", facts_text(machine["threads"]) + " threads, " + facts_text(machine["simd"])},
-                  {"memory", number_text(machine["memory_bytes"].get<double>() / (1 << 30)) + " GiB"},
-                  {"system", facts_text(machine["system"])}};
+    facts.rows = {
+        {"command", results["command"].get<std::string>()},
+        {"version", results["version"].get<std::string>() + ", " + facts_text(machine["compiler"]) + ", LibTorch " +
+                        facts_text(machine["libtorch"]) + " with " + facts_text(machine["blas"])},
+        {"date", results["date"].get<std::string>()},
+        {"duration", clock_time(results["seconds"].get<double>())},
+        {"seed", facts_text(results["seed"])},
+        {"processor", facts_text(machine["processor"]) + ", " + facts_text(machine["processors"]) + " processors, " +
+                          facts_text(machine["architecture"])},
+        {"threads, SIMD", facts_text(machine["threads"]) + " threads, " + facts_text(machine["simd"])},
+        {"memory", number_text(machine["memory_bytes"].get<double>() / (1 << 30)) + " GiB"},
+        {"system", facts_text(machine["system"])}};
     page.table(facts);
     if (results.contains("mlp")) describe_mlp(results["mlp"], page);
     if (results.contains("resnet")) describe_resnet(results["resnet"], page);
@@ -239,6 +247,11 @@ Quartiles quartiles(std::vector<double> sample) {
         return sample[below] + (place - double(below)) * (sample[above] - sample[below]);
     };
     return {at(0.25), at(0.5), at(0.75)};
+}
+
+std::string speed_text(double ratio) {
+    if (!std::isfinite(ratio) || ratio <= 0) return "-";
+    return ratio >= 1 ? number_text(ratio) + "x faster" : number_text(1 / ratio) + "x slower";
 }
 
 void add_reproduce(Program& program) {

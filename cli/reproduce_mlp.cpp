@@ -237,8 +237,6 @@ double best_ratio(const Json& configuration, const std::string& pass) {
     return std::fmax(measured(configuration, "pcr", pass + "_ratio"), measured(configuration, "scan", pass + "_ratio"));
 }
 
-std::string times_text(double ratio) { return std::isfinite(ratio) ? number_text(ratio) + "x" : "-"; }
-
 Table::Tone tone(double ratio) { return ratio > 1 ? Table::Tone::good : Table::Tone::plain; }
 
 /// Values of one width, batch and method as a line over depth.
@@ -341,22 +339,23 @@ Plot difference_plot(const Json& mlp) {
 
 /// Everything measured with one batch.
 Table measurements(const Json& mlp, index batch) {
-    Table table{.title = "All measurements, batch " + count_text(batch),
-                .caption =
-                    "Ratio: sequential / parallel seconds; above 1 (bold) parallel is faster. Where Newton's method "
-                    "did not converge, its status stands in place of its numbers.",
-                .columns = {{"width"},
-                            {"depth"},
-                            {"method", false},
-                            {"iterations"},
-                            {"forward"},
-                            {"ratio"},
-                            {"backward"},
-                            {"ratio"},
-                            {"states differ by"},
-                            {"gradients differ by"},
-                            {"repetitions"}},
-                .rows = {}};
+    Table table{
+        .title = "All measurements, batch " + count_text(batch),
+        .caption =
+            "Against sequential: the ratio of the median seconds beside it and of the fused sequential pass. Where "
+            "Newton's method did not converge, its status stands in place of its numbers.",
+        .columns = {{"width"},
+                    {"depth"},
+                    {"method", false},
+                    {"iterations"},
+                    {"forward"},
+                    {"against sequential"},
+                    {"backward"},
+                    {"against sequential"},
+                    {"states differ by"},
+                    {"gradients differ by"},
+                    {"repetitions"}},
+        .rows = {}};
     for (const Json& entry : mlp["configurations"]) {
         if (entry["batch"] != batch) continue;
         const auto add = [&](const char* method, const std::string& name) {
@@ -370,9 +369,9 @@ Table measurements(const Json& mlp, index batch) {
                  name,
                  parallel ? count_text(entry[method]["iterations"].get<index>()) : "",
                  right ? seconds_text(value("forward_seconds")) : entry[method]["status"].get<std::string>(),
-                 {parallel ? times_text(forward) : "", tone(forward)},
+                 {parallel ? speed_text(forward) : "", tone(forward)},
                  seconds_text(value("backward_seconds")),
-                 {parallel ? times_text(backward) : "", tone(backward)},
+                 {parallel ? speed_text(backward) : "", tone(backward)},
                  parallel ? scientific_text(value("state_difference")) : "",
                  parallel ? scientific_text(value("gradient_difference")) : "",
                  once("repetitions")});
@@ -388,7 +387,7 @@ Table measurements(const Json& mlp, index batch) {
 Table ratios(const Json& mlp, index batch, const std::string& pass) {
     const std::vector<index> depths = measured_values(mlp, "depth");
     Table table{.title = "MLP " + pass + " pass, batch " + count_text(batch) +
-                         ": fused sequential / parallel (better of PCR and scan); above 1 parallel is faster",
+                         ": parallel (the better of Newton + PCR and Newton + scan) against fused sequential",
                 .caption = {},
                 .columns = {{"width \\ depth"}},
                 .rows = {}};
@@ -399,7 +398,9 @@ Table ratios(const Json& mlp, index batch, const std::string& pass) {
         for (const Json& entry : mlp["configurations"])
             if (entry["width"] == width && entry["batch"] == batch) {
                 const auto column = std::find(depths.begin(), depths.end(), entry["depth"].get<index>());
-                row[std::size_t(column - depths.begin()) + 1] = times_text(best_ratio(entry, pass));
+                const double ratio = best_ratio(entry, pass);
+                row[std::size_t(column - depths.begin()) + 1] =
+                    std::isfinite(ratio) ? speed_text(ratio) : entry["scan"]["status"].get<std::string>();
             }
         table.rows.push_back(row);
     }
@@ -413,7 +414,10 @@ std::vector<std::string> verdicts(const Json& mlp) {
     for (const Json& entry : mlp["configurations"]) {
         ++configurations;
         for (const char* method : {"pcr", "scan"}) {
-            if (entry[method]["status"] != "converged") ++unconverged;
+            if (entry[method]["status"] != "converged") {
+                ++unconverged;
+                continue;
+            }
             state = std::fmax(state, measured(entry, method, "state_difference"));
             gradient = std::fmax(gradient, measured(entry, method, "gradient_difference"));
             fewest = std::fmin(fewest, measured(entry, method, "iterations"));
@@ -421,11 +425,12 @@ std::vector<std::string> verdicts(const Json& mlp) {
         }
     }
     if (configurations == 0) return {"Nothing was measured."};
-    std::vector<std::string> sentences{
-        "Largest relative difference from sequential: states " + scientific_text(state) + " (tolerance " +
-        scientific_text(number(mlp["state_tolerance"])) + "), gradients " + scientific_text(gradient) + " (tolerance " +
-        scientific_text(number(mlp["gradient_tolerance"])) + "). Newton iterations: " + count_text(index(fewest)) +
-        " to " + count_text(index(most)) + "."};
+    std::vector<std::string> sentences{"Largest relative difference from sequential: states " + scientific_text(state) +
+                                       " (tolerance " + scientific_text(number(mlp["state_tolerance"])) +
+                                       "), gradients " + scientific_text(gradient) + " (tolerance " +
+                                       scientific_text(number(mlp["gradient_tolerance"])) + ")."};
+    if (most > 0)
+        sentences.push_back("Newton iterations: " + count_text(index(fewest)) + " to " + count_text(index(most)) + ".");
     if (unconverged > 0)
         sentences.push_back(count_text(unconverged) + " of " + count_text(2 * configurations) +
                             " evaluations by Newton's method did not converge within " + count_text(most_iterations) +
@@ -442,14 +447,14 @@ std::vector<std::string> verdicts(const Json& mlp) {
         }
         if (best == nullptr) continue;
         const auto place = [&](const Json& entry) {
-            return times_text(best_ratio(entry, pass)) + " (width " + count_text(entry["width"].get<index>()) +
+            return speed_text(best_ratio(entry, pass)) + " (width " + count_text(entry["width"].get<index>()) +
                    ", depth " + count_text(entry["depth"].get<index>()) + ", batch " +
                    count_text(entry["batch"].get<index>()) + ")";
         };
         sentences.push_back(std::string(pass == std::string("forward") ? "Forward" : "Backward") +
                             " pass: parallel is faster than fused sequential in " + count_text(faster) + " of " +
-                            count_text(configurations) + " configurations on this machine; sequential / parallel is " +
-                            place(*best) + " at best and " + place(*worst) + " at worst.");
+                            count_text(configurations) + " configurations on this machine; it is " + place(*best) +
+                            " at best and " + place(*worst) + " at worst.");
     }
     return sentences;
 }

@@ -1,6 +1,7 @@
 // A deep residual network trained twice from the same seed, on real pictures (arXiv 2309.16318, section 4.2).
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include <deeppcr/nn/training.hpp>
 #include <files/idx.hpp>
@@ -139,44 +140,21 @@ bool agrees(const Json& comparison, const Json& resnet) {
            number(comparison["gradient_difference"]) <= number(resnet["gradient_tolerance"]);
 }
 
-std::vector<double> list(const Json& trial, const char* name) {
+std::vector<double> list(const Json& training, const char* name) {
     std::vector<double> values;
-    if (trial.contains(name))
-        for (const Json& value : trial[name]) values.push_back(number(value));
+    if (training.contains(name))
+        for (const Json& value : training[name]) values.push_back(number(value));
     return values;
 }
 
-/// A quantity of the trials over the training steps.
-Series over_steps(const Json& trial, const char* quantity, const std::string& name) {
-    Series series{.name = name, .x = {}, .y = list(trial, quantity)};
-    for (std::size_t i = 0; i < series.y.size(); ++i) series.x.push_back(double(i + 1));
-    return series;
-}
-
-const Axis step_axis{.label = "training step"};
-
-const Json* trial(const Json& resnet, const char* name) {
+/// One of the two trainings; null where it was not reached.
+const Json* training_of(const Json& resnet, const char* name) {
     return resnet["training"].contains(name) ? &resnet["training"][name] : nullptr;
 }
 
-Plot loss_plot(const Json& resnet) {
-    Plot plot{.title = "Training loss",
-              .caption =
-                  "Cross-entropy of each step's batch. The thin line is drawn over the wide one: where they lie on "
-                  "each other, both methods train alike.",
-              .x = step_axis,
-              .y = {.label = "loss"},
-              .series = {}};
-    if (const Json* sequential = trial(resnet, "sequential")) {
-        plot.series.push_back(over_steps(*sequential, "loss", "sequential"));
-        plot.series.back().stroke = Series::Stroke::wide;
-    }
-    if (const Json* deeppcr = trial(resnet, "deeppcr")) plot.series.push_back(over_steps(*deeppcr, "loss", "DeepPCR"));
-    return plot;
-}
-
+/// |sequential - DeepPCR| of each step's loss.
 std::vector<double> loss_differences(const Json& resnet) {
-    const Json *sequential = trial(resnet, "sequential"), *deeppcr = trial(resnet, "deeppcr");
+    const Json *sequential = training_of(resnet, "sequential"), *deeppcr = training_of(resnet, "deeppcr");
     if (sequential == nullptr || deeppcr == nullptr) return {};
     std::vector<double> first = list(*sequential, "loss"), second = list(*deeppcr, "loss");
     first.resize(std::min(first.size(), second.size()));
@@ -184,30 +162,81 @@ std::vector<double> loss_differences(const Json& resnet) {
     return first;
 }
 
+using Steps = std::vector<double>;
+double mean(const Steps& steps) { return std::accumulate(steps.begin(), steps.end(), 0.0) / double(steps.size()); }
+double largest(const Steps& steps) { return *std::max_element(steps.begin(), steps.end()); }
+double median(const Steps& steps) { return quartiles(steps).median; }
+
+/// How many steps a plot draws as one point, so that it does not become a blur.
+index steps_per_point(const Json& resnet) {
+    constexpr index most_points = 200;
+    const Json* sequential = training_of(resnet, "sequential");
+    const index steps = sequential != nullptr ? index(list(*sequential, "loss").size()) : 0;
+    return std::max<index>(1, (steps + most_points - 1) / most_points);
+}
+
+std::string point_text(const Json& resnet, const std::string& summary) {
+    const index group = steps_per_point(resnet);
+    return group == 1 ? "" : " Each point is the " + summary + " of " + count_text(group) + " steps.";
+}
+
+Series over_steps(const Json& resnet, const std::string& name, const Steps& values, double (*summary)(const Steps&)) {
+    Series series{.name = name, .x = {}, .y = {}};
+    const auto group = std::size_t(steps_per_point(resnet));
+    for (std::size_t first = 0; first < values.size(); first += group) {
+        const std::size_t last = std::min(first + group, values.size());
+        series.x.push_back(double(first + 1 + last) / 2);
+        series.y.push_back(
+            summary(Steps(values.begin() + std::ptrdiff_t(first), values.begin() + std::ptrdiff_t(last))));
+    }
+    return series;
+}
+
+const Axis step_axis{.label = "training step"};
+
+Plot loss_plot(const Json& resnet) {
+    Plot plot{.title = "Training loss",
+              .caption =
+                  "Cross-entropy of the steps' batches. DeepPCR is drawn thin over the wide line of the sequential "
+                  "training: where they lie on each other, both train alike." +
+                  point_text(resnet, "mean"),
+              .x = step_axis,
+              .y = {.label = "loss"},
+              .series = {}};
+    if (const Json* sequential = training_of(resnet, "sequential")) {
+        plot.series.push_back(over_steps(resnet, "sequential", list(*sequential, "loss"), mean));
+        plot.series.back().stroke = Series::Stroke::wide;
+    }
+    if (const Json* deeppcr = training_of(resnet, "deeppcr"))
+        plot.series.push_back(over_steps(resnet, "DeepPCR", list(*deeppcr, "loss"), mean));
+    return plot;
+}
+
 Plot loss_difference_plot(const Json& resnet) {
     Plot plot{.title = "Difference of the two losses",
               .caption =
-                  "Each training goes its own way: float rounding, different in each method, is passed on from "
-                  "step to step. Steps whose losses are the same to the last bit are not drawn.",
+                  "Rounding and the tolerance of the residual test differ between the methods, and each training "
+                  "passes them on from step to step." +
+                  point_text(resnet, "largest"),
               .x = step_axis,
               .y = {.label = "|sequential - DeepPCR|", .logarithm = 10},
-              .series = {{.name = "difference", .x = {}, .y = loss_differences(resnet), .colour = 3}}};
-    Series& series = plot.series[0];
-    for (std::size_t i = 0; i < series.y.size(); ++i) series.x.push_back(double(i + 1));
+              .series = {over_steps(resnet, "difference", loss_differences(resnet), largest)}};
+    plot.series[0].colour = 3;
     return plot;
 }
 
 Plot iterations_plot(const Json& resnet) {
     Plot plot{.title = "Newton iterations per training step",
               .caption =
-                  "The slowest sequence of the batch, and the mean over the batch. Each step starts from a "
-                  "prediction made of the last step's trajectory.",
+                  "The slowest sequence of a batch, and the mean over the batch. Each step starts from a prediction "
+                  "made of the last step's trajectory." +
+                  point_text(resnet, "mean"),
               .x = step_axis,
               .y = {.label = "iterations", .first = 0.0},
               .series = {}};
-    if (const Json* deeppcr = trial(resnet, "deeppcr")) {
-        plot.series = {over_steps(*deeppcr, "iterations", "slowest of the batch"),
-                       over_steps(*deeppcr, "mean_iterations", "mean of the batch")};
+    if (const Json* deeppcr = training_of(resnet, "deeppcr")) {
+        plot.series = {over_steps(resnet, "slowest of the batch", list(*deeppcr, "iterations"), mean),
+                       over_steps(resnet, "mean of the batch", list(*deeppcr, "mean_iterations"), mean)};
         plot.series[0].colour = 1;
         plot.series[1].colour = 2;
     }
@@ -217,24 +246,25 @@ Plot iterations_plot(const Json& resnet) {
 Plot seconds_plot(const Json& resnet) {
     Plot plot{.title = "Time per training step",
               .caption =
-                  "The whole step: forward, backward, optimiser. Both trainings ran in this process, one after "
-                  "the other.",
+                  "The whole step: forward, backward, optimiser. Both trainings ran in this process, one after the "
+                  "other." +
+                  point_text(resnet, "median"),
               .x = step_axis,
               .y = {.label = "time per step", .unit = Unit::seconds, .logarithm = 10},
               .series = {}};
-    if (const Json* sequential = trial(resnet, "sequential"))
-        plot.series.push_back(over_steps(*sequential, "seconds", "sequential, fused"));
-    if (const Json* deeppcr = trial(resnet, "deeppcr"))
-        plot.series.push_back(over_steps(*deeppcr, "seconds", "DeepPCR"));
+    if (const Json* sequential = training_of(resnet, "sequential"))
+        plot.series.push_back(over_steps(resnet, "sequential, fused", list(*sequential, "seconds"), median));
+    if (const Json* deeppcr = training_of(resnet, "deeppcr"))
+        plot.series.push_back(over_steps(resnet, "DeepPCR", list(*deeppcr, "seconds"), median));
     return plot;
 }
 
 Table results_table(const Json& resnet) {
     Table table{.title = "Two trainings from the same seed",
-                .caption = "Ratio: sequential / DeepPCR, above 1 DeepPCR is faster. Trunk: the residual layers alone.",
-                .columns = {{"", false}, {"sequential, fused"}, {"DeepPCR"}, {"ratio"}},
+                .caption = "Trunk: the residual layers alone.",
+                .columns = {{"", false}, {"sequential, fused"}, {"DeepPCR"}, {"DeepPCR is"}},
                 .rows = {}};
-    const Json *sequential = trial(resnet, "sequential"), *deeppcr = trial(resnet, "deeppcr");
+    const Json *sequential = training_of(resnet, "sequential"), *deeppcr = training_of(resnet, "deeppcr");
     const auto value = [](const Json* entry, const char* name) {
         return entry != nullptr && entry->contains(name) ? number((*entry)[name]) : std::nan("");
     };
@@ -243,8 +273,7 @@ Table results_table(const Json& resnet) {
         table.rows.push_back({label,
                               write(first),
                               write(second),
-                              {time && std::isfinite(ratio) ? number_text(ratio) + "x" : "",
-                               ratio > 1 ? Table::Tone::good : Table::Tone::plain}});
+                              {time ? speed_text(ratio) : "", ratio > 1 ? Table::Tone::good : Table::Tone::plain}});
     };
     const auto accuracy = [](double fraction) { return percent_text(fraction, 2); };
     const auto loss = [](double mean) { return number_text(mean, 4); };
@@ -288,7 +317,7 @@ std::vector<std::string> verdicts(const Json& resnet) {
         sentences.push_back("The losses of the two trainings differ by at most " +
                             scientific_text(*std::max_element(differences.begin(), differences.end())) + " in " +
                             count_text(index(differences.size())) + " steps.");
-    const Json* deeppcr = trial(resnet, "deeppcr");
+    const Json* deeppcr = training_of(resnet, "deeppcr");
     if (deeppcr == nullptr || list(*deeppcr, "iterations").empty()) return sentences;
     const std::vector<double> iterations = list(*deeppcr, "iterations");
     const Quartiles typical = quartiles(iterations);
@@ -303,9 +332,8 @@ std::vector<std::string> verdicts(const Json& resnet) {
     sentences.push_back(sentence);
     if (resnet["seconds_ratio"].is_number()) {
         const double ratio = resnet["seconds_ratio"].get<double>();
-        sentences.push_back("On this machine a training step by DeepPCR takes " + number_text(1 / ratio) +
-                            " times as long as by the fused sequential method" +
-                            (ratio < 1 ? ": parallel loses here." : "."));
+        sentences.push_back("On this machine a training step by DeepPCR is " + speed_text(ratio) +
+                            " than one by the fused sequential method" + (ratio < 1 ? ": parallel loses here." : "."));
     }
     return sentences;
 }
@@ -328,6 +356,7 @@ Json run_resnet(const Experiment& experiment) {
         {"batch", options.batch},
         {"optimiser", "AdamW"},
         {"learning_rate", options.learning_rate},
+        {"warm_up_steps", options.warm_up},
         {"chunk", methods[1].evaluation.chunk},
         {"baseline", "sequential, fused: all layers for a cache-resident group of sequences in one kernel"},
         {"logits_tolerance", experiment.tolerance},
@@ -370,7 +399,10 @@ void describe_resnet(const Json& resnet, Page& page) {
         " between an encoder (784 -> width) and a decoder (width -> 10), trained twice on the same batches of " +
         count_text(resnet["batch"].get<index>()) + " from the same seed: once layer after layer (fused), once " +
         "by DeepPCR forward and backward: Newton's method with the work-efficient scan, in chunks of " +
-        count_text(resnet["chunk"].get<index>()) + " layers.");
+        count_text(resnet["chunk"].get<index>()) + " layers. Both use " + resnet["optimiser"].get<std::string>() +
+        ", a learning rate of up to " + number_text(number(resnet["learning_rate"]), 1) +
+        " (the layers': that divided by their number), a linear start and a cosine to 0. The baseline is " +
+        resnet["baseline"].get<std::string>() + ".");
     page.list(verdicts(resnet));
     page.plots({loss_plot(resnet), loss_difference_plot(resnet), iterations_plot(resnet), seconds_plot(resnet)});
     page.table(results_table(resnet));

@@ -268,7 +268,7 @@ TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
 }
 
 TEST_F(ReproduceTest, AnInterruptedRunWritesWhatIsFinished) {
-    const Outcome outcome = reproduce("mlp", "timeout --preserve-status --signal=INT 3");
+    const Outcome outcome = reproduce("mlp", "timeout --preserve-status --signal=INT 5");
     EXPECT_EQ(outcome.code, 130) << outcome.errors;
     const Json found = results();
     EXPECT_EQ(found["complete"], false);
