@@ -236,6 +236,8 @@ void add_train(Program& program) {
     given.value("--gradient-clip", field(&TrainingOptions::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--seed", field(&TrainingOptions::seed), "Of initial weights, split and shuffles");
     given.value("--train-images", field(&TrainingOptions::train_images), "Train on so many images only; 0: all 54,000");
+    given.value("--held-out", field(&TrainingOptions::held_out),
+                "Keep so many of the 60,000 training images for validation");
     given.value("--checkpoint-interval", field(&TrainingOptions::checkpoint_interval),
                 "Save every so many steps, besides each epoch's end; 0: not");
     command.add_option("--data", arguments->data,

@@ -1,0 +1,73 @@
+// Runs the program deeppcr as a user does, in a folder of its own.
+#pragma once
+
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace deeppcr {
+
+inline std::string contents(const std::filesystem::path& path) {
+    std::ostringstream text;
+    text << std::ifstream(path, std::ios::binary).rdbuf();
+    return text.str();
+}
+
+class ProgramTest : public testing::Test {
+protected:
+    struct Outcome {
+        int exit_code = -1;  ///< negative: the signal that ended the program
+        std::string output, errors;
+        nlohmann::json json() const { return nlohmann::json::parse(output, nullptr, false); }
+    };
+
+    ProgramTest() {
+        std::string name = testing::TempDir() + "deeppcr-program-XXXXXX";
+        folder = mkdtemp(name.data());
+    }
+    ~ProgramTest() override { std::filesystem::remove_all(folder); }
+
+    /// Starts `deeppcr arguments...` in `folder`.
+    pid_t start(const std::vector<std::string>& arguments) const {
+        std::vector<char*> words = {const_cast<char*>("deeppcr")};
+        for (const std::string& argument : arguments) words.push_back(const_cast<char*>(argument.c_str()));
+        words.push_back(nullptr);
+        const pid_t child = fork();
+        if (child == 0) {
+            if (chdir(folder.c_str()) != 0 || dup2(open(".output", O_WRONLY | O_CREAT | O_TRUNC, 0600), 1) < 0 ||
+                dup2(open(".errors", O_WRONLY | O_CREAT | O_TRUNC, 0600), 2) < 0)
+                _exit(126);
+            execv(DEEPPCR_PROGRAM, words.data());
+            _exit(127);
+        }
+        return child;
+    }
+    Outcome wait_for(pid_t child) const {
+        int status = 0;
+        waitpid(child, &status, 0);
+        return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), contents(folder / ".output"),
+                contents(folder / ".errors")};
+    }
+    Outcome run(const std::vector<std::string>& arguments) const { return wait_for(start(arguments)); }
+
+    /// An error of the program: exit code 1 and the message on standard error.
+    void expect_error(const std::vector<std::string>& arguments, const testing::Matcher<std::string>& message) const {
+        const Outcome outcome = run(arguments);
+        EXPECT_EQ(outcome.exit_code, 1) << testing::PrintToString(arguments);
+        EXPECT_THAT(outcome.errors, testing::AllOf(testing::StartsWith("deeppcr: error: "), message));
+    }
+
+    std::filesystem::path folder;
+};
+
+}  // namespace deeppcr
