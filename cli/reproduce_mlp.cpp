@@ -354,7 +354,7 @@ Table measurements(const Json& mlp, index batch) {
                     {"against sequential"},
                     {"states differ by"},
                     {"gradients differ by"},
-                    {"repetitions"}},
+                    {"runs"}},
         .rows = {}};
     for (const Json& entry : mlp["configurations"]) {
         if (entry["batch"] != batch) continue;
@@ -376,7 +376,7 @@ Table measurements(const Json& mlp, index batch) {
                  parallel ? scientific_text(value("gradient_difference")) : "",
                  once("repetitions")});
         };
-        add("sequential", "sequential, fused");
+        add("sequential", "sequential");
         add("pcr", "Newton + PCR");
         add("scan", "Newton + scan");
     }

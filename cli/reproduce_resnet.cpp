@@ -322,8 +322,8 @@ std::vector<std::string> verdicts(const Json& resnet) {
     const std::vector<double> iterations = list(*deeppcr, "iterations");
     const Quartiles typical = quartiles(iterations);
     const auto [fewest, most] = std::minmax_element(iterations.begin(), iterations.end());
-    std::string sentence = "Newton iterations per training step: median " + number_text(typical.median) + ", " +
-                           number_text(*fewest) + " to " + number_text(*most) + ".";
+    std::string sentence = "Newton iterations per training step: median " + number_text(typical.median, 2) + ", " +
+                           count_text(index(*fewest)) + " to " + count_text(index(*most)) + ".";
     const Json& status = (*deeppcr)["status"];
     const auto finished = std::count_if(status.begin(), status.end(), [](const Json& s) { return s != "converged"; });
     if (finished > 0)
