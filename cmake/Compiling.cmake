@@ -9,8 +9,12 @@ endif()
 if(DEEPPCR_SANITIZE)
   add_compile_options(-fsanitize=${DEEPPCR_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${DEEPPCR_SANITIZE})
-  # One instruction set is enough under a sanitizer, and takes minutes less to compile than three.
+  # One instruction set is enough under a sanitizer, and takes minutes less to compile than four: AVX2 where there is one.
   add_compile_definitions(HWY_COMPILE_ONLY_STATIC)
+  file(STRINGS /proc/cpuinfo processor LIMIT_COUNT 1 REGEX "^flags.* avx2 ")
+  if(processor)
+    add_compile_options(-march=haswell -maes -mpclmul)
+  endif()
 endif()
 # The sanitizers of GCC 12 and clang 14 cannot live with addresses randomised by 32 bits, as newer kernels do by default:
 # what prefixes a sanitized program to switch that off, where the machine lets one.

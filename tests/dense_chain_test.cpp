@@ -1,10 +1,8 @@
 // DenseChain against a network in long double, its derivatives against finite differences of that network, and its
 // operations against each other bit for bit; one body for every backend, type, activation and skip length.
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numbers>
@@ -711,17 +709,6 @@ TEST(Recurrence, RefusesShapesAndBlocks) {
               }),
               "shape: expected steps >= 0, batch >= 0 and width >= 1, got [4,2,0]");
     EXPECT_EQ(Growth({4, 2, 6}, -1).block(), 6);
-}
-
-TEST(DenseChain, PassesOnEveryInstructionSet) {
-    if (std::getenv("DEEPPCR_SIMD") != nullptr) GTEST_SKIP() << "already on a chosen instruction set";
-    char program[4096] = {};
-    ASSERT_GT(readlink("/proc/self/exe", program, sizeof program - 1), 0);
-    for (const std::string& target : simd_targets()) {
-        if (target == simd_target()) continue;
-        const std::string command = "DEEPPCR_SIMD=" + target + " '" + program + "' --gtest_brief=1";
-        EXPECT_EQ(std::system(command.c_str()), 0) << command;
-    }
 }
 
 }  // namespace

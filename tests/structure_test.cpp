@@ -48,7 +48,7 @@ struct Library {
 };
 const std::vector<Library> libraries = {
     {"LibTorch", std::regex("(torch|ATen|c10|caffe2)/.*"),
-     std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/.*torch.*")},
+     std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/nn_.*")},
     {"Highway", std::regex("hwy/.*"), std::regex("src/.*")},
     {"CLI11", std::regex("CLI/.*"), std::regex("cli/.*|nn/.*|benchmarks/.*")},
     {"GoogleTest", std::regex("(gtest|gmock|rapidcheck)[/.].*"), std::regex("tests/.*")},

@@ -22,7 +22,7 @@ struct Execution {
 /// process may run on.
 int default_threads();
 
-/// Name of the SIMD instruction set in use ("AVX3", "AVX2", "SSE2", ...). DEEPPCR_SIMD in the environment caps it:
+/// Name of the SIMD instruction set in use ("AVX3", "AVX2", "SSE4", "SCALAR"). DEEPPCR_SIMD in the environment caps it:
 /// one of the names of `simd_targets()`.
 std::string simd_target();
 /// Instruction sets that were compiled in and that this machine can run, best first.

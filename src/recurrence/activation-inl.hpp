@@ -94,7 +94,7 @@ HWY_INLINE V ExpMinus(D d, V high, V low) {
     using T = hn::TFromD<D>;
     using C = Exponential<T>;
     // = 2^n (1 + q). 2^n is made of two factors, as n may lie below the smallest normal exponent.
-    constexpr T half = C::exponent_bias / 2, magic = C::rounding + C::exponent_bias + half;
+    constexpr T half = C::exponent_bias >> 1, magic = C::rounding + C::exponent_bias + half;
     const V limited = LimitAbove(d, C::underflow, high);
     const V shifted = hn::NegMulAdd(limited, hn::Set(d, C::log2_e), hn::Set(d, magic));
     const V n = hn::Sub(hn::Set(d, magic), shifted);
