@@ -22,7 +22,10 @@ enum class Reduction {
     automatic,   ///< sequential where the sequences alone fill the threads, scan otherwise
     sequential,  ///< forward substitution (block Thomas): T dependent steps, no products of Jacobians
     pcr,         ///< parallel cyclic reduction, DeepPCR's Algorithm 1: ceil(log2 T) dependent steps, T log2 T products
-    scan,  ///< serial per chunk, PCR over the chunk summaries, replay: T products, chunk + log2(T/chunk) + chunk steps
+    /// Serial per chunk, the chunks' summaries, replay: T products. The reference backend solves the summaries by PCR,
+    /// chunk + log2(T/chunk) + chunk dependent steps; the cpu backend hands each one on to the next chunk, since few
+    /// chunks are in flight at a time there, and reads memory once.
+    scan,
 };
 
 struct SolveOptions {
