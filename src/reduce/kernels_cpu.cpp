@@ -1,6 +1,6 @@
 // SIMD kernels of the bidiagonal solvers, compiled once for each instruction set.
 //
-//   rows       diagonal, many channels: lanes are channels; the state of a tile of channels stays in the L1 cache.
+//   rows       diagonal, many channels: lanes are channels; the state of a tile of channels stays in the L2 cache.
 //              Reads A and b, writes x, past the caches where x is large: 3 elements moved per element.
 //   series     diagonal, fewer channels than lanes, contiguous in time: lanes are neighbouring elements, and each
 //              vector is scanned by doubling (Kogge-Stone) on pairs (a, b), x = a x_before + b:
@@ -96,7 +96,7 @@ struct CarriedStates {
 };
 template <class T>
 struct CarriedStates<T, 0> {
-    static constexpr index largest_width = 16384 / sizeof(T);
+    static constexpr index largest_width = 131072 / sizeof(T);
     HWY_ALIGN T state[largest_width];
     HWY_INLINE auto load(index i) const { return hn::Load(Lanes<T>(), state + i); }
     HWY_INLINE void store(hn::Vec<Lanes<T>> value, index i) { hn::Store(value, Lanes<T>(), state + i); }

@@ -174,12 +174,11 @@ OrderedSystem<T> merged(const OrderedSystem<T>& system) {
             transposed};
 }
 
-/// Threads that have enough to do to be worth waking.
-template <class T>
-int useful_threads(const OrderedSystem<T>& system, int threads) {
-    constexpr index elements_per_thread = 1 << 15;
-    const index elements = system.steps() * system.batch() * system.width() * system.block();
-    return int(std::min<index>(threads, 1 + elements / elements_per_thread));
+/// Threads that have enough to do to be worth waking. Counts states, as
+/// the factors' elements may exceed 63 bits where they are broadcast.
+int useful_threads(const Shape& states, index block, int threads) {
+    const index states_per_thread = std::max<index>(1, (index(1) << 15) / block);
+    return int(std::min<index>(threads, 1 + states.count() / states_per_thread));
 }
 
 /// The method for a merged system. Diagonal: sequential where the rows are long enough for each thread to run along a
@@ -214,7 +213,8 @@ index choose_chunk(const OrderedSystem<T>& system, int threads) {
 template <Backend backend, class T>
 void run(const OrderedSystem<T>& given, const SolveOptions& options) {
     const OrderedSystem<T> system = merged(given);
-    const int threads = useful_threads(system, device::thread_count(options.execution));
+    const int threads = useful_threads({system.steps(), system.batch(), system.width()}, system.block(),
+                                       device::thread_count(options.execution));
     const Reduction method = options.method == Reduction::automatic ? choose_method(system, threads) : options.method;
     const index chunk = options.chunk > 0 ? std::min(options.chunk, system.steps()) : choose_chunk(system, threads);
 
@@ -277,7 +277,7 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
     require_distinct("product", extent(product));
     require_apart("product", extent(product), "subdiagonal", extent(subdiagonal));
     require_apart("product", extent(product), "y", extent(y));
-    const int threads = device::thread_count(execution);
+    const int threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
     if (execution.backend == Backend::reference)
         reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, threads);
     else

@@ -17,12 +17,12 @@ namespace {
 /// A diagonal solution of this size bypasses the caches on its way to memory.
 constexpr index large_bytes = index(16) << 20;
 
-/// How many elements ahead to fetch: the same place of a later row, which the processor does not foresee. Long rows
-/// that are read as a whole it foresees better by itself.
+/// How many elements ahead to fetch: the same place of a later row, which the processor does not foresee. Long rows it
+/// foresees better by itself.
 template <class T>
-index distance_ahead(index row, index stride, bool whole_rows) {
+index distance_ahead(index row, index stride) {
     constexpr index distance = 8192 / sizeof(T);
-    return whole_rows && row > 8 * distance ? 0 : (1 + distance / row) * stride;
+    return row >= distance ? 0 : (1 + distance / row) * stride;
 }
 
 /// Steps [first, last), sequences [sequence, end_sequence) and elements [element, end_element) of a system. A part that
@@ -91,9 +91,8 @@ void solve_sequential(const OrderedSystem<T>& system, int threads) {
             const index end = whole ? units : std::min(units, begin + last - first);
             auto part = strip(system, 0, system.steps(), sequence, sequence + sequences, begin * unit,
                               std::min(end * unit, system.width()));
-            const bool whole_rows = part.block > 1;
-            part.factor_ahead = distance_ahead<T>(part.width * part.block, part.factor_step, whole_rows);
-            part.right_side_ahead = distance_ahead<T>(part.width, part.right_side_step, whole_rows);
+            part.factor_ahead = distance_ahead<T>(part.width * part.block, part.factor_step);
+            part.right_side_ahead = distance_ahead<T>(part.width, part.right_side_step);
             kernel.substitute(part);
             first += whole ? sequences * units : end - begin;
         }

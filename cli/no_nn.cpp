@@ -1,0 +1,22 @@
+// The commands that need nn/, in a program that was built without it.
+#include "command.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+void add(Program& program, const std::string& name, const std::string& example) {
+    program
+        .add(name, "Not in this program: it was built without LibTorch", example,
+             [name](Output&) -> Exit {
+                 throw Error(name + " needs LibTorch, which this program was built without (DEEPPCR_BUILD_NN=OFF)");
+             })
+        .prefix_command();
+}
+
+}  // namespace
+
+void add_reproduce(Program& program) { add(program, "reproduce", "  deeppcr reproduce"); }
+void add_train(Program& program) { add(program, "train", "  deeppcr train resnet"); }
+void add_validate(Program& program) { add(program, "validate", "  deeppcr validate resnet.safetensors"); }
+
+}  // namespace deeppcr::program
