@@ -10,7 +10,8 @@ void add(Program& program, const std::string& name, const std::string& example) 
              [name](Output&) -> Exit {
                  throw Error(name + " needs LibTorch, which this program was built without (DEEPPCR_BUILD_NN=OFF)");
              })
-        .prefix_command();
+        .allow_extras()
+        ->fallthrough(false);
 }
 
 }  // namespace
