@@ -1,4 +1,5 @@
 // deeppcr solve: x_t = A_t x_{t-1} + b_t with x_0 = 0, from and to .npy files.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -135,21 +136,20 @@ Exit solve_files(const Arguments& arguments, const Problem& problem, Output& out
     SolveOptions options{.method = methods.at(arguments.method),
                          .execution = {backends.at(arguments.backend), arguments.threads},
                          .chunk = arguments.chunk};
+    Reduction used = options.method;
     const auto run = [&] {
         const auto begin = std::chrono::steady_clock::now();
-        arguments.transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+        used = arguments.transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     };
     double seconds = run();
     Residual residual = residual_of<T>(system, solution, arguments.transposed);
-    std::string method = arguments.method;
 
     // Products of A may overflow, or lose all digits, where the solution itself does not.
     const double limit = std::sqrt(double(std::numeric_limits<T>::epsilon()));
     if (!(residual.relative <= limit) && options.method == Reduction::automatic) {
         output.warn("the products of A grow too far for a parallel method; solved sequentially instead");
         options.method = Reduction::sequential;
-        method = "sequential";
         seconds += run();
         residual = residual_of<T>(system, solution, arguments.transposed);
     }
@@ -163,6 +163,8 @@ Exit solve_files(const Arguments& arguments, const Problem& problem, Output& out
     }
     if (interrupted()) throw Interrupted();
     files::write_npy(arguments.solution, solution_file);
+    const std::string method =
+        std::find_if(methods.begin(), methods.end(), [&](const auto& entry) { return entry.second == used; })->first;
 
     output.line(arguments.solution + ": " + files::to_string(solution_file.shape) + " " +
                 files::element_type(solution_file) + ", " + method + " on " + arguments.backend + " in " +

@@ -46,8 +46,8 @@ View<T> view_biases(const Tensor& biases) {
 Report sequential_report(index batch, index steps) {
     Report report;
     report.method = "sequential";
-    report.sequences.assign(std::size_t(batch), {Status::finished_sequentially, 0, steps, 0, 0, 0});
-    report.status = Status::finished_sequentially;
+    report.sequences.assign(std::size_t(batch), {Status::converged, 0, steps, 0, 0, 0});
+    report.status = Status::converged;
     report.sequential_steps = batch * steps;
     report.lyapunov = std::nan("");
     return report;

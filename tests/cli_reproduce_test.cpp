@@ -13,33 +13,15 @@
 #include <sstream>
 #include <string>
 
+#include "program.hpp"
+
+namespace deeppcr {
 namespace {
 
 using Json = nlohmann::ordered_json;
 
-struct Outcome {
-    int code = -1;
-    std::string output, errors;
-};
-
-std::string contents(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    EXPECT_TRUE(file) << path;
-    std::ostringstream text;
-    text << file.rdbuf();
-    return text.str();
-}
-
-/// A folder of its own for each test.
-class ReproduceTest : public ::testing::Test {
+class ReproduceTest : public ProgramTest {
 protected:
-    void SetUp() override {
-        std::string name = (std::filesystem::temp_directory_path() / "deeppcr-reproduce-XXXXXX").string();
-        ASSERT_NE(mkdtemp(name.data()), nullptr);
-        folder = name;
-    }
-    void TearDown() override { std::filesystem::remove_all(folder); }
-
     /// `prefix` stands before the program: variables of the environment, `timeout`.
     Outcome reproduce(const std::string& arguments, const std::string& prefix = {}) const {
         const std::filesystem::path out = folder / "stdout", err = folder / "stderr";
@@ -52,8 +34,6 @@ protected:
     Json results(const std::string& name = "deeppcr-report") const {
         return Json::parse(contents(folder / name / "results.json"));
     }
-
-    std::filesystem::path folder;
 };
 
 std::size_t occurrences(const std::string& text, const std::string& part) {
@@ -125,7 +105,7 @@ constexpr std::size_t mlp_plots = 10;
 
 TEST_F(ReproduceTest, Mlp) {
     const Outcome outcome = reproduce("mlp --quick");
-    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     EXPECT_NE(outcome.output.find("MLP forward pass, batch 1"), std::string::npos) << outcome.output;
     const Json found = results();
     expect_header(found);
@@ -175,7 +155,7 @@ constexpr std::size_t resnet_plots = 4;
 
 TEST_F(ReproduceTest, ResNet) {
     const Outcome outcome = reproduce("resnet --quick");
-    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     EXPECT_NE(outcome.output.find("test accuracy"), std::string::npos) << outcome.output;
     const Json found = results();
     expect_header(found);
@@ -186,7 +166,7 @@ TEST_F(ReproduceTest, ResNet) {
 
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
-    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     const Json found = results();
     expect_header(found);
     expect_mlp(found["mlp"]);
@@ -197,7 +177,7 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
 TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
     for (const char* part : {"mlp", "resnet"}) {
         const Outcome outcome = reproduce(std::string(part) + " --quick --tolerance 1e-12");
-        EXPECT_EQ(outcome.code, 2) << outcome.errors;
+        EXPECT_EQ(outcome.exit_code, 2) << outcome.errors;
         EXPECT_NE(outcome.output.find("disagree"), std::string::npos) << outcome.output;
         const Json found = results();
         EXPECT_EQ(found["agreement"], false);
@@ -210,18 +190,18 @@ TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
 TEST_F(ReproduceTest, AMissingDataSetNamesThePackageBeforeAnythingRuns) {
     for (const char* arguments : {"all --quick", "resnet --quick"}) {
         const Outcome outcome = reproduce(arguments, "DEEPPCR_DATA=/nowhere");
-        EXPECT_EQ(outcome.code, 1);
+        EXPECT_EQ(outcome.exit_code, 1);
         EXPECT_NE(outcome.errors.find("dataset-fashion-mnist"), std::string::npos) << outcome.errors;
         EXPECT_NE(outcome.errors.find("/nowhere"), std::string::npos) << outcome.errors;
     }
-    EXPECT_EQ(reproduce("resnet --quick --data /nowhere").code, 1);
+    EXPECT_EQ(reproduce("resnet --quick --data /nowhere").exit_code, 1);
     EXPECT_FALSE(std::filesystem::exists(folder / "deeppcr-report"));
-    EXPECT_EQ(reproduce("mlp --quick", "DEEPPCR_DATA=/nowhere").code, 0) << "the MLP needs no data";
+    EXPECT_EQ(reproduce("mlp --quick", "DEEPPCR_DATA=/nowhere").exit_code, 0) << "the MLP needs no data";
 }
 
 TEST_F(ReproduceTest, JsonIsWhatTheFileHolds) {
     const Outcome outcome = reproduce("mlp --quick --json --output elsewhere/deep --seed 7");
-    ASSERT_EQ(outcome.code, 0) << outcome.errors;
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     const Json printed = Json::parse(outcome.output);
     EXPECT_EQ(printed, results("elsewhere/deep"));
     EXPECT_EQ(printed["seed"], 7);
@@ -231,7 +211,7 @@ TEST_F(ReproduceTest, JsonIsWhatTheFileHolds) {
 TEST_F(ReproduceTest, AnOldReportIsReplaced) {
     std::filesystem::create_directory(folder / "report");
     std::ofstream(folder / "report" / "report.html") << "old";
-    ASSERT_EQ(reproduce("mlp --quick -o report").code, 0);
+    ASSERT_EQ(reproduce("mlp --quick -o report").exit_code, 0);
     expect_page(contents(folder / "report" / "report.html"), mlp_plots);
     std::size_t files = 0;
     for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator(folder / "report")) ++files;
@@ -242,7 +222,7 @@ TEST_F(ReproduceTest, AnOutputFolderThatCannotBeWrittenIsRefusedAtOnce) {
     std::ofstream(folder / "file") << "a file, not a folder";
     for (const char* output : {"file", "file/inside", "/proc/deeppcr"}) {
         const Outcome outcome = reproduce(std::string("mlp --quick -o ") + output);
-        EXPECT_EQ(outcome.code, 1) << output;
+        EXPECT_EQ(outcome.exit_code, 1) << output;
         EXPECT_NE(outcome.errors.find(output), std::string::npos) << outcome.errors;
         EXPECT_EQ(outcome.errors.find("MLP"), std::string::npos) << "it had begun: " << outcome.errors;
     }
@@ -253,7 +233,7 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
     for (const char* arguments : {"rnn", "mlp resnet", "mlp --seed -1", "mlp --seed one", "mlp --quick=perhaps",
                                   "--fast", "mlp --tolerance 0", "mlp --tolerance nan", "mlp --output"}) {
         const Outcome outcome = reproduce(std::string("--quick ") + arguments);
-        EXPECT_EQ(outcome.code, 1) << arguments;
+        EXPECT_EQ(outcome.exit_code, 1) << arguments;
         EXPECT_EQ(outcome.errors.rfind("deeppcr: error: ", 0), 0U) << arguments << ": " << outcome.errors;
     }
     EXPECT_FALSE(std::filesystem::exists(folder / "deeppcr-report"));
@@ -261,7 +241,7 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
-    EXPECT_EQ(outcome.code, 0);
+    EXPECT_EQ(outcome.exit_code, 0);
     for (const char* expected :
          {"mlp", "resnet", "all", "--output", "--quick", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
@@ -269,7 +249,7 @@ TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
 
 TEST_F(ReproduceTest, AnInterruptedRunWritesWhatIsFinished) {
     const Outcome outcome = reproduce("mlp", "timeout --preserve-status --signal=INT 5");
-    EXPECT_EQ(outcome.code, 130) << outcome.errors;
+    EXPECT_EQ(outcome.exit_code, 130) << outcome.errors;
     const Json found = results();
     EXPECT_EQ(found["complete"], false);
     EXPECT_EQ(found["mlp"]["complete"], false);
@@ -277,3 +257,4 @@ TEST_F(ReproduceTest, AnInterruptedRunWritesWhatIsFinished) {
 }
 
 }  // namespace
+}  // namespace deeppcr

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
@@ -37,16 +38,19 @@ protected:
     }
     ~ProgramTest() override { std::filesystem::remove_all(folder); }
 
-    /// Starts `deeppcr arguments...` in `folder`.
-    pid_t start(const std::vector<std::string>& arguments) const {
+    /// Starts `deeppcr arguments...` in `folder`; `prepare` runs in the child process, before the program.
+    pid_t start(
+        const std::vector<std::string>& arguments, const std::function<void()>& prepare = [] {}) const {
         std::vector<char*> words = {const_cast<char*>("deeppcr")};
         for (const std::string& argument : arguments) words.push_back(const_cast<char*>(argument.c_str()));
         words.push_back(nullptr);
         const pid_t child = fork();
         if (child == 0) {
-            if (chdir(folder.c_str()) != 0 || dup2(open(".output", O_WRONLY | O_CREAT | O_TRUNC, 0600), 1) < 0 ||
-                dup2(open(".errors", O_WRONLY | O_CREAT | O_TRUNC, 0600), 2) < 0)
-                _exit(126);
+            const std::string output = outside("output"), errors = outside("errors");
+            const int output_file = open(output.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+            const int error_file = open(errors.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
+            if (chdir(folder.c_str()) != 0 || dup2(output_file, 1) < 0 || dup2(error_file, 2) < 0) _exit(126);
+            prepare();
             execv(DEEPPCR_PROGRAM, words.data());
             _exit(127);
         }
@@ -55,10 +59,16 @@ protected:
     Outcome wait_for(pid_t child) const {
         int status = 0;
         waitpid(child, &status, 0);
-        return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), contents(folder / ".output"),
-                contents(folder / ".errors")};
+        const Outcome outcome{WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), contents(outside("output")),
+                              contents(outside("errors"))};
+        std::filesystem::remove(outside("output"));
+        std::filesystem::remove(outside("errors"));
+        return outcome;
     }
-    Outcome run(const std::vector<std::string>& arguments) const { return wait_for(start(arguments)); }
+    Outcome run(
+        const std::vector<std::string>& arguments, const std::function<void()>& prepare = [] {}) const {
+        return wait_for(start(arguments, prepare));
+    }
 
     /// An error of the program: exit code 1 and the message on standard error.
     void expect_error(const std::vector<std::string>& arguments, const testing::Matcher<std::string>& message) const {
@@ -66,6 +76,9 @@ protected:
         EXPECT_EQ(outcome.exit_code, 1) << testing::PrintToString(arguments);
         EXPECT_THAT(outcome.errors, testing::AllOf(testing::StartsWith("deeppcr: error: "), message));
     }
+
+    /// Files for captured output lie beside the folder, so that the folder shows what the program itself left.
+    std::string outside(const std::string& name) const { return folder.string() + "." + name; }
 
     std::filesystem::path folder;
 };

@@ -40,15 +40,17 @@ struct SolveOptions {
 /// IEEE arithmetic (a sequence never affects another). Any sizes; width must be a multiple of block.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; `sequential` and `pcr`
 /// give the same bits for every thread count, `scan` for every thread count where `chunk` is given.
-/// Throws InvalidArgument, OutOfMemory. Source: arXiv 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
+/// Returns the method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source: arXiv
+/// 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
 template <class T>
-void solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution, const SolveOptions& options = {});
+Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                const SolveOptions& options = {});
 
 /// Solves the transposed system: y_t = A_{t+1}^T y_{t+1} + b_t for t = T..1, with y_{T+1} = 0. A_1 and `initial` play
 /// no part (the gradient with respect to x_0 is A_1^T y_1: `multiply_transposed`). Otherwise as `solve`.
 template <class T>
-void solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
-                      const SolveOptions& options = {});
+Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                           const SolveOptions& options = {});
 
 /// product = A^T y for one step of every sequence; `subdiagonal` has one step, y and product are [1,batch,width].
 /// `product` must not overlap the inputs.

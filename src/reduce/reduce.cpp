@@ -211,7 +211,7 @@ index choose_chunk(const OrderedSystem<T>& system, int threads) {
 }
 
 template <Backend backend, class T>
-void run(const OrderedSystem<T>& given, const SolveOptions& options) {
+Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     const OrderedSystem<T> system = merged(given);
     const int threads = useful_threads({system.steps(), system.batch(), system.width()}, system.block(),
                                        device::thread_count(options.execution));
@@ -228,38 +228,45 @@ void run(const OrderedSystem<T>& given, const SolveOptions& options) {
 
     switch (method) {
         case Reduction::sequential:
-            return reduce::solve_sequential<backend>(system, threads);
+            reduce::solve_sequential<backend>(system, threads);
+            return method;
         case Reduction::pcr:
-            return reduce::solve_pcr<backend>(system, threads, workspace);
+            reduce::solve_pcr<backend>(system, threads, workspace);
+            return method;
         case Reduction::scan:
-            return reduce::solve_scan<backend>(system, chunk, threads, workspace);
+            reduce::solve_scan<backend>(system, chunk, threads, workspace);
+            return method;
         case Reduction::automatic:
             break;
     }
     throw InvalidArgument("options.method", "a Reduction", std::to_string(int(method)));
 }
 
+/// Of an empty system.
+Reduction nothing_to_solve(const SolveOptions& options) {
+    return options.method == Reduction::automatic ? Reduction::sequential : options.method;
+}
+
 template <class T>
-void dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
-    if (options.execution.backend == Backend::reference)
-        run<Backend::reference>(system, options);
-    else
-        run<Backend::cpu>(system, options);
+Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
+    if (options.execution.backend == Backend::reference) return run<Backend::reference>(system, options);
+    return run<Backend::cpu>(system, options);
 }
 
 }  // namespace
 
 template <class T>
-void solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution, const SolveOptions& options) {
-    if (!check<T>(system, solution, options)) return;
-    dispatch<T>({system.subdiagonal, system.right_side, system.initial, solution, false}, options);
+Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                const SolveOptions& options) {
+    if (!check<T>(system, solution, options)) return nothing_to_solve(options);
+    return dispatch<T>({system.subdiagonal, system.right_side, system.initial, solution, false}, options);
 }
 
 template <class T>
-void solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
-                      const SolveOptions& options) {
-    if (!check<T>(system, solution, options)) return;
-    dispatch<T>(reversed<T>(system, solution), options);
+Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
+                           const SolveOptions& options) {
+    if (!check<T>(system, solution, options)) return nothing_to_solve(options);
+    return dispatch<T>(reversed<T>(system, solution), options);
 }
 
 template <class T>
@@ -284,9 +291,10 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
         reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, threads);
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                                      \
-    template void solve(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>, const SolveOptions&);            \
-    template void solve_transposed(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>, const SolveOptions&); \
+#define DEEPPCR_INSTANTIATE(T)                                                                                \
+    template Reduction solve(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>, const SolveOptions&); \
+    template Reduction solve_transposed(const BidiagonalSystem<T>&, View<std::type_identity_t<T>>,            \
+                                        const SolveOptions&);                                                 \
     template void multiply_transposed(Jacobian<const T>, View<const T>, View<T>, const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
