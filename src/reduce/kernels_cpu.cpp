@@ -611,10 +611,57 @@ void with_block(index size, const Body& body) {
     }
 }
 
+/// y = A x + b for neighbouring blocks that are smaller than a vector, as many as fill one with their states. The sums
+/// are those of Block::advance, bit for bit.
+template <class T, index size>
+struct SmallBlocks {
+    using D = Lanes<T>;
+    using Indices = decltype(hn::SetTableIndices(D(), static_cast<const hwy::MakeSigned<T>*>(nullptr)));
+    static constexpr bool possible = size > 1 && size < lanes<T>&& lanes<T> % size == 0;
+
+    Indices columns[size];  // of the states, which each element of a vector of A multiplies
+
+    SmallBlocks() {
+        const D d;
+        HWY_ALIGN hwy::MakeSigned<T> from[hn::MaxLanes(d)];
+        for (index vector = 0; vector < size; ++vector) {
+            for (index lane = 0; lane < lanes<T>; ++lane) {
+                const index row = (vector * lanes<T> + lane) / size;
+                from[lane] = hwy::MakeSigned<T>(row / size * size + lane % size);
+            }
+            columns[vector] = hn::SetTableIndices(d, from);
+        }
+    }
+
+    template <index count>
+    static HWY_INLINE hn::Vec<D> sum_neighbours(hn::Vec<D>* sums) {
+        if constexpr (count > 1) {
+            unroll<count / 2>([&](auto i) HWY_ATTR {
+                sums[i] = hn::Add(ConcatEven(D(), sums[2 * i + 1], sums[2 * i]),
+                                  ConcatOdd(D(), sums[2 * i + 1], sums[2 * i]));
+            });
+            return sum_neighbours<count / 2>(sums);
+        }
+        return sums[0];
+    }
+
+    HWY_INLINE void advance(const T* a, const T* x, const T* b, T* y) const {
+        const D d;
+        const auto states = hn::LoadU(d, x);
+        hn::Vec<D> sums[size];
+        unroll<size>([&](auto i) HWY_ATTR {
+            sums[i] = hn::Mul(hn::LoadU(d, a + i * lanes<T>), hn::TableLookupLanes(states, columns[i]));
+        });
+        hn::StoreU(hn::Add(sum_neighbours<size>(sums), hn::LoadU(d, b)), d, y);
+    }
+};
+
 /// All steps, and side by side in each of them all sequences and blocks: they do not wait for each other.
-template <bool transposed, class T, class B>
-HWY_INLINE void substitute_blocks(const Strip<T>& s, const B& block) {
+template <bool transposed, class T, index fixed>
+HWY_INLINE void substitute_blocks(const Strip<T>& s, const Block<T, fixed>& block) {
     const index size = block.extent();
+    constexpr bool small = !transposed && (fixed == 2 || fixed == 4 || fixed == 8) && fixed < lanes<T>;
+    const std::conditional_t<small, SmallBlocks<T, small ? fixed : 2>, int> neighbours{};
     for (index step = 0; step < s.steps; ++step) {
         for (index sequence = 0; sequence < s.batch; ++sequence) {
             const T* a = s.factor + step * s.factor_step + sequence * s.factor_batch;
@@ -627,7 +674,14 @@ HWY_INLINE void substitute_blocks(const Strip<T>& s, const B& block) {
                 std::copy_n(b, s.width, x);
                 continue;
             }
-            for (index first = 0; first < s.width; first += size) {
+            index first = 0;
+            if constexpr (small)
+                for (; first + lanes<T> <= s.width; first += lanes<T>) {
+                    unroll<fixed>([&](auto i) HWY_ATTR { fetch(a + first * fixed + i * lanes<T>, s.factor_ahead); });
+                    fetch(b + first, s.right_side_ahead);
+                    neighbours.advance(a + first * fixed, before + first, b + first, x + first);
+                }
+            for (; first < s.width; first += size) {
                 for (index i = 0; i < size * size; i += 64 / index(sizeof(T)))
                     fetch(a + first * size + i, s.factor_ahead);
                 fetch(b + first, s.right_side_ahead);
