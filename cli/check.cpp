@@ -22,7 +22,7 @@ void add_check(Program& program) {
                                                                   {"problems", report.problems}});
                                         return report.ok() ? Exit::done : Exit::failed;
                                     });
-    command.add_option("--seed", *seed, "Seed of the random systems")->capture_default_str();
+    command.add_option("--seed", *seed, "Seed of the random systems")->check(without_sign())->capture_default_str();
 }
 
 }  // namespace deeppcr::program

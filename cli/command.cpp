@@ -101,6 +101,13 @@ void Progress::update(double done, const std::string& note) {
         std::cerr << line << std::endl;
 }
 
+CLI::Validator without_sign() {
+    return {[](const std::string& text) {
+                return text.starts_with('-') ? "expected a number of 0 or more, got " + text : std::string();
+            },
+            ""};
+}
+
 bool interrupted() { return signal_came != 0; }
 
 Program::Program() : parser_("Sequential computations evaluated in parallel.", "deeppcr") {

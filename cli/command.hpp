@@ -69,6 +69,9 @@ private:
 /// "0:41", "12:05", "1:02:03"
 std::string clock_time(double seconds);
 
+/// For options whose type has no sign: CLI11 alone reads "-1" as 2^64 - 1.
+CLI::Validator without_sign();
+
 /// Whether Ctrl-C (SIGINT) or SIGTERM came: a command stops at its next safe point and returns Exit::interrupted. A
 /// second Ctrl-C ends the program at once.
 bool interrupted();

@@ -11,6 +11,8 @@
 
 #include <deeppcr/nn/names.hpp>
 
+#include "command.hpp"
+
 namespace deeppcr::program {
 
 template <class Target>
@@ -25,14 +27,14 @@ public:
         Target defaults{};
         std::ostringstream text;
         text << access(defaults);
-        command_
-            .add_option_function<Value>(
-                flag,
-                [this, access](const Value& value) {
-                    changes_.push_back([access, value](Target& target) { access(target) = value; });
-                },
-                help)
-            ->default_str(text.str());
+        CLI::Option* option = command_.add_option_function<Value>(
+            flag,
+            [this, access](const Value& value) {
+                changes_.push_back([access, value](Target& target) { access(target) = value; });
+            },
+            help);
+        option->default_str(text.str());
+        if constexpr (std::is_unsigned_v<Value>) option->check(without_sign());
     }
 
     /// A field that is one of `names`.

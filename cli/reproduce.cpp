@@ -266,7 +266,7 @@ void add_reproduce(Program& program) {
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
         ->capture_default_str();
     command.add_option("--seed", arguments->experiment.seed, "Seed of networks, inputs and training")
-        ->check(CLI::NonNegativeNumber)  // "-1" would be read as 2^64 - 1
+        ->check(without_sign())
         ->capture_default_str();
     command
         .add_option("--tolerance", arguments->experiment.tolerance,

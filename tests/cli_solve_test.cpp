@@ -283,6 +283,7 @@ TEST_F(Solve, ArgumentsThatMakeNoSense) {
                  AllOf(HasSubstr("--method"), HasSubstr("magic"), HasSubstr("pcr")));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--backend", "abacus"}, HasSubstr("--backend"));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--threads", "-1"}, HasSubstr("--threads"));
+    expect_error({"check", "--seed", "-1"}, HasSubstr("--seed: expected a number of 0 or more, got -1"));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--threads", "two"}, HasSubstr("--threads"));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--chunk", "-5"}, HasSubstr("--chunk"));
     expect_error({"solve", "A.npy", "b.npy", "c.npy", "-o", "x.npy"}, HasSubstr("c.npy"));

@@ -129,6 +129,7 @@ TEST_F(Train, RefusesBadOptions) {
     expect_error({"train", "resnet", "--batch", "0"}, HasSubstr("batch: expected at least 1"));
     expect_error({"train", "resnet", "--train-images", "70000"}, HasSubstr("train_images: expected 0 to 54000"));
     expect_error({"train", "resnet", "--learning-rate", "-1"}, HasSubstr("learning_rate"));
+    expect_error({"train", "resnet", "--seed", "-1"}, HasSubstr("--seed: expected a number of 0 or more, got -1"));
     expect_error({"train", "resnet", "--tolerance", "nan"}, HasSubstr("tolerance"));
     expect_error({"train", "resnet", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"train", "resnet", "--checkpoint", "nowhere/file"}, HasSubstr("nowhere"));
