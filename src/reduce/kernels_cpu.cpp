@@ -617,7 +617,6 @@ template <class T, index size>
 struct SmallBlocks {
     using D = Lanes<T>;
     using Indices = decltype(hn::SetTableIndices(D(), static_cast<const hwy::MakeSigned<T>*>(nullptr)));
-    static constexpr bool possible = size > 1 && size < lanes<T>&& lanes<T> % size == 0;
 
     Indices columns[size];  // of the states, which each element of a vector of A multiplies
 

@@ -174,8 +174,8 @@ OrderedSystem<T> merged(const OrderedSystem<T>& system) {
             transposed};
 }
 
-/// Threads that have enough to do to be worth waking. Counts states, as
-/// the factors' elements may exceed 63 bits where they are broadcast.
+/// Threads that have enough to do to be worth waking. Counts states: the elements of broadcast factors may exceed 63
+/// bits.
 int useful_threads(const Shape& states, index block, int threads) {
     const index states_per_thread = std::max<index>(1, (index(1) << 15) / block);
     return int(std::min<index>(threads, 1 + states.count() / states_per_thread));
