@@ -465,6 +465,20 @@ void with_rounds(index channels, const Body& body) {
 
 // ----------------------------------------------------------------------------------------------------------- blocks
 
+/// The elements of `count` vectors, one after the other, in groups of `count` neighbours: their sums, in order.
+/// (ConcatEven and ConcatOdd are found by their arguments: the scalar target, whose vectors have one lane, has none.)
+template <index count, class D, class V>
+HWY_INLINE V sum_each(D d, V* sums) {
+    if constexpr (count == 1)
+        return sums[0];
+    else {
+        unroll<count / 2>([&](auto i) HWY_ATTR {
+            sums[i] = hn::Add(ConcatEven(d, sums[2 * i + 1], sums[2 * i]), ConcatOdd(d, sums[2 * i + 1], sums[2 * i]));
+        });
+        return sum_each<count / 2>(d, sums);
+    }
+}
+
 /// Operations on one block; `fixed` is its size where known at compile time, otherwise 0.
 template <class T, index fixed>
 struct Block {
@@ -492,21 +506,6 @@ struct Block {
             store_first(vector, D(), row + column, rest);
     }
 
-    /// Lane r of the result is the sum over the lanes of sums[r]. (ConcatEven and ConcatOdd are found by their
-    /// arguments: the scalar target, whose vectors have one lane, has none.)
-    template <index count>
-    static HWY_INLINE V sum_each(V* sums) {
-        if constexpr (count == 1)
-            return sums[0];
-        else {
-            unroll<count / 2>([&](auto i) HWY_ATTR {
-                sums[i] = hn::Add(ConcatEven(D(), sums[2 * i + 1], sums[2 * i]),
-                                  ConcatOdd(D(), sums[2 * i + 1], sums[2 * i]));
-            });
-            return sum_each<count / 2>(sums);
-        }
-    }
-
     /// y = A x + b. y may be b.
     HWY_INLINE void advance(const T* a, const T* x, const T* b, T* y) const {
         const D d;
@@ -524,7 +523,7 @@ struct Block {
                         if (fixed == 0 || row + r < n) sums[r] = hn::MulAdd(load(rows + r * n, column), state, sums[r]);
                     });
                 }
-                store(hn::Add(sum_each<width>(sums), load(b, row)), y, row);
+                store(hn::Add(sum_each<width>(d, sums), load(b, row)), y, row);
             } else {
                 for (index r = row; r < n; ++r) {
                     V sum = hn::Mul(load(a + r * n, 0), load(x, 0));
@@ -632,18 +631,6 @@ struct SmallBlocks {
         }
     }
 
-    template <index count>
-    static HWY_INLINE hn::Vec<D> sum_neighbours(hn::Vec<D>* sums) {
-        if constexpr (count > 1) {
-            unroll<count / 2>([&](auto i) HWY_ATTR {
-                sums[i] = hn::Add(ConcatEven(D(), sums[2 * i + 1], sums[2 * i]),
-                                  ConcatOdd(D(), sums[2 * i + 1], sums[2 * i]));
-            });
-            return sum_neighbours<count / 2>(sums);
-        }
-        return sums[0];
-    }
-
     HWY_INLINE void advance(const T* a, const T* x, const T* b, T* y) const {
         const D d;
         const auto states = hn::LoadU(d, x);
@@ -651,7 +638,7 @@ struct SmallBlocks {
         unroll<size>([&](auto i) HWY_ATTR {
             sums[i] = hn::Mul(hn::LoadU(d, a + i * lanes<T>), hn::TableLookupLanes(states, columns[i]));
         });
-        hn::StoreU(hn::Add(sum_neighbours<size>(sums), hn::LoadU(d, b)), d, y);
+        hn::StoreU(hn::Add(sum_each<size>(d, sums), hn::LoadU(d, b)), d, y);
     }
 };
 
