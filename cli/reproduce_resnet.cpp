@@ -82,7 +82,7 @@ Json run_trial(const Trial& trial, nn::TrainingOptions options, const Experiment
     Json entry{{"complete", !result.interrupted}, {"parameters", result.parameters}, {"steps", result.steps.size()}};
     for (const char* list : {"loss", "accuracy", "seconds", "forward_seconds", "backward_seconds"})
         entry[list] = Json::array();
-    const bool newton = trial.evaluation.method == Method::newton;
+    const bool newton = trial.evaluation.method != Method::sequential;
     for (const nn::StepRecord& record : result.steps) {
         entry["loss"].push_back(record.loss);
         entry["accuracy"].push_back(record.accuracy);

@@ -35,7 +35,7 @@ Exit run_validate(const Arguments& arguments, Output& output) {
     std::string text = std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
                        percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
                        count_text(result.images) + " images in " + seconds_text(result.seconds);
-    if (options.evaluation.method == Method::newton)
+    if (options.evaluation.method != Method::sequential)
         text += ", " + number_text(result.iterations) + " Newton iterations per batch, residual at most " +
                 scientific_text(result.residual);
     output.line(text);

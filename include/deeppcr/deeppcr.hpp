@@ -3,9 +3,12 @@
 
 #include <deeppcr/array.hpp>
 #include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/cell.hpp>
+#include <deeppcr/cells.hpp>
 #include <deeppcr/check.hpp>
 #include <deeppcr/dense_chain.hpp>
 #include <deeppcr/error.hpp>
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/execution.hpp>
 #include <deeppcr/recurrence.hpp>
+#include <deeppcr/scalar.hpp>

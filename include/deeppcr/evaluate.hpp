@@ -14,9 +14,18 @@
 namespace deeppcr {
 
 enum class Method {
+    /// The fastest: for a cell, sequential, overlap or shooting by the measured costs of this machine; else `newton`.
+    automatic,
     newton,      ///< all steps of a window at once: linearise, solve the bidiagonal system, repeat
     sequential,  ///< Recurrence::run, step after step
+    /// Cells only. Chunks side by side from guessed states; each is repaired from the end of the one before it until it
+    /// meets its old states, within the tolerance. No Jacobian: for contractive recurrences.
+    overlap,
+    /// Cells only. Multiple shooting: Newton's method for the states between chunks, each chunk carrying the product of
+    /// its Jacobians; then as overlap.
+    shooting,
 };
+std::string to_string(Method method);
 
 /// What stands for the Jacobian in Newton's method. Fewer operations per pass against more passes.
 enum class Surrogate {
@@ -49,10 +58,10 @@ enum class Status {
 std::string to_string(Status status);
 
 struct Options {
-    Method method = Method::newton;
+    Method method = Method::automatic;
     Surrogate surrogate = Surrogate::full;
     Reduction reduction = Reduction::automatic;
-    index chunk = 0;  ///< steps per chunk of the scan; see SolveOptions
+    index chunk = 0;  ///< steps per chunk of the scan (see SolveOptions), overlap or shooting; 0: chosen
     Guess guess = Guess::initial_state;
     /// A step is confirmed where max|x_t - f(x_{t-1})| <= absolute + relative * max|x_t| and every step before it is.
     /// Negative: `tolerance`. tolerance 0: 64 machine epsilons.

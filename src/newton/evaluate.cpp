@@ -14,6 +14,7 @@
 #include <optional>
 
 #include "device/threads.hpp"
+#include "newton/fused.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
 #include "newton/update.hpp"
@@ -508,9 +509,21 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
                               to_string(trajectory.shape()));
     if (trajectory.data() == nullptr && recurrence.shape().count() > 0)
         throw InvalidArgument("trajectory", "memory of shape " + to_string(recurrence.shape()), "a null pointer");
-    Workspace own;
-    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-    Report report = Evaluator<T>(recurrence, trajectory, options, workspace).run();
+    const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
+    const bool fused = options.method == Method::overlap || options.method == Method::shooting;
+    if (fused && cell == nullptr)
+        throw InvalidArgument("options.method", "automatic, newton or sequential, as the recurrence is not a cell's",
+                              to_string(options.method));
+    Report report;
+    if (cell != nullptr && options.method != Method::newton) {
+        report = evaluate_fused(*cell, trajectory, options);
+    } else {
+        Options chosen = options;
+        if (options.method == Method::automatic) chosen.method = Method::newton;
+        Workspace own;
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();
+    }
     if (options.on_failure == OnFailure::raise && !report.ok()) {
         index confirmed = recurrence.shape().steps;
         for (const Report::Sequence& sequence : report.sequences) confirmed = std::min(confirmed, sequence.confirmed);

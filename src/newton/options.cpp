@@ -3,6 +3,26 @@
 #include <algorithm>
 #include <cmath>
 
+namespace deeppcr {
+
+std::string to_string(Method method) {
+    switch (method) {
+        case Method::automatic:
+            return "automatic";
+        case Method::newton:
+            return "newton";
+        case Method::sequential:
+            return "sequential";
+        case Method::overlap:
+            return "overlap";
+        case Method::shooting:
+            break;
+    }
+    return "shooting";
+}
+
+}  // namespace deeppcr
+
 namespace deeppcr::newton {
 namespace {
 

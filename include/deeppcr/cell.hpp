@@ -1,0 +1,116 @@
+// Cell: a recurrence whose channels do not mix in the state (a diagonal or block-diagonal Jacobian), from one channel's
+// step as a small functor. Derivatives come from dual numbers; nothing else is to be written by hand.
+#pragma once
+
+#include <concepts>
+#include <vector>
+
+#include <deeppcr/cell_kernels.hpp>
+#include <deeppcr/evaluate.hpp>
+#include <deeppcr/recurrence.hpp>
+
+namespace deeppcr {
+
+/// One channel's step x_t = f(x_{t-1}, u_t, p), a class with only static members, for instance
+///
+///     struct LeakyTanh {
+///         static constexpr int states = 1, inputs = 1, parameters = 2;      // per channel, each at least 1
+///         template <class S>
+///         static std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 2> p) {
+///             auto [a, w] = p;
+///             return {(S(1) - a) * x[0] + a * tanh(w * x[0] + u[0])};
+///         }
+///     };
+///
+/// `step` is compiled for S = Scalar<T> and S = Dual<T>: it may use + - * / and the functions of scalar.hpp, without
+/// std::. Without branches (max, min instead) it becomes SIMD code. `static constexpr const char* name` is optional.
+template <class C>
+concept Cell = requires(std::array<Scalar<float>, std::size_t(C::states)> x,
+                        std::array<Scalar<float>, std::size_t(C::inputs)> u,
+                        std::array<Scalar<float>, std::size_t(C::parameters)> p) {
+    { C::step(x, u, p) } -> std::convertible_to<std::array<Scalar<float>, std::size_t(C::states)>>;
+};
+
+/// A new sequence begins at step `step` (counted from 0) of row `sequence` of the batch: x before it is an initial
+/// state, and nothing of the steps before it remains.
+struct SequenceStart {
+    index sequence = 0, step = 0;
+};
+
+/// Steps first+1 .. last of row `sequence` of the batch: one sequence, from its own initial state.
+struct SequencePart {
+    index sequence = 0, first = 0, last = 0;
+};
+
+/// What all CellRecurrences share, whatever their Cell: `evaluate` runs its fused methods on any of them.
+///
+/// Shapes, with C channels and K, G, P states, inputs and parameters per channel:
+///   inputs      [steps, batch, G*C], gate after gate, as torch's chunk(G, -1) has them; any strides
+///   parameters  [P, 1, C]
+///   states      [steps, batch, C*K], channel after channel, its K values side by side
+///   initial     [1, parts, C*K]; zeros where empty
+/// A row of the batch holds one sequence, or several one after the other (`starts`, sorted by sequence and step): parts()
+/// lists them. All views must outlive the recurrence. Time-reversed: pass reversed views of inputs and trajectory.
+template <class T>
+class ChannelwiseRecurrence : public Recurrence<T> {
+public:
+    const cell::Kernels<T>& kernels() const { return kernels_; }
+    index channels() const { return channels_; }
+    View<const T> inputs() const { return inputs_; }
+    View<const T> parameters() const { return parameters_; }
+    const std::vector<SequencePart>& parts() const { return parts_; }
+    /// x_0 of a part, [C*K].
+    const T* initial_state(index part) const { return initial_.at(0, part); }
+
+    /// The last state of every part, [1, parts, C*K]; its initial state where it has no steps.
+    Buffer<T> final_states(View<const T> trajectory) const;
+
+    void initial(const Section& section, View<T> state) const override;
+    void step(const Section& section, View<const T> before, View<T> after) const override;
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override;
+    void run(const Section& section, View<const T> state, View<T> trajectory) const override;
+    /// The Jacobians alone.
+    void jacobians(const Section& section, View<const T> before, Jacobian<T> jacobian) const;
+
+protected:
+    ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs, View<const T> parameters,
+                          View<const T> initial, const std::vector<SequenceStart>& starts);
+
+private:
+    const cell::Kernels<T>& kernels_;
+    View<const T> inputs_, parameters_, initial_;
+    index channels_;
+    std::vector<SequencePart> parts_;
+    std::vector<index> first_part_;  // of each row of the batch
+    Buffer<T> zeros_;
+};
+
+/// The recurrence of a Cell over its inputs. Throws InvalidArgument for shapes that do not fit each other.
+template <Cell C, class T = float>
+class CellRecurrence : public ChannelwiseRecurrence<T> {
+public:
+    using cell_type = C;
+    CellRecurrence(View<const T> inputs, View<const T> parameters, View<const T> initial = {},
+                   const std::vector<SequenceStart>& starts = {})
+        : ChannelwiseRecurrence<T>(cell::kernels_of<C, T>(), inputs, parameters, initial, starts) {}
+};
+
+template <class T>
+struct CellGradients {
+    Buffer<T> inputs;      ///< dL/du, [steps, batch, G*C]
+    Buffer<T> parameters;  ///< dL/dp, [P, 1, C]
+    Buffer<T> initial;     ///< dL/dx_0, [1, parts, C*K]
+    Report report;
+};
+
+/// Gradients of a loss L from output_gradient = the part of dL/dx_t that does not pass through later states: one fused
+/// pass from the last step to the first. With Method::sequential step after step; otherwise in chunks side by side,
+/// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums of
+/// the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD target
+/// and thread count give the same bits. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
+template <class T>
+CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+                         const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                         const Options& options = {});
+
+}  // namespace deeppcr

@@ -1,0 +1,314 @@
+// The numbers that a Cell computes with: Scalar, a plain number, and Dual, a number with its derivatives; and the
+// functions of both, free of branches, so that a loop over neighbouring channels becomes SIMD code.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace deeppcr {
+
+/// A plain number of type T, float or double. A class of its own, so that exp, tanh, ... in a Cell find the functions
+/// below. Arithmetic is T's.
+template <class T>
+struct Scalar {
+    T value{};
+
+    constexpr Scalar() = default;
+    template <class U>
+    requires std::is_arithmetic_v<U>
+    constexpr Scalar(U number) : value(T(number)) {}  // NOLINT(google-explicit-constructor)
+
+    friend constexpr Scalar operator+(Scalar a, Scalar b) { return a.value + b.value; }
+    friend constexpr Scalar operator-(Scalar a, Scalar b) { return a.value - b.value; }
+    friend constexpr Scalar operator*(Scalar a, Scalar b) { return a.value * b.value; }
+    friend constexpr Scalar operator/(Scalar a, Scalar b) { return a.value / b.value; }
+    friend constexpr Scalar operator-(Scalar a) { return -a.value; }
+    friend constexpr bool operator<(Scalar a, Scalar b) { return a.value < b.value; }
+    friend constexpr bool operator>(Scalar a, Scalar b) { return a.value > b.value; }
+};
+
+namespace scalar_functions {
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+    using bits = std::int32_t;
+    static constexpr int mantissa = 23, bias = 127;
+    static constexpr float to_integer = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr float ln2_high = 0x1.62e4p-1F, ln2_low = 0x1.7f7d1cp-20F;
+    static constexpr float least = -104, greatest = 89;  // exp is 0 and infinite beyond
+    // (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2, and (2 atanh(s) - 2 s) / s^3 in powers of s^2 for s^2 <= 1/9: minimax
+    static constexpr std::array<float, 5> exponential{0.5000000095188965F, 0.1666651883972037F, 0.0416662057894660F,
+                                                      0.0083688893514160F, 0.0013950491951150F};
+    static constexpr std::array<float, 4> logarithm{0.6666641302403560F, 0.4002170613948769F, 0.2799901338302693F,
+                                                    0.2802514034984297F};
+};
+template <>
+struct Format<double> {
+    using bits = std::int64_t;
+    static constexpr int mantissa = 52, bias = 1023;
+    static constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
+    static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b398p-40;
+    static constexpr double least = -746, greatest = 710;
+    static constexpr std::array<double, 10> exponential{
+        0.50000000000000127418,    0.16666666666666699052,     0.041666666666515416203,   0.0083333333333072163251,
+        0.0013888888947016294747,  0.00019841269917354885189,  0.000024801489941986953631, 2.7557216329515087804e-6,
+        2.7631280378061360781e-7, 2.5117851188768949662e-8};
+    static constexpr std::array<double, 12> logarithm{
+        0.66666666666666666295, 0.40000000000000226056,  0.28571428571380695286,  0.22222222227303265506,
+        0.18181817866218674999, 0.15384627840701968939,  0.13333006461012617953,  0.11770532745691205366,
+        0.10455656911013419386, 0.10094430316877743505, 0.057969160325849998473, 0.16057043347053677746};
+};
+
+template <class T>
+constexpr T two_to(typename Format<T>::bits power) {
+    return std::bit_cast<T>((power + Format<T>::bias) << Format<T>::mantissa);
+}
+
+template <class T, std::size_t n, std::size_t i = 0>
+constexpr T polynomial(const std::array<T, n>& coefficients, T x) {
+    if constexpr (i + 1 == n)
+        return coefficients[i];
+    else
+        return coefficients[i] + x * polynomial<T, n, i + 1>(coefficients, x);
+}
+
+/// x = power ln 2 + remainder, |remainder| <= ln 2 / 2, and exp(remainder) - 1.
+template <class T>
+struct Reduced {
+    typename Format<T>::bits power;
+    T exponential_less_one;
+};
+template <class T>
+constexpr Reduced<T> reduce(T x) {
+    using F = Format<T>;
+    const T shifted = x * T(1.442695040888963407359924681) + F::to_integer;
+    const T whole = shifted - F::to_integer;
+    const T r = (x - whole * F::ln2_high) - whole * F::ln2_low;
+    using bits = typename F::bits;
+    return {bits(std::bit_cast<bits>(shifted) - std::bit_cast<bits>(F::to_integer)),
+            r + r * r * polynomial(F::exponential, r)};
+}
+
+/// condition ? a : b without a branch: compilers turn the operator into jumps where an operand is expensive, and a loop
+/// with jumps into no SIMD code.
+template <class T>
+constexpr T select(bool condition, T a, T b) {
+    using bits = typename Format<T>::bits;
+    const bits mask = -bits(condition);
+    return std::bit_cast<T>((std::bit_cast<bits>(a) & mask) | (std::bit_cast<bits>(b) & ~mask));
+}
+template <class T>
+constexpr T clamp(T x, T least, T greatest) {  // NaN stays
+    x = select(x < least, least, x);
+    return select(x > greatest, greatest, x);
+}
+template <class T>
+constexpr T magnitude(T x) {
+    using bits = typename Format<T>::bits;
+    return std::bit_cast<T>(std::bit_cast<bits>(x) & ~(bits(1) << (8 * sizeof(T) - 1)));
+}
+template <class T>
+constexpr T with_sign(T x, T sign) {
+    using bits = typename Format<T>::bits;
+    constexpr bits mask = bits(1) << (8 * sizeof(T) - 1);
+    return std::bit_cast<T>((std::bit_cast<bits>(x) & ~mask) | (std::bit_cast<bits>(sign) & mask));
+}
+
+template <class T>
+constexpr T exponential(T x) {
+    const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
+    const auto half = power >> 1;  // in two steps, so that subnormal results and the largest ones come out right
+    return ((1 + less_one) * two_to<T>(half)) * two_to<T>(power - half);
+}
+
+/// exp(-|x|), 0 where that would be below the smallest normal number.
+template <class T>
+constexpr T decay(T x) {
+    constexpr T least = -T(Format<T>::bias - 1) * T(0.69314718055994530942);
+    const T argument = -magnitude(x);
+    const auto [power, less_one] = reduce(select(argument < least, least, argument));
+    return select(argument < least, T(0), (1 + less_one) * two_to<T>(power));
+}
+
+template <class T>
+constexpr T logistic(T x) {
+    const T e = decay(x);
+    return select(x < 0, e, T(1)) / (1 + e);
+}
+
+template <class T>
+constexpr T hyperbolic_tangent(T x) {
+    // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
+    constexpr T least = -T(Format<T>::mantissa + 3);
+    const T argument = -2 * magnitude(x);
+    const auto [power, less_one] = reduce(select(argument < least, least, argument));
+    const T scale = two_to<T>(power);
+    const T e = (scale - 1) + scale * less_one;
+    return with_sign(-e / (2 + e), x);
+}
+
+template <class T>
+constexpr T logarithm_of_one_plus_exponential(T x) {
+    // log(1 + e) = 2 atanh(e / (2 + e)), e = exp(-|x|)
+    const T e = decay(x), s = e / (2 + e), square = s * s;
+    return select(x < 0, T(0), x) + (2 * s + s * square * polynomial(Format<T>::logarithm, square));
+}
+
+}  // namespace scalar_functions
+
+/// Each function below states its error against the exact value in units in the last place (ULP) for float, the largest
+/// over all 2^32 floats under every instruction set (tests/scalar_test.cpp counts); for double, over many random ones.
+/// NaN gives NaN; overflow gives infinity.
+
+/// e^x. At most 1.05 ULP.
+template <class T>
+constexpr Scalar<T> exp(Scalar<T> x) {
+    return scalar_functions::exponential(x.value);
+}
+/// 1 / (1 + e^-x). At most 2.5 ULP; results below the smallest normal number are 0.
+template <class T>
+constexpr Scalar<T> sigmoid(Scalar<T> x) {
+    return scalar_functions::logistic(x.value);
+}
+/// At most 2.5 ULP.
+template <class T>
+constexpr Scalar<T> tanh(Scalar<T> x) {
+    return scalar_functions::hyperbolic_tangent(x.value);
+}
+/// log(1 + e^x). At most 3 ULP; results below the smallest normal number are 0.
+template <class T>
+constexpr Scalar<T> softplus(Scalar<T> x) {
+    return scalar_functions::logarithm_of_one_plus_exponential(x.value);
+}
+template <class T>
+constexpr Scalar<T> abs(Scalar<T> x) {
+    return scalar_functions::magnitude(x.value);
+}
+/// The larger; `b` where either is NaN.
+template <class T>
+constexpr Scalar<T> max(Scalar<T> a, Scalar<T> b) {
+    return scalar_functions::select(a.value > b.value, a.value, b.value);
+}
+template <class T>
+constexpr Scalar<T> min(Scalar<T> a, Scalar<T> b) {
+    return scalar_functions::select(a.value < b.value, a.value, b.value);
+}
+/// Correctly rounded.
+template <class T>
+Scalar<T> sqrt(Scalar<T> x) {
+    return std::sqrt(x.value);
+}
+/// The standard library's: no SIMD.
+template <class T>
+Scalar<T> log(Scalar<T> x) {
+    return std::log(x.value);
+}
+template <class T>
+Scalar<T> sin(Scalar<T> x) {
+    return std::sin(x.value);
+}
+template <class T>
+Scalar<T> cos(Scalar<T> x) {
+    return std::cos(x.value);
+}
+
+/// A number with its derivative in one direction (forward-mode automatic differentiation). Directions are cheap: where a
+/// step is evaluated once per direction in a row, the compiler computes all values once.
+template <class T>
+struct Dual {
+    T value{}, derivative{};
+
+    constexpr Dual() = default;
+    template <class U>
+    requires std::is_arithmetic_v<U>
+    constexpr Dual(U number) : value(T(number)) {}  // NOLINT(google-explicit-constructor)
+    constexpr Dual(T number, T slope) : value(number), derivative(slope) {}
+
+    friend constexpr Dual operator+(Dual a, Dual b) { return {a.value + b.value, plus(a.derivative, b.derivative)}; }
+    friend constexpr Dual operator-(Dual a, Dual b) { return {a.value - b.value, plus(a.derivative, times(T(-1), b.derivative))}; }
+    friend constexpr Dual operator*(Dual a, Dual b) {
+        return {a.value * b.value, plus(times(b.value, a.derivative), times(a.value, b.derivative))};
+    }
+    friend constexpr Dual operator/(Dual a, Dual b) {
+        const T quotient = a.value / b.value, slope = 1 / b.value;
+        return {quotient, plus(times(slope, a.derivative), times(-quotient * slope, b.derivative))};
+    }
+    friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.derivative)}; }
+    friend constexpr bool operator<(Dual a, Dual b) { return a.value < b.value; }
+    friend constexpr bool operator>(Dual a, Dual b) { return a.value > b.value; }
+
+    /// f(a), given f and f' at a.
+    static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
+
+private:
+    // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
+    static constexpr T times(T factor, T derivative) {
+        if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
+        return factor * derivative;
+    }
+    static constexpr T plus(T a, T b) {
+        if (__builtin_constant_p(a) && a == T(0)) return b;
+        if (__builtin_constant_p(b) && b == T(0)) return a;
+        return a + b;
+    }
+};
+
+template <class T>
+constexpr Dual<T> exp(Dual<T> x) {
+    const T f = scalar_functions::exponential(x.value);
+    return Dual<T>::chain(f, f, x);
+}
+template <class T>
+constexpr Dual<T> sigmoid(Dual<T> x) {
+    const T f = scalar_functions::logistic(x.value);
+    return Dual<T>::chain(f, f * (1 - f), x);
+}
+template <class T>
+constexpr Dual<T> tanh(Dual<T> x) {
+    const T f = scalar_functions::hyperbolic_tangent(x.value);
+    return Dual<T>::chain(f, 1 - f * f, x);
+}
+template <class T>
+constexpr Dual<T> softplus(Dual<T> x) {
+    return Dual<T>::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
+                             scalar_functions::logistic(x.value), x);
+}
+template <class T>
+constexpr Dual<T> abs(Dual<T> x) {
+    return Dual<T>::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
+}
+template <class T>
+constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
+    using scalar_functions::select;
+    const bool first = a.value > b.value;
+    return {select(first, a.value, b.value), select(first, a.derivative, b.derivative)};
+}
+template <class T>
+constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
+    return -max(-a, -b);
+}
+template <class T>
+Dual<T> sqrt(Dual<T> x) {
+    const T f = std::sqrt(x.value);
+    return Dual<T>::chain(f, T(0.5) / f, x);
+}
+template <class T>
+Dual<T> log(Dual<T> x) {
+    return Dual<T>::chain(std::log(x.value), 1 / x.value, x);
+}
+template <class T>
+Dual<T> sin(Dual<T> x) {
+    return Dual<T>::chain(std::sin(x.value), std::cos(x.value), x);
+}
+template <class T>
+Dual<T> cos(Dual<T> x) {
+    return Dual<T>::chain(std::cos(x.value), -std::sin(x.value), x);
+}
+
+}  // namespace deeppcr

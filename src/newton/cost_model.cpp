@@ -1,0 +1,208 @@
+#include "newton/cost_model.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <sstream>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include <unistd.h>
+
+#include "device/threads.hpp"
+#include "recurrence/cell_rows.hpp"
+
+namespace deeppcr::newton {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// The least of several runs: what disturbs a measurement only ever makes it longer.
+double seconds_of(const std::function<void()>& work, int repetitions) {
+    double least = std::numeric_limits<double>::infinity();
+    for (int i = 0; i < repetitions; ++i) {
+        const Clock::time_point begin = Clock::now();
+        work();
+        least = std::min(least, std::chrono::duration<double>(Clock::now() - begin).count());
+    }
+    return least;
+}
+
+template <class T>
+StepCosts measure(const cell::Kernels<T>& kernels, int threads) {
+    StepCosts costs;
+    constexpr index steps = 192;
+    const index K = kernels.states, G = kernels.inputs;
+    for (std::size_t i = 0; i < StepCosts::blocks.size(); ++i) {
+        const index blocks = StepCosts::blocks[i];
+        for (const bool grouped : {false, true}) {
+            const index channels = grouped ? 1 : blocks * cell::lanes, rows = grouped ? blocks * cell::lanes : 1;
+            const Buffer<T> inputs = Buffer<T>::random({rows, steps, channels * G}, 1);
+            const Buffer<T> parameters = Buffer<T>::random({kernels.parameters, 1, channels}, 2);
+            const Buffer<T> after({rows, steps, channels * K}), start({rows, 1, channels * K});
+            const Buffer<T> end({rows, 1, channels * K}), product({rows, channels, K * K});
+            std::vector<cell::Row<T>> list(static_cast<std::size_t>(rows));
+            for (index r = 0; r < rows; ++r) {
+                cell::Row<T>& row = list[std::size_t(r)];
+                row.steps = steps;
+                row.inputs = inputs.view().at(r, 0);
+                row.start = start.view().at(r, 0);
+                row.end = end.view().at(r, 0);
+                row.after = after.view().at(r, 0);
+                row.product = product.view().at(r, 0);
+            }
+            const cell::RowStrides strides{.inputs = channels * G, .after = channels * K};
+            const auto run = [&](cell::Work work) {
+                return seconds_of(
+                           [&] {
+                               cell::run_rows<T>(kernels, work, channels, parameters.data(), list, strides, 1);
+                           },
+                           4) /
+                       double(steps);
+            };
+            (grouped ? costs.grouped : costs.direct)[i] = run(cell::Work::advance);
+            if (grouped) {
+                for (cell::Row<T>& row : list) row.after = nullptr;
+                costs.product[i] = run(cell::Work::multiply);
+            }
+        }
+    }
+    if (threads > 1) costs.synchronise = seconds_of([&] { device::run_together(threads, [](int) {}); }, 20);
+    return costs;
+}
+
+std::filesystem::path cache_file() {
+    const auto folder = [](const char* variable, const char* below) -> std::filesystem::path {
+        const char* value = std::getenv(variable);
+        return value == nullptr || *value == '\0' ? std::filesystem::path() : std::filesystem::path(value) / below;
+    };
+    for (const auto& path :
+         {folder("DEEPPCR_CACHE", ""), folder("XDG_CACHE_HOME", "deeppcr"), folder("HOME", ".cache/deeppcr")})
+        if (!path.empty()) return path / "costs.txt";
+    return {};
+}
+
+std::string processor() {
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 1);
+    return "unknown";
+}
+
+/// One line per cell and machine: its key, a tab, and the numbers of StepCosts. A line that is not whole is ignored.
+bool read_line(const std::string& line, const std::string& key, StepCosts& costs) {
+    const std::size_t tab = line.find('\t');
+    if (tab == std::string::npos || line.substr(0, tab) != key) return false;
+    std::istringstream numbers(line.substr(tab + 1));
+    StepCosts read;
+    for (auto* list : {&read.direct, &read.grouped, &read.product})
+        for (double& number : *list)
+            if (!(numbers >> number) || !(number > 0 && number < 1)) return false;
+    if (!(numbers >> read.synchronise) || !(read.synchronise >= 0 && read.synchronise < 1)) return false;
+    costs = read;
+    return true;
+}
+
+void write_line(const std::string& key, const StepCosts& costs) {
+    const std::filesystem::path path = cache_file();
+    if (path.empty()) return;
+    std::error_code error;
+    std::filesystem::create_directories(path.parent_path(), error);
+    // The whole file anew under another name, then renamed: no reader sees half of it.
+    std::ostringstream text;
+    std::ifstream old(path);
+    StepCosts ignored;
+    for (std::string line; std::getline(old, line);)
+        if (!read_line(line, key, ignored)) text << line << '\n';
+    text << key << '\t';
+    for (const auto* list : {&costs.direct, &costs.grouped, &costs.product})
+        for (const double number : *list) text << number << ' ';
+    text << costs.synchronise << '\n';
+    const std::filesystem::path temporary = path.string() + "." + std::to_string(getpid());
+    std::ofstream file(temporary);
+    file << text.str();
+    file.close();
+    if (file)
+        std::filesystem::rename(temporary, path, error);
+    else
+        std::filesystem::remove(temporary, error);
+}
+
+}  // namespace
+
+double StepCosts::step(const std::array<double, 5>& costs, double count) const {
+    if (count <= double(blocks[0])) return costs[0];
+    for (std::size_t i = 1; i < blocks.size(); ++i)
+        if (count <= double(blocks[i])) {
+            const double part = (count - double(blocks[i - 1])) / double(blocks[i] - blocks[i - 1]);
+            return costs[i - 1] + part * (costs[i] - costs[i - 1]);
+        }
+    return costs.back() * count / double(blocks.back());
+}
+
+template <class T>
+StepCosts step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads) {
+    static std::mutex mutex;
+    static std::map<std::string, StepCosts> known;
+    const cell::Kernels<T>& kernels = recurrence.kernels();
+    static const std::string machine = processor();
+    const std::string key = version() + "|" + machine + "|" + simd_target() + "|" + std::to_string(threads) + "|" +
+                            std::to_string(sizeof(T)) + "|" + kernels.name;
+    const std::lock_guard lock(mutex);
+    if (const auto found = known.find(key); found != known.end()) return found->second;
+    StepCosts costs;
+    bool found = false;
+    std::ifstream file(cache_file());
+    for (std::string line; !found && std::getline(file, line);) found = read_line(line, key, costs);
+    if (!found) {
+        costs = measure(kernels, threads);
+        write_line(key, costs);
+    }
+    return known.emplace(key, costs).first->second;
+}
+template StepCosts step_costs(const ChannelwiseRecurrence<float>&, int);
+template StepCosts step_costs(const ChannelwiseRecurrence<double>&, int);
+
+Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels, index repeated, double sweeps,
+                 int threads) {
+    const bool direct = channels >= cell::lanes;
+    // Seconds per step of `count` rows side by side, and of the same with products.
+    const auto step = [&](index count, bool with_product) {
+        const index blocks = direct              ? count * ((channels + cell::lanes - 1) / cell::lanes)
+                             : count == 1        ? 1
+                                                 : channels * ((count + cell::lanes - 1) / cell::lanes);
+        const double share = std::ceil(double(blocks) / threads);
+        const double plain = costs.step(direct || count == 1 ? costs.direct : costs.grouped, share);
+        if (!with_product) return plain;
+        return plain * costs.step(costs.product, share) / costs.step(costs.grouped, share);
+    };
+    const auto synchronise = [&](index count) {
+        return direct || count * channels > cell::lanes ? costs.synchronise : 0.0;
+    };
+    Plan best;
+    best.seconds = best.sequential_seconds = double(steps) * step(rows, false) + synchronise(rows);
+    const index least = std::max<index>(16, repeated);
+    for (index chunks = 2; chunks * rows <= (index(1) << 20); chunks = chunks + std::max<index>(1, chunks / 4)) {
+        const index chunk = (steps + chunks - 1) / chunks;
+        if (chunk < least) break;
+        const index count = chunks * rows;
+        // Beside the steps: the arrays of chunk states, and a few starts of the threads.
+        const double overhead = 5e-6 + double(count) * double(channels) * 20e-9 + 4 * synchronise(count);
+        const double seconds = double(chunk) * (step(count, false) + sweeps * step(count, true)) +
+                               double(repeated) * step(count, false) + overhead;
+        if (seconds < 0.9 * best.seconds) {
+            best.seconds = seconds;
+            best.chunk = chunk;
+        }
+    }
+    return best;
+}
+
+}  // namespace deeppcr::newton

@@ -1,0 +1,38 @@
+// What a cell's step costs on this machine: measured once, kept in the user's cache folder.
+#pragma once
+
+#include <array>
+
+#include <deeppcr/cell.hpp>
+
+namespace deeppcr::newton {
+
+/// Seconds per step of a bundle of 1, 2, 4, 8 and 16 blocks of 16 lanes on one thread.
+struct StepCosts {
+    static constexpr std::array<index, 5> blocks{1, 2, 4, 8, 16};
+    std::array<double, 5> direct{};   ///< blocks of neighbouring channels
+    std::array<double, 5> grouped{};  ///< one channel, 16 rows to a block
+    std::array<double, 5> product{};  ///< as grouped, carrying the product of Jacobians
+    double synchronise = 0;           ///< seconds for all threads to start and finish a piece of work
+
+    double step(const std::array<double, 5>& costs, double count) const;
+};
+
+/// The costs of a cell for this machine, instruction set and thread count. From memory, else from the file
+/// `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, else measured, in a few milliseconds, and
+/// written there; a cache that cannot be read or written is no error.
+template <class T>
+StepCosts step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
+
+/// How to evaluate `rows` sequences of `steps` steps: chunks of `chunk` steps each, or step after step (chunk 0).
+struct Plan {
+    index chunk = 0;
+    double seconds = 0;             ///< predicted
+    double sequential_seconds = 0;  ///< predicted for step after step
+};
+
+/// The cheapest plan for chunks of which `repeated` steps are run twice and which are swept `sweeps` times with products.
+Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels, index repeated, double sweeps,
+                 int threads);
+
+}  // namespace deeppcr::newton
