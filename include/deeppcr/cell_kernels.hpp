@@ -76,6 +76,7 @@ struct Kernels {
     std::string name;
     int states = 0, inputs = 0, parameters = 0;
     Kernel<T> advance;     ///< state <- f(state), after = state
+    Kernel<T> advance_one; ///< advance for lane 0 of each block alone: the shortest chain of operations
     Kernel<T> multiply;    ///< state <- f(state), product <- J product
     Kernel<T> apply;       ///< after = f(before), each step on its own
     Kernel<T> linearise;   ///< jacobian = J at before
@@ -218,6 +219,21 @@ struct Loops {
             }
     }
 
+    DEEPPCR_INLINE static void advance_one(const LaneSweep<T>& sweep) {
+        for (index b = 0; b < sweep.count; ++b) {
+            const LaneBlock<T> block = sweep.blocks[b];
+            const LaneSweep<T> here = sweep;
+            Lane<Cell, T> lane;
+            lane.read_state(block, 0);
+            for (index i = 0; i < here.steps; ++i) {
+                lane.read_inputs(block, here, i, 0);
+                lane.x = lane.step();
+                for (int k = 0; k < K; ++k) block.after[i * here.after_step + k] = lane.x[std::size_t(k)];
+            }
+            for (int k = 0; k < K; ++k) block.state[k * lanes] = lane.x[std::size_t(k)];
+        }
+    }
+
     template <int width = lanes>
     DEEPPCR_INLINE static void apply(const LaneSweep<T>& sweep) {
         for (index i = 0; i < sweep.steps; ++i)
@@ -290,15 +306,16 @@ struct Loops {
 
 #define DEEPPCR_CELL_KERNELS(attribute, set)                                                      \
     attribute static void advance_##set(const LaneSweep<T>& sweep) { advance(sweep); }            \
+    attribute static void advance_one_##set(const LaneSweep<T>& sweep) { advance_one(sweep); }    \
     attribute static void multiply_##set(const LaneSweep<T>& sweep) { multiply(sweep); }          \
     attribute static void apply_##set(const LaneSweep<T>& sweep) { apply(sweep); }                \
     attribute static void linearise_##set(const LaneSweep<T>& sweep) { linearise(sweep); }        \
     attribute static void backward_##set(const LaneSweep<T>& sweep) { backward<false>(sweep); }   \
     attribute static void correct_##set(const LaneSweep<T>& sweep) { backward<true>(sweep); }     \
     static Kernels<T> kernels_##set() {                                                           \
-        return {name(),          K,           G,                 P,                               \
-                advance_##set,   multiply_##set, apply_##set, linearise_##set,                    \
-                backward_##set,  correct_##set,  plain_step,  plain_linearise};                   \
+        return {name(),          K,               G,             P,           advance_##set,      \
+                advance_one_##set, multiply_##set, apply_##set,  linearise_##set,                 \
+                backward_##set,  correct_##set,   plain_step,    plain_linearise};                \
     }
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX512, avx512)
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX2, avx2)

@@ -14,6 +14,7 @@
 #include "newton/fused.hpp"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -482,19 +483,26 @@ private:
         report_.sequential.seconds += seconds_since(begin);
     }
 
-    /// A cell's states are not finite from the first such step on, as sequential evaluation has them.
+    /// 0 exactly where all are finite.
+    static T zero_of(const T* values, index count) {
+        std::array<T, 16> sums{};
+        index k = 0;
+        for (; k + 16 <= count; k += 16)
+            for (std::size_t l = 0; l < 16; ++l) sums[l] += T(0) * values[k + index(l)];
+        for (; k < count; ++k) sums[0] += T(0) * values[k];
+        return std::accumulate(sums.begin(), sums.end(), T(0));
+    }
+
+    /// A sequence ends at its first state that is not finite.
     void find_non_finite() {
+        if (trajectory_.contiguous() && zero_of(trajectory_.data(), trajectory_.shape().count()) == 0) return;
         for (index j = 0; j < recurrence_.shape().batch; ++j) {
             Report::Sequence& result = report_.sequences[std::size_t(j)];
-            for (index i = 0; i < result.confirmed; ++i) {
-                const T* const state = trajectory_.at(i, j);
-                // A sum is finite only where all its terms are.
-                T sum = 0;
-                for (index k = 0; k < width_; ++k) sum += T(0) * state[k];
-                if (sum == 0) continue;
-                result.confirmed = i;
-                result.status = Status::non_finite;
-            }
+            for (index i = 0; i < result.confirmed; ++i)
+                if (zero_of(trajectory_.at(i, j), width_) != 0) {
+                    result.confirmed = i;
+                    result.status = Status::non_finite;
+                }
         }
     }
 

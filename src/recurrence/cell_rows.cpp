@@ -1,6 +1,7 @@
 // A thread takes units of work, each 16 lanes wide, in bundles:
 //   direct   16 neighbouring channels of one row, read and written in place
-//   padded   the last channels of a row, fewer than 16, through tiles in the cache, filled up with copies
+//   padded   the last channels of a row, fewer than 16, through tiles in the cache; the other lanes idle
+//   lone     the only channel of a row, forwards: no lanes at all
 //   grouped  16 rows of equal length with all their channels, fewer than 16, through tiles: lanes are rows
 // All units of a bundle go forward together, so that their dependent operations overlap.
 //
@@ -10,6 +11,7 @@
 #include "recurrence/cell_rows.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -22,7 +24,88 @@ namespace {
 constexpr index tile_bytes = 16384;         // of a unit's inputs
 constexpr index steps_between_sums = 256;   // the parameters' gradients leave float for double
 
-enum class Kind { direct, padded, grouped };
+enum class Kind { direct, lone, padded, grouped };
+
+// Transposing between 16 rows and lanes, four elements of four rows (or two of two) at a time in registers.
+using Four = float __attribute__((vector_size(16)));
+using Two = double __attribute__((vector_size(16)));
+
+template <class Vector, class Element>
+Vector load(const Element* from) {
+    Vector result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+}
+template <class Vector, class Element>
+void store(Element* to, Vector vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+std::array<Four, 4> transpose(const std::array<Four, 4>& rows) {
+    const Four a = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+    const Four b = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+    const Four c = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+    const Four d = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+    return {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+            __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+}
+std::array<Two, 2> transpose(const std::array<Two, 2>& rows) {
+    return {__builtin_shufflevector(rows[0], rows[1], 0, 2), __builtin_shufflevector(rows[0], rows[1], 1, 3)};
+}
+
+/// Elements of `width` numbers that are 4 or 8 bytes long; `Vector` holds `n` of them.
+template <class Vector, std::size_t n, class T>
+index interleave_vectors(const std::array<const T*, lanes>& from, index count, index width, T* to) {
+    index e = 0;
+    for (; e + index(n) <= count; e += n)
+        for (std::size_t r = 0; r < lanes; r += n) {
+            std::array<Vector, n> square;
+            for (std::size_t i = 0; i < n; ++i) square[i] = load<Vector>(from[r + i] + e * width);
+            square = transpose(square);
+            for (std::size_t i = 0; i < n; ++i) store(to + ((e + index(i)) * lanes + index(r)) * width, square[i]);
+        }
+    return e;
+}
+template <class Vector, std::size_t n, class T>
+index separate_vectors(const T* from, index count, index width, const std::array<T*, lanes>& to) {
+    if (std::find(to.begin(), to.end(), nullptr) != to.end()) return 0;
+    index e = 0;
+    for (; e + index(n) <= count; e += n)
+        for (std::size_t r = 0; r < lanes; r += n) {
+            std::array<Vector, n> square;
+            for (std::size_t i = 0; i < n; ++i)
+                square[i] = load<Vector>(from + ((e + index(i)) * lanes + index(r)) * width);
+            square = transpose(square);
+            for (std::size_t i = 0; i < n; ++i) store(to[r + i] + e * width, square[i]);
+        }
+    return e;
+}
+
+/// to[e][r] = from[r][e] for 16 rows of `count` elements, `width` numbers each.
+template <class T>
+void interleave(const std::array<const T*, lanes>& from, index count, index width, T* to) {
+    index e = 0;
+    if (width * index(sizeof(T)) == 4)
+        e = interleave_vectors<Four, 4>(from, count, width, to);
+    else if (width * index(sizeof(T)) == 8)
+        e = interleave_vectors<Two, 2>(from, count, width, to);
+    for (; e < count; ++e)
+        for (std::size_t r = 0; r < lanes; ++r)
+            std::copy_n(from[r] + e * width, width, to + (e * lanes + index(r)) * width);
+}
+
+/// The way back; rows whose pointer is null are left out.
+template <class T>
+void separate(const T* from, index count, index width, const std::array<T*, lanes>& to) {
+    index e = 0;
+    if (width * index(sizeof(T)) == 4)
+        e = separate_vectors<Four, 4>(from, count, width, to);
+    else if (width * index(sizeof(T)) == 8)
+        e = separate_vectors<Two, 2>(from, count, width, to);
+    for (std::size_t r = 0; r < lanes; ++r)
+        if (to[r] != nullptr)
+            for (index i = e; i < count; ++i)
+                std::copy_n(from + (i * lanes + index(r)) * width, width, to[r] + i * width);
+}
 
 struct Unit {
     Kind kind;
@@ -90,7 +173,7 @@ private:
         const index blocks = std::accumulate(units_.begin(), units_.end(), index(0),
                                              [](index sum, const Unit& unit) { return sum + unit.blocks; });
         const index per_block = lanes * (K_ + K_ * K_ + 2 * P_);
-        tiled_ = kind_ != Kind::direct;
+        tiled_ = kind_ == Kind::padded || kind_ == Kind::grouped;
         // A tile holds whole rows of a group, or the 16 lanes of a padded unit.
         tile_channels_ = kind_ == Kind::grouped ? C_ : 1;
         piece_ = steps_between_sums;
@@ -146,6 +229,9 @@ private:
                     case Kind::direct:
                         visit(b, l, unit.row, unit.channel + l, true);
                         break;
+                    case Kind::lone:
+                        visit(b, l, unit.row, unit.channel, l == 0);
+                        break;
                     case Kind::padded:
                         visit(b, l, unit.row, unit.channel + std::min<index>(l, unit.count - 1), l < unit.count);
                         break;
@@ -160,18 +246,18 @@ private:
     LaneBlock<T>& block(std::size_t u, index b) { return blocks_[std::size_t(first_block_[u] + b)]; }
 
     void enter(std::size_t u) {
-        if (kind_ == Kind::direct) block(u, 0).parameters = parameters_ + units_[u].channel;
+        if (!tiled_) block(u, 0).parameters = parameters_ + units_[u].channel;
         each_lane(u, [&](index b, int l, index r, index c, bool) {
             LaneBlock<T>& here = block(u, b);
             const Row<T>& row = rows_[std::size_t(r)];
-            if (kind_ != Kind::direct)
+            if (tiled_)
                 for (index q = 0; q < P_; ++q)
                     own_parameters_[std::size_t(first_block_[u] + b)][q * lanes + l] = parameters_[q * C_ + c];
             if (has_state() && row.start != nullptr)
                 for (index k = 0; k < K_; ++k) here.state[k * lanes + l] = row.start[c * K_ + k];
             for (index k = 0; k < K_; ++k) here.product[(k * K_ + k) * lanes + l] = 1;
         });
-        if (kind_ != Kind::direct) return;
+        if (tiled_) return;
         const Row<T>& row = rows_[std::size_t(units_[u].row)];
         const index c = units_[u].channel;
         LaneBlock<T>& here = block(u, 0);
@@ -204,8 +290,8 @@ private:
         active_.clear();
         LaneSweep<T> sweep;
         sweep.steps = last - first;
-        sweep.parameter_stride = kind_ == Kind::direct ? C_ : lanes;
-        if (kind_ == Kind::direct) {
+        sweep.parameter_stride = tiled_ ? lanes : C_;
+        if (!tiled_) {
             sweep.input_step = strides_.inputs;
             sweep.input_gate = C_;
             sweep.before_step = strides_.before;
@@ -256,7 +342,7 @@ private:
     Kernel<T> kernel() const {
         switch (work_) {
             case Work::advance:
-                return kernels_.advance;
+                return kind_ == Kind::lone ? kernels_.advance_one : kernels_.advance;
             case Work::multiply:
                 return kernels_.multiply;
             case Work::apply:
@@ -279,7 +365,8 @@ private:
             }
     }
 
-    /// `width` elements per channel and step, in `gates` runs of C of them.
+    /// `width` elements per channel and step, in `gates` runs of C of them. Lanes that only fill up a padded block keep
+    /// zeros.
     template <class Pointer>
     void gather(std::size_t u, Pointer Row<T>::*source, index stride, index gates, index width, index first,
                 index last, T* tile) const {
@@ -287,32 +374,22 @@ private:
         if (kind_ == Kind::padded) {
             const T* from = rows_[std::size_t(unit.row)].*source + first * stride + unit.channel * width;
             for (index i = first; i < last; ++i, from += stride)
-                for (index g = 0; g < gates; ++g, tile += lanes * width) {
+                for (index g = 0; g < gates; ++g, tile += lanes * width)
                     std::copy_n(from + g * C_, unit.count * width, tile);
-                    for (index l = unit.count; l < lanes; ++l) std::copy_n(from + g * C_, width, tile + l * width);
-                }
             return;
         }
-        const T* from[lanes];
+        std::array<const T*, lanes> from;
         for (int l = 0; l < lanes; ++l)
-            from[l] = rows_[std::size_t(order_[std::size_t(unit.row + std::min<index>(l, unit.count - 1))])].*source +
-                      first * stride;
-        const index row = gates * C_ * width;
-        if (width == 1) {
-            const bool together = stride == row;
-            const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
-            for (index i = 0; i < runs; ++i) {
-                interleave_rows(from, count, tile + i * row * lanes);
-                for (const T*& pointer : from) pointer += stride;
-            }
-            return;
+            from[std::size_t(l)] =
+                rows_[std::size_t(order_[std::size_t(unit.row + std::min<index>(l, unit.count - 1))])].*source +
+                first * stride;
+        const index row = gates * C_;
+        const bool together = stride == row * width;
+        const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
+        for (index i = 0; i < runs; ++i) {
+            interleave(from, count, width, tile + i * row * lanes * width);
+            for (const T*& pointer : from) pointer += stride;
         }
-        for (index i = first; i < last; ++i)
-            for (index c = 0; c < C_; ++c)
-                for (int l = 0; l < lanes; ++l)
-                    for (index k = 0; k < width; ++k)
-                        tile[(((i - first) * C_ + c) * lanes + l) * width + k] =
-                            from[l][(i - first) * stride + c * width + k];
     }
 
     void scatter(std::size_t u, T* Row<T>::*target, index stride, index gates, index width, index first, index last,
@@ -325,26 +402,17 @@ private:
                     std::copy_n(tile, unit.count * width, to + g * C_);
             return;
         }
-        T* to[lanes] = {};
+        std::array<T*, lanes> to{};
         for (int l = 0; l < unit.count; ++l)
-            to[l] = rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride;
-        const index row = gates * C_ * width;
-        if (width == 1) {
-            const bool together = stride == row;
-            const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
-            for (index i = 0; i < runs; ++i) {
-                separate_rows(tile + i * row * lanes, count, to);
-                for (T*& pointer : to)
-                    if (pointer != nullptr) pointer += stride;
-            }
-            return;
+            to[std::size_t(l)] = rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride;
+        const index row = gates * C_;
+        const bool together = stride == row * width;
+        const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
+        for (index i = 0; i < runs; ++i) {
+            separate(tile + i * row * lanes * width, count, width, to);
+            for (T*& pointer : to)
+                if (pointer != nullptr) pointer += stride;
         }
-        for (int l = 0; l < unit.count; ++l)
-            for (index i = first; i < last; ++i)
-                for (index c = 0; c < C_; ++c)
-                    for (index k = 0; k < width; ++k)
-                        to[l][(i - first) * stride + c * width + k] =
-                            tile[(((i - first) * C_ + c) * lanes + l) * width + k];
     }
 
     void fill_tile(std::size_t u, index first, index last) {
@@ -396,7 +464,8 @@ private:
 };
 
 /// Units of like kind, in the order of rows.
-std::vector<Unit> plan(std::span<const index> order, index channels, const auto& steps_of) {
+std::vector<Unit> plan(Work work, std::span<const index> order, index channels, const auto& steps_of) {
+    const Kind alone = work == Work::advance ? Kind::lone : Kind::padded;
     std::vector<Unit> units;
     if (channels >= lanes) {
         for (const index row : order)
@@ -404,7 +473,8 @@ std::vector<Unit> plan(std::span<const index> order, index channels, const auto&
                 units.push_back({Kind::direct, row, c, lanes, steps_of(row), 1});
         if (channels % lanes != 0)
             for (const index row : order)
-                units.push_back({Kind::padded, row, channels - channels % lanes, channels % lanes, steps_of(row), 1});
+                units.push_back({channels % lanes == 1 ? alone : Kind::padded, row, channels - channels % lanes,
+                                 channels % lanes, steps_of(row), 1});
         return units;
     }
     for (std::size_t i = 0; i < order.size();) {
@@ -412,7 +482,7 @@ std::vector<Unit> plan(std::span<const index> order, index channels, const auto&
         while (end < order.size() && end - i < lanes && steps_of(order[end]) == steps_of(order[i])) ++end;
         // A row alone fills more of its 16 lanes with its channels than with itself.
         if (end - i == 1)
-            units.push_back({Kind::padded, order[i], 0, channels, steps_of(order[i]), 1});
+            units.push_back({channels == 1 ? alone : Kind::padded, order[i], 0, channels, steps_of(order[i]), 1});
         else
             units.push_back({Kind::grouped, index(i), 0, index(end - i), steps_of(order[i]), channels});
         i = end;
@@ -445,7 +515,7 @@ void run_rows(const Kernels<T>& kernels, Work work, index channels, const T* par
     const auto steps_of = [&](index row) { return rows[std::size_t(row)].steps; };
     if (channels < lanes)
         std::stable_sort(order.begin(), order.end(), [&](index a, index b) { return steps_of(a) > steps_of(b); });
-    const std::vector<Unit> units = plan(order, channels, steps_of);
+    const std::vector<Unit> units = plan(work, order, channels, steps_of);
     if (units.empty()) return;
     const index blocks = std::accumulate(units.begin(), units.end(), index(0),
                                          [](index sum, const Unit& unit) { return sum + unit.blocks; });
@@ -495,26 +565,11 @@ void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, cons
             }
 }
 
-template <class T>
-void interleave_rows(const T* const from[lanes], index count, T* to) {
-    for (index e = 0; e < count; ++e)
-        for (int r = 0; r < lanes; ++r) to[e * lanes + r] = from[r][e];
-}
-
-template <class T>
-void separate_rows(const T* from, index count, T* const to[lanes]) {
-    for (int r = 0; r < lanes; ++r)
-        if (to[r] != nullptr)
-            for (index e = 0; e < count; ++e) to[r][e] = from[e * lanes + r];
-}
-
 #define DEEPPCR_INSTANTIATE(T)                                                                                  \
     template void run_rows(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>, const RowStrides&, \
                            int);                                                                                \
     template void run_rows_plainly(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>,            \
-                                   const RowStrides&);                                                          \
-    template void interleave_rows(const T* const[lanes], index, T*);                                            \
-    template void separate_rows(const T*, index, T* const[lanes]);
+                                   const RowStrides&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE

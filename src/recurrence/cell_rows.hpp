@@ -45,11 +45,4 @@ template <class T>
 void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, const T* parameters,
                       std::span<const Row<T>> rows, const RowStrides& strides);
 
-/// to[e * 16 + r] = from[r][e] for 16 rows of `count` elements.
-template <class T>
-void interleave_rows(const T* const from[lanes], index count, T* to);
-/// The way back; rows whose pointer is null are left out.
-template <class T>
-void separate_rows(const T* from, index count, T* const to[lanes]);
-
 }  // namespace deeppcr::cell
