@@ -141,6 +141,80 @@ TYPED_TEST(CellTest, NewtonEqualsSequential) {
     EXPECT_TRUE(same_bits<float>(sequential.trajectory, narrow.trajectory));
 }
 
+/// The loss is the sum of weights times states; its gradients by finite differences of sequential evaluations.
+TYPED_TEST(CellTest, GradientsAgainstFiniteDifferences) {
+    const std::vector<SequenceStart> starts{{1, 5}};
+    for (const index channels : {1, 17}) {
+        Problem<TypeParam, double> problem({9, 2, channels}, 11, 0.5, Layout::steps_first, starts);
+        const Buffer<double> weights = Buffer<double>::random(problem.recurrence.shape(), 12);
+        const auto loss = [&] {
+            const auto x = evaluate(problem.recurrence, {.method = Method::sequential}).trajectory;
+            double sum = 0;
+            for (index i = 0; i < x.size(); ++i) sum += x.data()[i] * weights.data()[i];
+            return sum;
+        };
+        const auto [x, report] = evaluate(problem.recurrence, {.method = Method::sequential});
+        for (const Backend backend : {Backend::reference, Backend::cpu}) {
+            const CellGradients<double> gradients =
+                adjoint(problem.recurrence, x.view(), report, weights.view(), {.execution = {.backend = backend}});
+            const auto check = [&](Buffer<double>& values, const Buffer<double>& gradient, const char* name) {
+                for (index i = 0; i < values.size(); i += std::max<index>(1, values.size() / 23)) {
+                    const double here = values.data()[i], step = 1e-5;
+                    values.data()[i] = here + step;
+                    const double up = loss();
+                    values.data()[i] = here - step;
+                    const double down = loss();
+                    values.data()[i] = here;
+                    const double quotient = (up - down) / (2 * step);
+                    EXPECT_NEAR(gradient.data()[i], quotient, 1e-5 * std::max(1.0, std::abs(quotient))) << name << " " << i;
+                }
+            };
+            check(problem.inputs, gradients.inputs, "inputs");
+            check(problem.parameters, gradients.parameters, "parameters");
+            check(problem.initial, gradients.initial, "initial");
+        }
+    }
+}
+
+TYPED_TEST(CellTest, ChunkedGradientsEqualSequential) {
+    for (const index channels : {1, 3, 16, 37})
+        for (const index batch : {1, 3}) {
+            const Problem<TypeParam, float> problem({700, batch, channels}, 13, 0.5, Layout::batch_first, {{0, 300}});
+            const Buffer<float> weights = Buffer<float>::random(problem.recurrence.shape(), 14);
+            const auto [x, report] = evaluate(problem.recurrence, {.method = Method::sequential});
+            const auto expected = adjoint(problem.recurrence, x.view(), report, weights.view(), {.method = Method::sequential});
+            const auto chunked = adjoint(problem.recurrence, x.view(), report, weights.view(), {.chunk = 50});
+            const auto compare = [&](const Buffer<float>& a, const Buffer<float>& b) {
+                double size = 0;
+                for (index i = 0; i < a.size(); ++i) size = std::max(size, std::abs(double(a.data()[i])));
+                EXPECT_LE(largest_difference<float>(a, b), 2e-5 * size) << chunked.report.method;
+            };
+            compare(expected.inputs, chunked.inputs);
+            compare(expected.parameters, chunked.parameters);
+            compare(expected.initial, chunked.initial);
+        }
+}
+
+TYPED_TEST(CellTest, OverlapAndShootingEqualSequential) {
+    for (const index channels : {1, 3, 16, 37})
+        for (const index batch : {1, 3, 17})
+            for (const Method method : {Method::overlap, Method::shooting, Method::automatic})
+                for (const index chunk : {0, 13, 100}) {
+                    SCOPED_TRACE(to_string(method) + to_string(Shape{1000, batch, channels}) + std::to_string(chunk));
+                    const Problem<TypeParam, float> problem({1000, batch, channels}, 15, 0.5, Layout::steps_first,
+                                                            {{0, 300}, {0, 301}});
+                    const auto expected = evaluate(problem.recurrence, {.method = Method::sequential});
+                    const auto found = evaluate(problem.recurrence, {.method = method, .chunk = chunk});
+                    EXPECT_TRUE(found.report.ok()) << found.report;
+                    double size = 1;
+                    for (index i = 0; i < expected.trajectory.size(); ++i)
+                        size = std::max(size, std::abs(double(expected.trajectory.data()[i])));
+                    EXPECT_LE(largest_difference<float>(expected.trajectory, found.trajectory), 2e-4 * size)
+                        << found.report;
+                    EXPECT_LE(found.report.relative_residual, 1);
+                }
+}
+
 TEST(CellArguments, SayWhatIsWrong) {
     const Buffer<float> inputs({5, 2, 9}), parameters({3, 1, 3}), odd({5, 2, 10}), states({1, 2, 3});
     const auto message = [](const auto& make) -> std::string {

@@ -85,6 +85,7 @@ struct Kernels {
     Kernel<T> correct;     ///< backward without gradient, added to input_gradient and parameter_gradient
     Kernel<T> plain_step;  ///< apply, without SIMD: what the reference backend runs, 1 lane per block
     Kernel<T> plain_linearise;
+    Kernel<T> plain_backward;
 };
 
 /// Which of the instruction sets runs: 512, 256 (AVX2 and FMA) or 0 (plain).
@@ -272,7 +273,7 @@ struct Loops {
             }
     }
 
-    template <bool correcting>
+    template <bool correcting, int width = lanes>
     DEEPPCR_INLINE static void backward(const LaneSweep<T>& sweep) {
         for (index i = sweep.steps - 1; i >= 0; --i)
             for (index b = 0; b < sweep.count; ++b) {
@@ -281,7 +282,7 @@ struct Loops {
                 T* const input_gradient = block.input_gradient + i * here.input_gradient_step;
                 const T* const gradient = block.gradient + i * here.gradient_step;
                 DEEPPCR_INDEPENDENT_LANES
-                for (int l = 0; l < lanes; ++l) {
+                for (int l = 0; l < width; ++l) {
                     Lane<Cell, T> lane;
                     lane.read_inputs(block, here, i, l);
                     lane.read_before(block, here, i, l);
@@ -303,6 +304,7 @@ struct Loops {
 
     static void plain_step(const LaneSweep<T>& sweep) { apply<1>(sweep); }
     static void plain_linearise(const LaneSweep<T>& sweep) { linearise<1>(sweep); }
+    static void plain_backward(const LaneSweep<T>& sweep) { backward<false, 1>(sweep); }
 
 #define DEEPPCR_CELL_KERNELS(attribute, set)                                                      \
     attribute static void advance_##set(const LaneSweep<T>& sweep) { advance(sweep); }            \
@@ -315,7 +317,7 @@ struct Loops {
     static Kernels<T> kernels_##set() {                                                           \
         return {name(),          K,               G,             P,           advance_##set,      \
                 advance_one_##set, multiply_##set, apply_##set,  linearise_##set,                 \
-                backward_##set,  correct_##set,   plain_step,    plain_linearise};                \
+                backward_##set,  correct_##set,   plain_step,    plain_linearise, plain_backward};\
     }
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX512, avx512)
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX2, avx2)

@@ -13,14 +13,9 @@
 
 namespace deeppcr {
 namespace newton {
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 template <class T>
-void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+void check_adjoint_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                      View<const T> output_gradient, const Options& options) {
     check_options(options);
     const Shape& shape = recurrence.shape();
@@ -36,6 +31,17 @@ void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, 
         throw InvalidArgument("report", "a trajectory that converged or was finished sequentially",
                               "one that ended as " + to_string(report.status));
 }
+
+template void check_adjoint_arguments(const Recurrence<float>&, View<const float>, const Report&, View<const float>,
+                                      const Options&);
+template void check_adjoint_arguments(const Recurrence<double>&, View<const double>, const Report&, View<const double>,
+                                      const Options&);
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 /// States x_{first} .. x_{last-1} (x_0 is the initial state), contiguous in `before`.
 template <class T>
@@ -117,7 +123,7 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
 template <class T>
 Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                           View<const T> output_gradient, const Options& options) {
-    check_arguments(recurrence, trajectory, report, output_gradient, options);
+    check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
     const Shape& shape = recurrence.shape();
     Adjoint<T> result{Buffer<T>::uninitialised(shape), Buffer<T>::uninitialised({1, shape.batch, shape.width}), {}};
     result.report = transposed_sweep<T>(recurrence, trajectory, output_gradient, options, result.initial,
@@ -166,7 +172,7 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
 template <class T>
 DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T> trajectory, const Report& report,
                                        View<const T> output_gradient, const Options& options, View<const T> slopes) {
-    check_arguments(chain, trajectory, report, output_gradient, options);
+    check_adjoint_arguments<T>(chain, trajectory, report, output_gradient, options);
     const auto [steps, batch, width] = chain.shape();
     const index layers_per_step = std::max<index>(chain.options().skip, 1);
     if (!slopes.empty() && slopes.shape() != Shape{chain.layers(), batch, width})

@@ -13,6 +13,11 @@ namespace deeppcr::newton {
 /// Throws InvalidArgument for an option that is out of its range.
 void check_options(const Options& options);
 
+/// Throws InvalidArgument for arguments of `adjoint` that do not fit the recurrence, or a report that is not ok().
+template <class T>
+void check_adjoint_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                             View<const T> output_gradient, const Options& options);
+
 /// "newton, full Jacobian, scan"
 std::string describe(const Options& options);
 

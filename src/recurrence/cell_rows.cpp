@@ -539,30 +539,43 @@ void run_rows(const Kernels<T>& kernels, Work work, index channels, const T* par
 template <class T>
 void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, const T* parameters,
                       std::span<const Row<T>> rows, const RowStrides& strides) {
-    const index K = kernels.states;
+    const index K = kernels.states, P = kernels.parameters;
+    std::vector<T> state(std::size_t(K * lanes)), sums(std::size_t(P * lanes));
     for (const Row<T>& row : rows)
-        for (index c = 0; c < channels; ++c)
-            for (index i = 0; i < row.steps; ++i) {
+        for (index c = 0; c < channels; ++c) {
+            if (row.start != nullptr)
+                for (index k = 0; k < K; ++k) state[std::size_t(k * lanes)] = row.start[c * K + k];
+            for (index n = 0; n < row.steps; ++n) {
+                const index i = work == Work::backward ? row.steps - 1 - n : n;
                 LaneBlock<T> block{};
-                block.inputs = row.inputs + i * strides.inputs + c;
-                block.parameters = parameters + c;
-                T* const after = row.after + i * strides.after + c * K;
-                if (work == Work::advance)
-                    block.before = i == 0 ? row.start + c * K : after - strides.after;
-                else
-                    block.before = row.before + i * strides.before + c * K;
                 LaneSweep<T> sweep;
                 sweep.steps = sweep.count = 1;
                 sweep.blocks = &block;
                 sweep.input_gate = sweep.parameter_stride = channels;
-                if (work == Work::linearise) {
+                block.inputs = row.inputs + i * strides.inputs + c;
+                block.parameters = parameters + c;
+                block.state = state.data();
+                block.before = work != Work::advance ? row.before + i * strides.before + c * K
+                               : i == 0              ? row.start + c * K
+                                                     : row.after + (i - 1) * strides.after + c * K;
+                if (work == Work::backward) {
+                    block.gradient = row.gradient + i * strides.gradient + c * K;
+                    block.input_gradient = row.input_gradient + i * strides.input_gradient + c;
+                    block.parameter_gradient = sums.data();
+                    std::fill(sums.begin(), sums.end(), T(0));
+                    kernels.plain_backward(sweep);
+                    for (index q = 0; q < P; ++q) row.parameter_gradient[q * channels + c] += double(sums[std::size_t(q * lanes)]);
+                } else if (work == Work::linearise) {
                     block.jacobian = row.jacobian + i * strides.jacobian + c * K * K;
                     kernels.plain_linearise(sweep);
                 } else {
-                    block.after = after;
+                    block.after = row.after + i * strides.after + c * K;
                     kernels.plain_step(sweep);
                 }
             }
+            if (work == Work::backward && row.end != nullptr)
+                for (index k = 0; k < K; ++k) row.end[c * K + k] = state[std::size_t(k * lanes)];
+        }
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                  \

@@ -40,7 +40,7 @@ template <class T>
 void run_rows(const Kernels<T>& kernels, Work work, index channels, const T* parameters, std::span<const Row<T>> rows,
               const RowStrides& strides, int threads);
 
-/// The same without SIMD and threads, lane after lane: the reference backend.
+/// advance, apply, linearise and backward without SIMD and threads, lane after lane: the reference backend.
 template <class T>
 void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, const T* parameters,
                       std::span<const Row<T>> rows, const RowStrides& strides);

@@ -1,0 +1,258 @@
+// The backward pass of cells: adjoint, gradients of inputs and of parameters in one sweep from the last step to the
+// first. In chunks side by side, every chunk first takes a zero adjoint from behind; since the adjoint is linear, what the
+// next chunk then hands over is sent through afterwards and added, until it has shrunk below rounding.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <deeppcr/cell.hpp>
+
+#include "device/threads.hpp"
+#include "newton/cost_model.hpp"
+#include "newton/options.hpp"
+#include "recurrence/cell_rows.hpp"
+
+namespace deeppcr {
+namespace newton {
+namespace {
+
+constexpr index first_correction = 64;    // steps before the first look; then as many again, and again
+constexpr double enough_vanished = 0.5;   // of the chunks, in the first round, or the pass is made step after step
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+template <class T>
+class FusedAdjoint {
+public:
+    FusedAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                 const Options& options, Workspace& workspace)
+        : recurrence_(recurrence),
+          trajectory_(trajectory),
+          gradient_(output_gradient),
+          options_(options),
+          workspace_(workspace),
+          width_(recurrence.shape().width),
+          parameters_(recurrence.parameters().shape().count()),
+          threads_(device::thread_count(options.execution)),
+          result_{Buffer<T>::uninitialised(recurrence.inputs().shape()),
+                  Buffer<T>::uninitialised(recurrence.parameters().shape()),
+                  Buffer<T>({1, index(recurrence.parts().size()), width_}),
+                  {}} {
+        result_.report.lyapunov = std::numeric_limits<double>::quiet_NaN();
+        result_.report.sequences.resize(std::size_t(recurrence.shape().batch));
+        for (Report::Sequence& sequence : result_.report.sequences) sequence.confirmed = recurrence.shape().steps;
+    }
+
+    CellGradients<T> run() {
+        const Clock::time_point begin = Clock::now();
+        const Workspace::Scope scope(workspace_);
+        const index length = chunk_length();
+        result_.report.method = "adjoint, sequential";
+        const bool done = length > 0 && run_chunks(length);
+        if (!done) run_chunks(0);
+        result_.report.seconds = seconds_since(begin);
+        result_.report.workspace_bytes = workspace_.peak_bytes();
+        return std::move(result_);
+    }
+
+private:
+    struct Chunk {
+        index part, first, last;
+    };
+
+    /// 0: step after step.
+    index chunk_length() const {
+        if (options_.method == Method::sequential || options_.execution.backend == Backend::reference) return 0;
+        index steps = 0;
+        for (const SequencePart& part : recurrence_.parts()) steps = std::max(steps, part.last - part.first);
+        if (options_.chunk > 0) return options_.chunk;
+        if (steps < 256) return 0;
+        const Plan plan = plan_chunks(step_costs(recurrence_, threads_), steps, index(recurrence_.parts().size()),
+                                      recurrence_.channels(), 2 * first_correction, 0, threads_);
+        return plan.chunk;
+    }
+
+    /// Rows of one chunk's steps; all steps have their predecessors in the trajectory but the first of a part.
+    cell::Row<T> row(index part, index first, index last) const {
+        const SequencePart& here = recurrence_.parts()[std::size_t(part)];
+        cell::Row<T> row;
+        row.steps = last - first;
+        row.inputs = recurrence_.inputs().at(first, here.sequence);
+        row.before = first == here.first ? recurrence_.initial_state(part) : trajectory_.at(first - 1, here.sequence);
+        row.gradient = gradient_.at(first, here.sequence);
+        row.input_gradient = result_.inputs.view().at(first, here.sequence);
+        return row;
+    }
+
+    void run_rows(cell::Work work, const std::vector<cell::Row<T>>& rows) {
+        const cell::RowStrides strides{.inputs = recurrence_.inputs().step_stride(),
+                                       .before = trajectory_.step_stride(),
+                                       .gradient = gradient_.step_stride(),
+                                       .input_gradient = result_.inputs.view().step_stride()};
+        const T* const parameters = recurrence_.parameters().data();
+        if (options_.execution.backend == Backend::reference)
+            cell::run_rows_plainly<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides);
+        else
+            cell::run_rows<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides, threads_);
+        for (const cell::Row<T>& row : rows)
+            result_.report.linearise.bytes += row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
+    }
+
+    /// In chunks of `length` steps (0: whole parts). False where what chunks hand over does not vanish.
+    bool run_chunks(index length) {
+        const Workspace::Scope scope(workspace_);
+        const auto& parts = recurrence_.parts();
+        std::vector<Chunk> chunks;
+        for (index p = 0; p < index(parts.size()); ++p) {
+            // The first step stands alone: its predecessor is the initial state.
+            const index first = parts[std::size_t(p)].first + 1, steps = parts[std::size_t(p)].last - first;
+            const index count = length == 0 ? 1 : std::max<index>(1, (steps + length - 1) / length);
+            for (index c = 0; c < count && steps > 0; ++c)
+                chunks.push_back({p, first + steps * c / count, first + steps * (c + 1) / count});
+        }
+        const index count = index(chunks.size()), total = index(parts.size());
+        T* const none = workspace_.take<T>(width_);
+        std::fill_n(none, width_, T(0));
+        T* const handed = workspace_.take<T>(count * width_);    // dL/dx before a chunk, from the steps in it
+        T* const arriving = workspace_.take<T>(count * width_);  // what the chunk after it has handed over
+        double* const sums = workspace_.take<double>((count + total) * parameters_);
+        std::fill_n(sums, (count + total) * parameters_, 0.0);
+        T* const before_main = workspace_.take<T>(total * width_);  // dL/dx of each part's first step, from later ones
+        std::fill_n(before_main, total * width_, T(0));
+
+        std::vector<cell::Row<T>> rows;
+        for (index c = 0; c < count; ++c) {
+            const Chunk& chunk = chunks[std::size_t(c)];
+            rows.push_back(row(chunk.part, chunk.first, chunk.last));
+            rows.back().start = none;
+            rows.back().end = handed + c * width_;
+            rows.back().parameter_gradient = sums + c * parameters_;
+        }
+        run_rows(cell::Work::backward, rows);
+
+        const auto leads = [&](index c) { return c == 0 || chunks[std::size_t(c - 1)].part != chunks[std::size_t(c)].part; };
+        std::vector<index> pending;
+        for (index c = 0; c < count; ++c) {
+            if (leads(c))
+                std::copy_n(handed + c * width_, width_, before_main + chunks[std::size_t(c)].part * width_);
+            else
+                pending.push_back(c - 1);
+        }
+        index longest = 0;
+        for (index round = 0; !pending.empty(); ++round) {
+            for (const index c : pending) std::copy_n(handed + (c + 1) * width_, width_, arriving + c * width_);
+            const std::vector<index> survivors = correct(chunks, pending, arriving, sums, longest);
+            if (round == 0 && double(survivors.size()) > (1 - enough_vanished) * double(pending.size()) &&
+                survivors.size() > 2)
+                return false;
+            pending.clear();
+            for (const index c : survivors) {
+                // What is left of it goes on to the chunk before, or to the first step.
+                std::copy_n(arriving + c * width_, width_, handed + c * width_);
+                if (!leads(c)) {
+                    pending.push_back(c - 1);
+                } else {
+                    T* const target = before_main + chunks[std::size_t(c)].part * width_;
+                    for (index k = 0; k < width_; ++k) target[k] += arriving[c * width_ + k];
+                }
+            }
+        }
+        rows.clear();
+        for (index p = 0; p < total; ++p) {
+            const SequencePart& part = parts[std::size_t(p)];
+            if (part.last == part.first) continue;
+            rows.push_back(row(p, part.first, part.first + 1));
+            rows.back().start = before_main + p * width_;
+            rows.back().end = result_.initial.view().at(0, p);
+            rows.back().parameter_gradient = sums + (count + p) * parameters_;
+        }
+        run_rows(cell::Work::backward, rows);
+        for (index q = 0; q < parameters_; ++q) {
+            double sum = 0;
+            for (index c = 0; c < count + total; ++c) sum += sums[c * parameters_ + q];
+            result_.parameters.data()[q] = T(sum);
+        }
+        if (length > 0)
+            result_.report.method = "adjoint, " + std::to_string(count) + " chunks of " + std::to_string(length) +
+                                    " steps, " + std::to_string(longest) + " steps corrected";
+        result_.report.window = length;
+        return true;
+    }
+
+    /// Sends what arrives behind each chunk through it and adds its gradients, until it is below rounding. Returns the
+    /// chunks through whose start something is left, in `arriving`.
+    std::vector<index> correct(const std::vector<Chunk>& chunks, std::vector<index> pending, T* arriving, double* sums,
+                               index& longest) {
+        std::vector<double> size(chunks.size());
+        for (const index c : pending) size[std::size_t(c)] = largest(arriving + c * width_);
+        std::vector<index> survivors;
+        for (index done = 0, length = first_correction; !pending.empty();
+             done += length, length = std::min<index>(2 * length, 256)) {
+            std::vector<cell::Row<T>> rows;
+            for (const index c : pending) {
+                const Chunk& chunk = chunks[std::size_t(c)];
+                const index last = chunk.last - done, first = std::max(chunk.first, last - length);
+                rows.push_back(row(chunk.part, first, last));
+                rows.back().start = rows.back().end = arriving + c * width_;
+                rows.back().parameter_gradient = sums + c * parameters_;
+            }
+            run_rows(cell::Work::correct, rows);
+            longest = std::max(longest, done + length);
+            std::vector<index> still;
+            for (const index c : pending) {
+                const double left = largest(arriving + c * width_);
+                if (left <= double(std::numeric_limits<T>::epsilon()) / 16 * size[std::size_t(c)]) continue;
+                const Chunk& chunk = chunks[std::size_t(c)];
+                (chunk.last - done - length <= chunk.first ? survivors : still).push_back(c);
+            }
+            pending = std::move(still);
+        }
+        std::sort(survivors.begin(), survivors.end());
+        return survivors;
+    }
+
+    /// NaN counts as infinite.
+    double largest(const T* values) const {
+        double result = 0;
+        for (index k = 0; k < width_; ++k)
+            if (!(std::abs(double(values[k])) <= result)) result = std::abs(double(values[k]));
+        return std::isnan(result) ? std::numeric_limits<double>::infinity() : result;
+    }
+
+    const ChannelwiseRecurrence<T>& recurrence_;
+    View<const T> trajectory_, gradient_;
+    const Options& options_;
+    Workspace& workspace_;
+    index width_, parameters_;
+    int threads_;
+    CellGradients<T> result_;
+};
+
+template <class T>
+CellGradients<T> cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                                const Report& report, View<const T> output_gradient, const Options& options) {
+    check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    return FusedAdjoint<T>(recurrence, trajectory, output_gradient, options, workspace).run();
+}
+
+}  // namespace
+}  // namespace newton
+
+template <>
+CellGradients<float> adjoint(const ChannelwiseRecurrence<float>& recurrence, View<const float> trajectory,
+                             const Report& report, View<const float> output_gradient, const Options& options) {
+    return newton::cell_gradients(recurrence, trajectory, report, output_gradient, options);
+}
+template <>
+CellGradients<double> adjoint(const ChannelwiseRecurrence<double>& recurrence, View<const double> trajectory,
+                              const Report& report, View<const double> output_gradient, const Options& options) {
+    return newton::cell_gradients(recurrence, trajectory, report, output_gradient, options);
+}
+
+}  // namespace deeppcr
