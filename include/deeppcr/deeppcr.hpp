@@ -4,6 +4,7 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/bidiagonal.hpp>
 #include <deeppcr/check.hpp>
+#include <deeppcr/dense_cells.hpp>
 #include <deeppcr/dense_chain.hpp>
 #include <deeppcr/error.hpp>
 #include <deeppcr/evaluate.hpp>

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/dense_cells.hpp>
 #include <deeppcr/dense_chain.hpp>
 #include <deeppcr/recurrence.hpp>
 
@@ -162,5 +163,21 @@ template <class T>
 DenseChainGradients<T> adjoint(const DenseChain<T>& chain, View<const std::type_identity_t<T>> trajectory,
                                const Report& report, View<const std::type_identity_t<T>> output_gradient,
                                const Options& options = {}, View<const std::type_identity_t<T>> slopes = {});
+
+template <class T>
+struct DenseCellGradients {
+    Buffer<T> inputs;   ///< dL/du, of the gates' inputs, [steps, batch, gates * hidden]
+    Buffer<T> weights;  ///< dL/dW_hh, [gates,hidden,hidden]
+    Buffer<T> biases;   ///< dL/db_hh, [gates,1,hidden]
+    Buffer<T> initial;  ///< dL/dx_0, [1,batch,width]
+    Report report;
+};
+
+/// The same for a recurrent cell, with the gradients of its inputs and parameters. options.method sequential takes the
+/// fused backward pass instead of the transposed solve.
+template <class T>
+DenseCellGradients<T> adjoint(const DenseCell<T>& cell, View<const std::type_identity_t<T>> trajectory,
+                              const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                              const Options& options = {});
 
 }  // namespace deeppcr
