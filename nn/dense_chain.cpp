@@ -13,29 +13,14 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
-#include <sstream>
+#include <string>
+
+#include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
 namespace {
 
 using at::Tensor;
-
-std::string describe(const Tensor& tensor) {
-    if (!tensor.defined()) return "an undefined tensor";
-    std::ostringstream text;
-    text << tensor.scalar_type() << " [";
-    for (index d = 0; d < tensor.dim(); ++d) text << (d ? "," : "") << tensor.size(d);
-    text << "] on " << tensor.device();
-    return text.str();
-}
-
-/// [steps,batch,width] of a contiguous tensor whose last dimension is the width, with ones put in front.
-template <class T>
-View<T> view(const Tensor& tensor) {
-    const index dimensions = tensor.dim();
-    const Shape shape{dimensions > 2 ? tensor.size(0) : 1, tensor.size(dimensions - 2), tensor.size(dimensions - 1)};
-    return View<T>(tensor.data_ptr<std::remove_const_t<T>>(), shape);
-}
 
 /// [layers,width] as the [layers,1,width] that DenseChain takes.
 template <class T>
@@ -198,14 +183,9 @@ std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& traj
                 forward.options.evaluation, forward.slopes.defined() ? view<const T>(forward.slopes) : View<const T>());
     forward.memory->backward = gradients.report;
 
-    // The tensors own the buffers from here on: nothing is copied.
-    const auto adopt = [&](Buffer<T>& buffer, at::IntArrayRef sizes) {
-        auto owner = std::make_shared<Buffer<T>>(std::move(buffer));
-        return at::from_blob(
-            owner->data(), sizes, [owner](void*) {}, trajectory.options());
-    };
-    return {adopt(gradients.initial, forward.initial.sizes()), adopt(gradients.weights, forward.weights.sizes()),
-            adopt(gradients.biases, forward.biases.sizes())};
+    return {adopt(gradients.initial, forward.initial.sizes(), trajectory.options()),
+            adopt(gradients.weights, forward.weights.sizes(), trajectory.options()),
+            adopt(gradients.biases, forward.biases.sizes(), trajectory.options())};
 }
 
 template <class T>

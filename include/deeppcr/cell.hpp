@@ -6,7 +6,6 @@
 #include <vector>
 
 #include <deeppcr/cell_kernels.hpp>
-#include <deeppcr/evaluate.hpp>
 #include <deeppcr/recurrence.hpp>
 
 namespace deeppcr {
@@ -94,23 +93,5 @@ public:
                    const std::vector<SequenceStart>& starts = {})
         : ChannelwiseRecurrence<T>(cell::kernels_of<C, T>(), inputs, parameters, initial, starts) {}
 };
-
-template <class T>
-struct CellGradients {
-    Buffer<T> inputs;      ///< dL/du, [steps, batch, G*C]
-    Buffer<T> parameters;  ///< dL/dp, [P, 1, C]
-    Buffer<T> initial;     ///< dL/dx_0, [1, parts, C*K]
-    Report report;
-};
-
-/// Gradients of a loss L from output_gradient = the part of dL/dx_t that does not pass through later states: one fused
-/// pass from the last step to the first. With Method::sequential step after step; otherwise in chunks side by side,
-/// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums of
-/// the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD target
-/// and thread count give the same bits. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
-template <class T>
-CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
-                         const Report& report, View<const std::type_identity_t<T>> output_gradient,
-                         const Options& options = {});
 
 }  // namespace deeppcr

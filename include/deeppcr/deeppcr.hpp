@@ -6,6 +6,7 @@
 #include <deeppcr/cell.hpp>
 #include <deeppcr/cells.hpp>
 #include <deeppcr/check.hpp>
+#include <deeppcr/dense_cells.hpp>
 #include <deeppcr/dense_chain.hpp>
 #include <deeppcr/error.hpp>
 #include <deeppcr/evaluate.hpp>

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/cell.hpp>
+#include <deeppcr/dense_cells.hpp>
 #include <deeppcr/dense_chain.hpp>
 #include <deeppcr/recurrence.hpp>
 
@@ -171,5 +173,39 @@ template <class T>
 DenseChainGradients<T> adjoint(const DenseChain<T>& chain, View<const std::type_identity_t<T>> trajectory,
                                const Report& report, View<const std::type_identity_t<T>> output_gradient,
                                const Options& options = {}, View<const std::type_identity_t<T>> slopes = {});
+
+template <class T>
+struct DenseCellGradients {
+    Buffer<T> inputs;   ///< dL/du, of the gates' inputs, [steps, batch, gates * hidden]
+    Buffer<T> weights;  ///< dL/dW_hh, [gates,hidden,hidden]
+    Buffer<T> biases;   ///< dL/db_hh, [gates,1,hidden]
+    Buffer<T> initial;  ///< dL/dx_0, [1,batch,width]
+    Report report;
+};
+
+/// The same for a recurrent cell, with the gradients of its inputs and parameters. options.method sequential takes the
+/// fused backward pass instead of the transposed solve.
+template <class T>
+DenseCellGradients<T> adjoint(const DenseCell<T>& cell, View<const std::type_identity_t<T>> trajectory,
+                              const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                              const Options& options = {});
+
+template <class T>
+struct CellGradients {
+    Buffer<T> inputs;      ///< dL/du, [steps, batch, G*C]
+    Buffer<T> parameters;  ///< dL/dp, [P, 1, C]
+    Buffer<T> initial;     ///< dL/dx_0, [1, parts, C*K]
+    Report report;
+};
+
+/// Gradients of a loss L from output_gradient = the part of dL/dx_t that does not pass through later states: one fused
+/// pass from the last step to the first. With Method::sequential step after step; otherwise in chunks side by side,
+/// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums of
+/// the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD target
+/// and thread count give the same bits. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
+template <class T>
+CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+                         const Report& report, View<const std::type_identity_t<T>> output_gradient,
+                         const Options& options = {});
 
 }  // namespace deeppcr

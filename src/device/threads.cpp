@@ -32,6 +32,8 @@ namespace device {
 namespace {
 
 constexpr int spins_before_sleep = 4000;
+/// A few microseconds: the thread that a barrier waits for may want this very processor.
+constexpr int spins_before_yield = 200;
 
 /// The workers wait for a job, run their part of it, and report back. The caller is thread 0.
 class Pool {
@@ -158,7 +160,7 @@ void Barrier::wait() {
         return;
     }
     for (int i = 0; round_.load(std::memory_order_acquire) == round; ++i)
-        if (i < spins_before_sleep)
+        if (i < spins_before_yield)
             __builtin_ia32_pause();
         else
             std::this_thread::yield();

@@ -207,6 +207,64 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
     return result;
 }
 
+/// Elements of states that the fused backward pass of a cell copies at a time.
+constexpr index copied_elements = index(1) << 20;
+
+/// The fused backward pass, section after section from the end.
+template <class T>
+void run_backward(const DenseCell<T>& cell, View<const T> trajectory, View<const T> output_gradient,
+                  const Options& options, Workspace& workspace, DenseCellGradients<T>& result) {
+    const auto [steps, batch, width] = cell.shape();
+    const index length = std::clamp<index>(copied_elements / (batch * width), 1, steps);
+    std::vector<index> sequences(static_cast<std::size_t>(batch));
+    std::iota(sequences.begin(), sequences.end(), index(0));
+    const Workspace::Scope scope(workspace);
+    const View<T> before_memory = workspace.take_states<T>({length, batch, width});
+    const View<T> gradient_memory = workspace.take_states<T>({length, batch, width});
+    for (index last = steps; last > 0;) {
+        const index first = std::max<index>(0, last - length);
+        const Section section{first, last, sequences, options.execution};
+        const View<T> before = before_memory.steps(0, last - first), gradient = gradient_memory.steps(0, last - first);
+        gather_before(cell, trajectory, section, before);
+        for (index i = first; i < last; ++i)
+            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(i, j), width, gradient.at(i - first, j));
+        cell.run_backward(section, before, gradient, result.inputs.view().steps(first, last), result.weights,
+                          result.biases, result.initial);
+        last = first;
+    }
+}
+
+template <class T>
+DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> trajectory, const Report& report,
+                                     View<const T> output_gradient, const Options& options) {
+    check_arguments(cell, trajectory, report, output_gradient, options);
+    const auto [steps, batch, width] = cell.shape();
+    const index hidden = cell.hidden(), gates = cell.gates();
+    DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}),
+                                 Buffer<T>({gates, hidden, hidden}),
+                                 Buffer<T>({gates, 1, hidden}),
+                                 Buffer<T>({1, batch, width}),
+                                 {}};
+    if (options.method == Method::sequential && cell.shape().count() > 0) {
+        const Clock::time_point begin = Clock::now();
+        Workspace own;
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        run_backward<T>(cell, trajectory, output_gradient, options, workspace, result);
+        result.report.method = "adjoint, sequential";
+        for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});
+        result.report.seconds = result.report.sequential.seconds = seconds_since(begin);
+        result.report.workspace_bytes = workspace.peak_bytes();
+        return result;
+    }
+    result.report = transposed_sweep<T>(
+        cell, trajectory, output_gradient, options, result.initial,
+        [&](const Section& section, View<const T> before, View<const T> adjoint) {
+            cell.parameter_gradients(section, before, adjoint, result.inputs.view().steps(section.first, section.last),
+                                     result.weights, result.biases);
+        });
+    return result;
+}
+
 }  // namespace
 }  // namespace newton
 
@@ -231,6 +289,16 @@ DenseChainGradients<double> adjoint(const DenseChain<double>& chain, View<const 
                                     const Report& report, View<const double> output_gradient, const Options& options,
                                     View<const double> slopes) {
     return newton::chain_gradients(chain, trajectory, report, output_gradient, options, slopes);
+}
+template <>
+DenseCellGradients<float> adjoint(const DenseCell<float>& cell, View<const float> trajectory, const Report& report,
+                                  View<const float> output_gradient, const Options& options) {
+    return newton::cell_gradients(cell, trajectory, report, output_gradient, options);
+}
+template <>
+DenseCellGradients<double> adjoint(const DenseCell<double>& cell, View<const double> trajectory, const Report& report,
+                                   View<const double> output_gradient, const Options& options) {
+    return newton::cell_gradients(cell, trajectory, report, output_gradient, options);
 }
 
 }  // namespace deeppcr

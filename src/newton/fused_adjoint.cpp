@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include <deeppcr/cell.hpp>
+#include <deeppcr/evaluate.hpp>
 
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "device/threads.hpp"
+#include "recurrence/arguments.hpp"
 #include "recurrence/dense_chain_kernels.hpp"
 
 namespace deeppcr {
@@ -23,45 +24,9 @@ Shape state_shape(const View<const T>& weights, const View<const T>& initial, in
 }
 
 template <class T>
-void require_shape(const char* name, const View<T>& view, const Shape& shape) {
-    if (view.shape() != shape) throw InvalidArgument(name, to_string(shape), to_string(view.shape()));
-    if (view.data() == nullptr && shape.count() != 0)
-        throw InvalidArgument(name, "an array of shape " + to_string(shape), "a null pointer");
-}
-
-template <class T>
-void require_contiguous(const char* name, const View<T>& view, const Shape& shape) {
-    require_shape(name, view, shape);
-    if (!view.contiguous())
-        throw InvalidArgument(name, "contiguous memory",
-                              "strides of " + std::to_string(view.step_stride()) + " and " +
-                                  std::to_string(view.batch_stride()) + " elements");
-}
-
-template <class T>
-void require_contiguous_blocks(const char* name, const Jacobian<T>& jacobian, const Shape& states, index block) {
-    if (jacobian.states() != states || jacobian.block() != block)
-        throw InvalidArgument(
-            name, "blocks of " + std::to_string(block) + " for states " + to_string(states),
-            "blocks of " + std::to_string(jacobian.block()) + " for states " + to_string(jacobian.states()));
-    const Shape rows{states.steps, states.batch, states.width * block};
-    require_contiguous(name, View<T>(jacobian.data(), rows, jacobian.step_stride(), jacobian.batch_stride()), rows);
-}
-
-template <class T>
 void require_parameters(const View<T>& weights, const View<T>& biases, index layers, index width) {
     require_contiguous("weights", weights, {layers, width, width});
     require_contiguous("biases", biases, {layers, 1, width});
-}
-
-void require_section(const Section& section, const Shape& shape) {
-    if (section.first < 0 || section.last < section.first || section.last > shape.steps)
-        throw InvalidArgument("section", "0 <= first <= last <= " + std::to_string(shape.steps),
-                              "first " + std::to_string(section.first) + ", last " + std::to_string(section.last));
-    for (const index sequence : section.sequences)
-        if (sequence < 0 || sequence >= shape.batch)
-            throw InvalidArgument("section.sequences", "numbers from 0 to " + std::to_string(shape.batch - 1),
-                                  std::to_string(sequence));
 }
 
 chain::Extent extent_of(const Section& section) {
@@ -79,25 +44,16 @@ Buffer<T> pack(const View<const T>& weights, const View<const T>& biases) {
                                     T* out = packed.view().at(layer, 0);
                                     for (index column = 0; column < width; column += panel) {
                                         const bool full = column + panel <= width;
-                                        const index used = full ? panel : width - column;
-                                        const index stride = full ? panel : Network::narrow_width(width);
-                                        std::copy_n(biases.at(layer, 0) + column, used, out);
-                                        out += stride;
-                                        for (index in = 0; in < width; ++in, out += stride)
-                                            for (index i = 0; i < used; ++i) out[i] = weights(layer, column + i, in);
+                                        const index stride = full ? panel : chain::narrow_width<T>(width);
+                                        chain::pack_panel(
+                                            column, full ? panel : width - column, stride, width,
+                                            [&](index i) { return biases(layer, 0, i); },
+                                            [&](index i, index in) { return weights(layer, i, in); }, out);
+                                        out += stride * (width + 1);
                                     }
                                 }
                             });
     return packed;
-}
-
-/// Calls body<B>() for the backend of the section.
-template <class Body>
-void on_backend(const Section& section, const Body& body) {
-    if (section.execution.backend == Backend::reference)
-        body.template operator()<Backend::reference>();
-    else
-        body.template operator()<Backend::cpu>();
 }
 
 }  // namespace

@@ -5,21 +5,11 @@
 
 #include <deeppcr/dense_chain.hpp>
 
+#include "recurrence/panels.hpp"
+
 namespace deeppcr::chain {
 
-/// Outputs per panel of packed weights: 64 bytes, one cache line.
-template <class T>
-constexpr index panel_width = 64 / index(sizeof(T));
-
-/// A chain as its kernels see it.
-///
-/// `panels` holds, layer after layer, the biases and the transposed weights, cut into panels of `panel_width` outputs
-/// (the last one narrower, of the next power of two), so that a kernel reads them front to back:
-///
-///     panel 0: b[0..w)            panel 1: b[w..2w)
-///              W[0..w, 0]                  W[w..2w, 0]          (row k + 1 holds the weights from input k)
-///              W[0..w, 1]                  W[w..2w, 1]
-///              ...                         ...
+/// A chain as its kernels see it. `panels` holds the packed layers one after the other (panels.hpp).
 template <class T>
 struct Network {
     View<const T> weights;  ///< [layers, out, in]
@@ -33,17 +23,7 @@ struct Network {
     bool residual() const { return skip > 0; }
     const T* layer_panels(index layer) const { return panels + layer * layer_elements(width()); }
 
-    /// Columns of the last panel, where the width is no multiple of `panel_width`.
-    static index narrow_width(index width) {
-        index narrow = 1;
-        while (narrow < width % panel_width<T>) narrow *= 2;
-        return narrow;
-    }
-    static index layer_elements(index width) {
-        const index columns =
-            width / panel_width<T> * panel_width<T> + (width % panel_width<T> != 0 ? narrow_width(width) : 0);
-        return columns * (width + 1);
-    }
+    static index layer_elements(index width) { return panel_elements<T>(width, width); }
 };
 
 /// Steps first+1 .. first+steps of `batch` sequences; arrays are contiguous [steps,batch,width] unless they say

@@ -1,0 +1,55 @@
+// What the built-in recurrences check of the arrays and sections that they are given.
+#pragma once
+
+#include <string>
+
+#include <deeppcr/recurrence.hpp>
+
+namespace deeppcr {
+
+template <class T>
+void require_shape(const char* name, const View<T>& view, const Shape& shape) {
+    if (view.shape() != shape) throw InvalidArgument(name, to_string(shape), to_string(view.shape()));
+    if (view.data() == nullptr && shape.count() != 0)
+        throw InvalidArgument(name, "an array of shape " + to_string(shape), "a null pointer");
+}
+
+template <class T>
+void require_contiguous(const char* name, const View<T>& view, const Shape& shape) {
+    require_shape(name, view, shape);
+    if (!view.contiguous())
+        throw InvalidArgument(name, "contiguous memory",
+                              "strides of " + std::to_string(view.step_stride()) + " and " +
+                                  std::to_string(view.batch_stride()) + " elements");
+}
+
+template <class T>
+void require_contiguous_blocks(const char* name, const Jacobian<T>& jacobian, const Shape& states, index block) {
+    if (jacobian.states() != states || jacobian.block() != block)
+        throw InvalidArgument(
+            name, "blocks of " + std::to_string(block) + " for states " + to_string(states),
+            "blocks of " + std::to_string(jacobian.block()) + " for states " + to_string(jacobian.states()));
+    const Shape rows{states.steps, states.batch, states.width * block};
+    require_contiguous(name, View<T>(jacobian.data(), rows, jacobian.step_stride(), jacobian.batch_stride()), rows);
+}
+
+inline void require_section(const Section& section, const Shape& shape) {
+    if (section.first < 0 || section.last < section.first || section.last > shape.steps)
+        throw InvalidArgument("section", "0 <= first <= last <= " + std::to_string(shape.steps),
+                              "first " + std::to_string(section.first) + ", last " + std::to_string(section.last));
+    for (const index sequence : section.sequences)
+        if (sequence < 0 || sequence >= shape.batch)
+            throw InvalidArgument("section.sequences", "numbers from 0 to " + std::to_string(shape.batch - 1),
+                                  std::to_string(sequence));
+}
+
+/// Calls body<B>() for the backend of the section.
+template <class Body>
+void on_backend(const Section& section, const Body& body) {
+    if (section.execution.backend == Backend::reference)
+        body.template operator()<Backend::reference>();
+    else
+        body.template operator()<Backend::cpu>();
+}
+
+}  // namespace deeppcr

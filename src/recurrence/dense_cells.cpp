@@ -1,0 +1,164 @@
+// DenseCell: checks arguments, packs the weights and hands over to the backend.
+#include <deeppcr/dense_cells.hpp>
+
+#include <algorithm>
+#include <string>
+
+#include "device/threads.hpp"
+#include "recurrence/arguments.hpp"
+#include "recurrence/dense_cells_kernels.hpp"
+
+namespace deeppcr {
+namespace {
+
+template <class T>
+Shape state_shape(DenseCellKind kind, const View<const T>& inputs, const View<const T>& weights) {
+    if (kind < DenseCellKind::elman_tanh || kind > DenseCellKind::lstm)
+        throw InvalidArgument("kind", "one of DenseCellKind", std::to_string(int(kind)));
+    if (weights.width() < 1 || weights.batch() != weights.width() || weights.steps() != gate_count(kind))
+        throw InvalidArgument("weights",
+                              "one square matrix per gate, [" + std::to_string(gate_count(kind)) + ",hidden,hidden]",
+                              to_string(weights.shape()));
+    return {inputs.steps(), inputs.batch(), state_width(kind, weights.width())};
+}
+
+dense_cell::Extent extent_of(const Section& section) {
+    return {section.first, section.steps(), section.sequences, device::thread_count(section.execution)};
+}
+
+template <class T>
+Buffer<T> pack(const dense_cell::Cell<T>& cell) {
+    const index hidden = cell.hidden(), size = cell.panel_size(), panel = dense_cell::panel_width<T>;
+    Buffer<T> packed(Shape{cell.panel_count(), cell.gates(), size});
+    device::parallel_ranges(default_threads(), cell.panel_count(), std::max<index>(1, 65536 / (size * cell.gates())),
+                            [&](index first, index last) {
+                                for (index unit = first * panel; unit < last * panel; unit += panel)
+                                    for (index gate = 0; gate < cell.gates(); ++gate)
+                                        chain::pack_panel(
+                                            unit, std::min(panel, hidden - unit), panel, hidden,
+                                            [&](index out) { return cell.biases(gate, 0, out); },
+                                            [&](index out, index in) { return cell.weights(gate, out, in); },
+                                            packed.view().at(unit / panel, gate));
+                            });
+    return packed;
+}
+
+}  // namespace
+
+template <class T>
+DenseCell<T>::DenseCell(DenseCellKind kind, View<const T> inputs, View<const T> weights, View<const T> biases,
+                        View<const T> initial)
+    : Recurrence<T>(state_shape(kind, inputs, weights)),
+      kind_(kind),
+      inputs_(inputs),
+      weights_(weights),
+      biases_(biases),
+      initial_(initial) {
+    const Shape& shape = this->shape();
+    require_shape("inputs", inputs, {shape.steps, shape.batch, gates() * hidden()});
+    require_shape("weights", weights, {gates(), hidden(), hidden()});
+    require_shape("biases", biases, {gates(), 1, hidden()});
+    require_shape("initial", initial, {1, shape.batch, shape.width});
+    packed_ = pack(cell());
+}
+
+template <class T>
+dense_cell::Cell<T> DenseCell<T>::cell() const {
+    return {kind_, inputs_, weights_, biases_, packed_.data()};
+}
+
+template <class T>
+void DenseCell<T>::initial(const Section& section, View<T> state) const {
+    require_section(section, this->shape());
+    require_shape("state", state, {1, section.batch(), this->shape().width});
+    for (index j = 0; j < section.batch(); ++j)
+        std::copy_n(initial_.at(0, section.sequences[std::size_t(j)]), this->shape().width, state.at(0, j));
+}
+
+template <class T>
+void DenseCell<T>::step(const Section& section, View<const T> before, View<T> after) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    on_backend(section, [&]<Backend B> {
+        dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
+    });
+}
+
+template <class T>
+void DenseCell<T>::linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    require_contiguous_blocks("jacobian", jacobian, states, states.width);
+    on_backend(section, [&]<Backend B> {
+        dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
+    });
+}
+
+template <class T>
+void DenseCell<T>::linearise_diagonal(const Section& section, View<const T> before, View<T> after,
+                                      Jacobian<T> diagonal) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("after", after, states);
+    require_contiguous_blocks("diagonal", diagonal, states, 1);
+    on_backend(section, [&]<Backend B> {
+        dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
+    });
+}
+
+template <class T>
+void DenseCell<T>::run(const Section& section, View<const T> state, View<T> trajectory) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_shape("state", state, {1, states.batch, states.width});
+    require_contiguous("trajectory", trajectory, states);
+    const Buffer<T> copy = Buffer<T>::uninitialised(state.contiguous() ? Shape{0, 0, 1} : state.shape());
+    for (index j = 0; j < copy.shape().batch; ++j) std::copy_n(state.at(0, j), states.width, copy.view().at(0, j));
+    on_backend(section, [&]<Backend B> {
+        dense_cell::run<B, T>(cell(), extent_of(section), state.contiguous() ? state.data() : copy.data(), trajectory.data());
+    });
+}
+
+template <class T>
+void DenseCell<T>::parameter_gradients(const Section& section, View<const T> before, View<const T> adjoint,
+                                       View<T> inputs, View<T> weights, View<T> biases) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("adjoint", adjoint, states);
+    require_contiguous("inputs", inputs, {states.steps, states.batch, gates() * hidden()});
+    require_contiguous("weights", weights, {gates(), hidden(), hidden()});
+    require_contiguous("biases", biases, {gates(), 1, hidden()});
+    on_backend(section, [&]<Backend B> {
+        dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), adjoint.data(), inputs.data(), weights.data(),
+                             biases.data(), nullptr);
+    });
+}
+
+template <class T>
+void DenseCell<T>::run_backward(const Section& section, View<const T> before, View<const T> output_gradient,
+                                View<T> inputs, View<T> weights, View<T> biases, View<T> state) const {
+    require_section(section, this->shape());
+    const Shape states{section.steps(), section.batch(), this->shape().width};
+    require_contiguous("before", before, states);
+    require_contiguous("output_gradient", output_gradient, states);
+    require_contiguous("inputs", inputs, {states.steps, states.batch, gates() * hidden()});
+    require_contiguous("weights", weights, {gates(), hidden(), hidden()});
+    require_contiguous("biases", biases, {gates(), 1, hidden()});
+    require_contiguous("state", state, {1, states.batch, states.width});
+    if (states.steps == 0 || states.batch == 0) return;
+    on_backend(section, [&]<Backend B> {
+        dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), output_gradient.data(), inputs.data(),
+                             weights.data(), biases.data(), state.data());
+    });
+}
+
+template class DenseCell<float>;
+template class DenseCell<double>;
+
+}  // namespace deeppcr
