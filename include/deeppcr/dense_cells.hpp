@@ -68,7 +68,7 @@ public:
                       View<T> weights, View<T> biases, View<T> state) const;
 
 private:
-    dense_dense_cell::Cell<T> cell() const;
+    dense_cell::Cell<T> cell() const;
 
     DenseCellKind kind_;
     View<const T> inputs_, weights_, biases_, initial_;

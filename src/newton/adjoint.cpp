@@ -237,7 +237,7 @@ void run_backward(const DenseCell<T>& cell, View<const T> trajectory, View<const
 template <class T>
 DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> trajectory, const Report& report,
                                      View<const T> output_gradient, const Options& options) {
-    check_arguments(cell, trajectory, report, output_gradient, options);
+    check_adjoint_arguments<T>(cell, trajectory, report, output_gradient, options);
     const auto [steps, batch, width] = cell.shape();
     const index hidden = cell.hidden(), gates = cell.gates();
     DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}),

@@ -30,7 +30,7 @@
 
 #ifndef DEEPPCR_RECURRENCE_DENSE_CELLS_CPU_ONCE
 #define DEEPPCR_RECURRENCE_DENSE_CELLS_CPU_ONCE
-namespace deeppcr::cell {
+namespace deeppcr::dense_cell {
 
 /// The operations of one instruction set, for one type.
 template <class T>
@@ -62,7 +62,7 @@ struct Panels {
     index first, last;
 };
 
-}  // namespace deeppcr::cell
+}  // namespace deeppcr::dense_cell
 #endif
 
 HWY_BEFORE_NAMESPACE();
@@ -681,7 +681,7 @@ const Kernels<double>& DoubleKernels() {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-namespace deeppcr::cell {
+namespace deeppcr::dense_cell {
 namespace {
 
 HWY_EXPORT(FloatKernels);
@@ -723,5 +723,5 @@ DEEPPCR_INSTANTIATE(float);
 DEEPPCR_INSTANTIATE(double);
 #undef DEEPPCR_INSTANTIATE
 
-}  // namespace deeppcr::cell
+}  // namespace deeppcr::dense_cell
 #endif

@@ -7,7 +7,7 @@
 
 #include "recurrence/panels.hpp"
 
-namespace deeppcr::cell {
+namespace deeppcr::dense_cell {
 
 using chain::panel_width;
 
@@ -56,4 +56,4 @@ template <Backend B, class T>
 void backward(const Cell<T>& cell, const Extent& extent, const T* before, const T* gradient, T* inputs, T* weights,
               T* biases, T* state);
 
-}  // namespace deeppcr::cell
+}  // namespace deeppcr::dense_cell

@@ -5,7 +5,7 @@
 
 #include "recurrence/dense_cells_kernels.hpp"
 
-namespace deeppcr::cell {
+namespace deeppcr::dense_cell {
 namespace {
 
 template <class T>
@@ -166,4 +166,4 @@ DEEPPCR_INSTANTIATE(float);
 DEEPPCR_INSTANTIATE(double);
 #undef DEEPPCR_INSTANTIATE
 
-}  // namespace deeppcr::cell
+}  // namespace deeppcr::dense_cell
