@@ -16,6 +16,8 @@
 
 #include <unistd.h>
 
+#include <deeppcr/evaluate.hpp>
+
 #include "device/threads.hpp"
 #include "recurrence/cell_rows.hpp"
 
@@ -34,6 +36,12 @@ double seconds_of(const std::function<void()>& work, int repetitions) {
     }
     return least;
 }
+
+template <class T>
+struct Smallest : ChannelwiseRecurrence<T> {
+    Smallest(const cell::Kernels<T>& kernels, View<const T> inputs, View<const T> parameters)
+        : ChannelwiseRecurrence<T>(kernels, inputs, parameters, {}, {}) {}
+};
 
 template <class T>
 StepCosts measure(const cell::Kernels<T>& kernels, int threads) {
@@ -75,6 +83,17 @@ StepCosts measure(const cell::Kernels<T>& kernels, int threads) {
         }
     }
     if (threads > 1) costs.synchronise = seconds_of([&] { device::run_together(threads, [](int) {}); }, 20);
+    // A whole evaluation of little more than nothing.
+    const Buffer<T> inputs = Buffer<T>::random({32, 1, G}, 1);
+    const Buffer<T> parameters = Buffer<T>::random({kernels.parameters, 1, 1}, 2);
+    const Buffer<T> trajectory({32, 1, K});
+    const Smallest<T> smallest(kernels, inputs, parameters);
+    costs.fixed = seconds_of(
+        [&] {
+            (void)evaluate(smallest, trajectory.view(),
+                           {.method = Method::overlap, .chunk = 16, .execution = {.threads = threads}});
+        },
+        20);
     return costs;
 }
 
@@ -105,7 +124,8 @@ bool read_line(const std::string& line, const std::string& key, StepCosts& costs
     for (auto* list : {&read.direct, &read.grouped, &read.product})
         for (double& number : *list)
             if (!(numbers >> number) || !(number > 0 && number < 1)) return false;
-    if (!(numbers >> read.synchronise) || !(read.synchronise >= 0 && read.synchronise < 1)) return false;
+    for (double* number : {&read.synchronise, &read.fixed})
+        if (!(numbers >> *number) || !(*number >= 0 && *number < 1)) return false;
     costs = read;
     return true;
 }
@@ -124,7 +144,7 @@ void write_line(const std::string& key, const StepCosts& costs) {
     text << key << '\t';
     for (const auto* list : {&costs.direct, &costs.grouped, &costs.product})
         for (const double number : *list) text << number << ' ';
-    text << costs.synchronise << '\n';
+    text << costs.synchronise << ' ' << costs.fixed << '\n';
     const std::filesystem::path temporary = path.string() + "." + std::to_string(getpid());
     std::ofstream file(temporary);
     file << text.str();
@@ -148,15 +168,14 @@ double StepCosts::step(const std::array<double, 5>& costs, double count) const {
 }
 
 template <class T>
-StepCosts step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads) {
+const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads) {
     static std::mutex mutex;
-    static std::map<std::string, StepCosts> known;
+    static std::map<std::pair<const void*, int>, StepCosts> known;
     const cell::Kernels<T>& kernels = recurrence.kernels();
-    static const std::string machine = processor();
-    const std::string key = version() + "|" + machine + "|" + simd_target() + "|" + std::to_string(threads) + "|" +
-                            std::to_string(sizeof(T)) + "|" + kernels.name;
     const std::lock_guard lock(mutex);
-    if (const auto found = known.find(key); found != known.end()) return found->second;
+    if (const auto found = known.find({&kernels, threads}); found != known.end()) return found->second;
+    const std::string key = version() + "|" + processor() + "|" + simd_target() + "|" + std::to_string(threads) + "|" +
+                            std::to_string(sizeof(T)) + "|" + kernels.name;
     StepCosts costs;
     bool found = false;
     std::ifstream file(cache_file());
@@ -165,10 +184,10 @@ StepCosts step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads) {
         costs = measure(kernels, threads);
         write_line(key, costs);
     }
-    return known.emplace(key, costs).first->second;
+    return known.emplace(std::pair<const void*, int>{&kernels, threads}, costs).first->second;
 }
-template StepCosts step_costs(const ChannelwiseRecurrence<float>&, int);
-template StepCosts step_costs(const ChannelwiseRecurrence<double>&, int);
+template const StepCosts& step_costs(const ChannelwiseRecurrence<float>&, int);
+template const StepCosts& step_costs(const ChannelwiseRecurrence<double>&, int);
 
 Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels, index repeated, double sweeps,
                  int threads) {
@@ -189,12 +208,16 @@ Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels
     Plan best;
     best.seconds = best.sequential_seconds = double(steps) * step(rows, false) + synchronise(rows);
     const index least = std::max<index>(16, repeated);
-    for (index chunks = 2; chunks * rows <= (index(1) << 20); chunks = chunks + std::max<index>(1, chunks / 4)) {
+    // 16 chunks fill the lanes where there are fewer channels than that.
+    const auto next = [](index chunks) {
+        return chunks < 16 ? 2 * chunks : chunks < 64 ? chunks + 16 : chunks + chunks / 64 * 16;
+    };
+    for (index chunks = 2; chunks * rows <= (index(1) << 20); chunks = next(chunks)) {
         const index chunk = (steps + chunks - 1) / chunks;
         if (chunk < least) break;
         const index count = chunks * rows;
         // Beside the steps: the arrays of chunk states, and a few starts of the threads.
-        const double overhead = 5e-6 + double(count) * double(channels) * 20e-9 + 4 * synchronise(count);
+        const double overhead = costs.fixed + double(count) * double(channels) * 20e-9 + 4 * synchronise(count);
         const double seconds = double(chunk) * (step(count, false) + sweeps * step(count, true)) +
                                double(repeated) * step(count, false) + overhead;
         if (seconds < 0.9 * best.seconds) {

@@ -14,6 +14,7 @@ struct StepCosts {
     std::array<double, 5> grouped{};  ///< one channel, 16 rows to a block
     std::array<double, 5> product{};  ///< as grouped, carrying the product of Jacobians
     double synchronise = 0;           ///< seconds for all threads to start and finish a piece of work
+    double fixed = 0;                 ///< seconds of an evaluation in two chunks, whatever its size
 
     double step(const std::array<double, 5>& costs, double count) const;
 };
@@ -22,7 +23,7 @@ struct StepCosts {
 /// `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, else measured, in a few milliseconds, and
 /// written there; a cache that cannot be read or written is no error.
 template <class T>
-StepCosts step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
+const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
 
 /// How to evaluate `rows` sequences of `steps` steps: chunks of `chunk` steps each, or step after step (chunk 0).
 struct Plan {

@@ -21,7 +21,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
-#include <sstream>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -38,6 +38,7 @@ constexpr index first_repair = 32;        // steps of a repair before the first 
 constexpr index first_repair_shot = 4;    // after shooting, whose starts are already close
 constexpr index warm_up = 32;             // steps before a chunk from which shooting guesses its start
 constexpr index most_shots = 12;
+constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, whose cost would show in shorter ones
 constexpr double enough_shrinking = 0.5;  // of the largest mismatch, per shot, or the method is given up
 constexpr double enough_met = 0.5;        // of the chunks, in the first repair, or the method is given up
 
@@ -50,7 +51,7 @@ struct Experience {
     double shots = 2;          // Newton sweeps of shooting
     bool overlap_works = true, shooting_works = true;
 };
-using ExperienceKey = std::tuple<std::string, std::size_t, int, int>;
+using ExperienceKey = std::tuple<const void*, int, int>;  // kernels, and the magnitudes of T and B*D
 std::mutex experience_mutex;
 std::map<ExperienceKey, Experience>& experiences() {
     static std::map<ExperienceKey, Experience> all;
@@ -110,7 +111,7 @@ private:
     }
 
     ExperienceKey key() const {
-        return {recurrence_.kernels().name, sizeof(T), std::ilogb(double(longest_part())),
+        return {&recurrence_.kernels(), std::ilogb(double(longest_part())),
                 std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels()))};
     }
     Experience experience() const {
@@ -139,7 +140,8 @@ private:
         if (options_.method == Method::automatic &&
             double(rows) * double(channels) >= double(cell::lanes * 16 * threads_))
             return {Method::sequential, 0};  // the lanes are full without chunks
-        const StepCosts costs = step_costs(recurrence_, threads_);
+        if (options_.chunk > 0 && options_.method != Method::automatic) return {options_.method, std::min(options_.chunk, steps)};
+        const StepCosts& costs = step_costs(recurrence_, threads_);
         const Experience seen = experience();
         const Plan overlap = plan_chunks(costs, steps, rows, channels, seen.repeated, 0, threads_);
         const Plan shooting =
@@ -220,12 +222,10 @@ private:
         const bool converging = method != Method::shooting || shoot(shots);
         sweep();
         const bool met = converging && repair(method);
-        std::ostringstream text;
-        text << (method == Method::overlap ? "overlap" : "shooting") << ", " << count() << " chunks of " << length
-             << " steps";
-        if (method == Method::shooting) text << ", " << shots << " Newton sweeps";
-        text << ", " << repeated_ << " steps repeated";
-        report_.method = text.str();
+        report_.method = to_string(method) + ", " + std::to_string(count()) + " chunks of " + std::to_string(length) +
+                         " steps, ";
+        if (method == Method::shooting) report_.method += std::to_string(shots) + " Newton sweeps, ";
+        report_.method += std::to_string(repeated_) + " steps repeated";
         report_.window = length;
         learn([&](Experience& seen) {
             if (method == Method::overlap) {
@@ -236,7 +236,7 @@ private:
                 if (met) seen.shots = double(shots);
             }
         });
-        if (options_.estimates) estimate_growth();
+        if (options_.estimates && longest_part() >= steps_worth_following) estimate_growth();
     }
 
     /// Newton's method for the chunks' starts; false where it does not converge.

@@ -67,7 +67,6 @@ index interleave_vectors(const std::array<const T*, lanes>& from, index count, i
 }
 template <class Vector, std::size_t n, class T>
 index separate_vectors(const T* from, index count, index width, const std::array<T*, lanes>& to) {
-    if (std::find(to.begin(), to.end(), nullptr) != to.end()) return 0;
     index e = 0;
     for (; e + index(n) <= count; e += n)
         for (std::size_t r = 0; r < lanes; r += n) {
@@ -93,7 +92,7 @@ void interleave(const std::array<const T*, lanes>& from, index count, index widt
             std::copy_n(from[r] + e * width, width, to + (e * lanes + index(r)) * width);
 }
 
-/// The way back; rows whose pointer is null are left out.
+/// The way back.
 template <class T>
 void separate(const T* from, index count, index width, const std::array<T*, lanes>& to) {
     index e = 0;
@@ -102,9 +101,8 @@ void separate(const T* from, index count, index width, const std::array<T*, lane
     else if (width * index(sizeof(T)) == 8)
         e = separate_vectors<Two, 2>(from, count, width, to);
     for (std::size_t r = 0; r < lanes; ++r)
-        if (to[r] != nullptr)
-            for (index i = e; i < count; ++i)
-                std::copy_n(from + (i * lanes + index(r)) * width, width, to[r] + i * width);
+        for (index i = e; i < count; ++i)
+            std::copy_n(from + (i * lanes + index(r)) * width, width, to[r] + i * width);
 }
 
 struct Unit {
@@ -166,6 +164,7 @@ private:
     bool has_state() const { return !uses(Work::apply, Work::linearise); }
     bool has_before() const { return work_ != Work::advance && work_ != Work::multiply; }
     bool has_after() const { return uses(Work::advance, Work::apply); }
+    bool writes_after() const { return has_after() && rows_[std::size_t(any_row(0))].after != nullptr; }
     bool differentiates() const { return uses(Work::backward, Work::correct); }
 
     /// Memory of one block of 16 lanes; blocks of a bundle lie one after the other.
@@ -178,19 +177,29 @@ private:
         tile_channels_ = kind_ == Kind::grouped ? C_ : 1;
         piece_ = steps_between_sums;
         if (tiled_) piece_ = std::clamp<index>(tile_bytes / (lanes * tile_channels_ * G_ * index(sizeof(T))), 4, 64);
-        index per_unit = 0;
-        if (tiled_) {
-            const index states = piece_ * tile_channels_ * lanes * K_;
-            per_unit = piece_ * tile_channels_ * lanes * G_ * 2 + states * 3 + states * K_;
-        }
-        memory_.assign(std::size_t(blocks * per_block + index(units_.size()) * per_unit + lanes * K_), T(0));
-        T* next = memory_.data();
+        const index longest = std::max_element(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
+                                  return a.steps < b.steps;
+                              })->steps;
+        piece_ = std::min(piece_, std::max<index>(longest, 1));
+        const index entries = tiled_ ? piece_ * tile_channels_ * lanes : 0;
+        const index per_unit = entries * (G_ + (differentiates() ? G_ : 0) + (has_before() ? K_ : 0) +
+                                          (writes_after() ? K_ : 0) + (work_ == Work::backward ? K_ : 0) +
+                                          (work_ == Work::linearise ? K_ * K_ : 0));
+        // Kept from call to call: a fresh piece of this size would cost more than a short row.
+        thread_local std::vector<T> memory;
+        const index rest = tiled_ ? piece_ * tile_channels_ * std::max(G_, K_ * K_) : 0;
+        const std::size_t wanted = std::size_t(blocks * per_block + index(units_.size()) * per_unit +
+                                               lanes * K_ * (tiled_ ? piece_ * tile_channels_ : 1) + rest);
+        if (memory.size() < wanted) memory.resize(wanted);
+        T* next = memory.data();
         const auto take = [&](index count) {
             T* const taken = next;
             next += count;
             return taken;
         };
-        scratch_ = take(lanes * K_);
+        scratch_ = take(lanes * K_ * (tiled_ ? piece_ * tile_channels_ : 1));
+        rest_ = take(rest);
+        std::fill_n(next, blocks * per_block + index(units_.size()) * per_unit, T(0));
         first_block_.clear();
         for (const Unit& unit : units_) {
             first_block_.push_back(index(blocks_.size()));
@@ -206,13 +215,12 @@ private:
             }
             Tile tile{};
             if (tiled_) {
-                const index entries = piece_ * tile_channels_ * lanes;
                 tile.inputs = take(entries * G_);
-                tile.input_gradient = take(entries * G_);
-                tile.before = take(entries * K_);
-                tile.after = take(entries * K_);
-                tile.gradient = take(entries * K_);
-                tile.jacobian = take(entries * K_ * K_);
+                if (differentiates()) tile.input_gradient = take(entries * G_);
+                if (has_before()) tile.before = take(entries * K_);
+                tile.after = writes_after() ? take(entries * K_) : scratch_;
+                if (work_ == Work::backward) tile.gradient = take(entries * K_);
+                if (work_ == Work::linearise) tile.jacobian = take(entries * K_ * K_);
             }
             tiles_.push_back(tile);
         }
@@ -295,7 +303,7 @@ private:
             sweep.input_step = strides_.inputs;
             sweep.input_gate = C_;
             sweep.before_step = strides_.before;
-            sweep.after_step = has_after() && rows_[std::size_t(units_[0].row)].after != nullptr ? strides_.after : 0;
+            sweep.after_step = writes_after() ? strides_.after : 0;
             sweep.jacobian_step = strides_.jacobian;
             sweep.gradient_step = strides_.gradient;
             sweep.input_gradient_step = strides_.input_gradient;
@@ -390,6 +398,10 @@ private:
             interleave(from, count, width, tile + i * row * lanes * width);
             for (const T*& pointer : from) pointer += stride;
         }
+        // The rows are too many and too short for the processor's own prefetching.
+        if (together)
+            for (const T* pointer : from)
+                for (index e = 0; e < count * width; e += 64 / index(sizeof(T))) __builtin_prefetch(pointer - stride + count * width + e);
     }
 
     void scatter(std::size_t u, T* Row<T>::*target, index stride, index gates, index width, index first, index last,
@@ -402,16 +414,17 @@ private:
                     std::copy_n(tile, unit.count * width, to + g * C_);
             return;
         }
-        std::array<T*, lanes> to{};
-        for (int l = 0; l < unit.count; ++l)
-            to[std::size_t(l)] = rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride;
+        std::array<T*, lanes> to;
+        for (int l = 0; l < lanes; ++l)
+            to[std::size_t(l)] =
+                l < unit.count ? rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride : nullptr;
         const index row = gates * C_;
         const bool together = stride == row * width;
         const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
         for (index i = 0; i < runs; ++i) {
-            separate(tile + i * row * lanes * width, count, width, to);
-            for (T*& pointer : to)
-                if (pointer != nullptr) pointer += stride;
+            std::array<T*, lanes> now = to;
+            for (std::size_t l = 0; l < lanes; ++l) now[l] = to[l] == nullptr ? rest_ : to[l] + i * stride;
+            separate(tile + i * row * lanes * width, count, width, now);
         }
     }
 
@@ -426,7 +439,7 @@ private:
 
     void empty_tile(std::size_t u, index first, index last) {
         const Tile& tile = tiles_[u];
-        if (has_after() && rows_[std::size_t(any_row(u))].after != nullptr)
+        if (writes_after())
             scatter(u, &Row<T>::after, strides_.after, 1, K_, first, last, tile.after);
         if (work_ == Work::linearise)
             scatter(u, &Row<T>::jacobian, strides_.jacobian, 1, K_ * K_, first, last, tile.jacobian);
@@ -454,8 +467,8 @@ private:
     index K_ = kernels_.states, G_ = kernels_.inputs, P_ = kernels_.parameters;
     bool tiled_ = false;
     index tile_channels_ = 1, piece_ = 0;
-    std::vector<T> memory_;
-    T* scratch_ = nullptr;
+    T* scratch_ = nullptr;  // where states go that nobody wants
+    T* rest_ = nullptr;     // and what the lanes give that only fill up
     std::vector<LaneBlock<T>> blocks_, active_;
     std::vector<T*> own_parameters_;  // of tiled blocks
     std::vector<index> first_block_;
