@@ -32,7 +32,8 @@ struct Problem {
         for (index i = 0; i < values.size(); ++i) values.data()[i] *= T(scale);
         // A weight between 0 and 1, as a leak is.
         if (std::is_same_v<C, LeakyTanh>)
-            for (index c = 0; c < values.shape().width; ++c) values(0, 0, c) = T(0.5) + T(0.4) * std::sin(values(0, 0, c));
+            for (index c = 0; c < values.shape().width; ++c)
+                values(0, 0, c) = T(0.5) + T(0.4) * std::sin(values(0, 0, c));
         return values.view();
     }
     /// sLSTM's second state is a sum of positive weights.
@@ -71,7 +72,8 @@ class CellTest : public testing::Test {};
 using Cells = testing::Types<ParaGRU, ParaLSTM, DiagonalElman, SLSTM, LeakyTanh>;
 TYPED_TEST_SUITE(CellTest, Cells);
 
-// Channels: 1, fewer than the 16 lanes, one fewer, as many, one more, a prime. Batch: one row, fewer and more than lanes.
+// Channels: 1, fewer than the 16 lanes, one fewer, as many, one more, a prime. Batch: one row, fewer and more than
+// lanes.
 const std::vector<index> channel_counts{1, 3, 15, 16, 17, 37}, batches{1, 3, 17};
 
 TYPED_TEST(CellTest, SequentialEqualsReference) {
@@ -85,8 +87,8 @@ TYPED_TEST(CellTest, SequentialEqualsReference) {
                                                                      .execution = {.backend = Backend::reference}});
                     const auto fast = evaluate(problem.recurrence, {.method = Method::sequential});
                     EXPECT_LE(largest_difference<float>(plain.trajectory, fast.trajectory), 2e-5);
-                    const auto one = evaluate(problem.recurrence,
-                                              {.method = Method::sequential, .execution = {.threads = 1}});
+                    const auto one =
+                        evaluate(problem.recurrence, {.method = Method::sequential, .execution = {.threads = 1}});
                     EXPECT_TRUE(same_bits<float>(one.trajectory, fast.trajectory));
                 }
 }
@@ -116,10 +118,9 @@ TYPED_TEST(CellTest, SequencesInOneRow) {
         ASSERT_TRUE(whole.report.ok()) << whole.report;
         for (std::size_t p = 0; p < parts.size(); ++p) {
             const auto [sequence, first, last] = parts[p];
-            const CellRecurrence<TypeParam, double> alone(problem.inputs.view().steps(first, last).sequences(
-                                                              sequence, sequence + 1),
-                                                          problem.parameters.view(),
-                                                          problem.initial.view().sequences(index(p), index(p) + 1));
+            const CellRecurrence<TypeParam, double> alone(
+                problem.inputs.view().steps(first, last).sequences(sequence, sequence + 1), problem.parameters.view(),
+                problem.initial.view().sequences(index(p), index(p) + 1));
             const auto part = evaluate(alone, {.method = Method::sequential});
             EXPECT_LE(largest_difference<double>(
                           part.trajectory.view(),
@@ -166,7 +167,8 @@ TYPED_TEST(CellTest, GradientsAgainstFiniteDifferences) {
                     const double down = loss();
                     values.data()[i] = here;
                     const double quotient = (up - down) / (2 * step);
-                    EXPECT_NEAR(gradient.data()[i], quotient, 1e-5 * std::max(1.0, std::abs(quotient))) << name << " " << i;
+                    EXPECT_NEAR(gradient.data()[i], quotient, 1e-5 * std::max(1.0, std::abs(quotient)))
+                        << name << " " << i;
                 }
             };
             check(problem.inputs, gradients.inputs, "inputs");
@@ -182,7 +184,8 @@ TYPED_TEST(CellTest, ChunkedGradientsEqualSequential) {
             const Problem<TypeParam, float> problem({700, batch, channels}, 13, 0.5, Layout::batch_first, {{0, 300}});
             const Buffer<float> weights = Buffer<float>::random(problem.recurrence.shape(), 14);
             const auto [x, report] = evaluate(problem.recurrence, {.method = Method::sequential});
-            const auto expected = adjoint(problem.recurrence, x.view(), report, weights.view(), {.method = Method::sequential});
+            const auto expected =
+                adjoint(problem.recurrence, x.view(), report, weights.view(), {.method = Method::sequential});
             const auto chunked = adjoint(problem.recurrence, x.view(), report, weights.view(), {.chunk = 50});
             const auto compare = [&](const Buffer<float>& a, const Buffer<float>& b) {
                 double size = 0;
@@ -230,11 +233,17 @@ TEST(CellArguments, SayWhatIsWrong) {
     EXPECT_NE(message([&] { GRU(inputs.view(), states.view()); }).find("parameters"), std::string::npos);
     EXPECT_NE(message([&] { GRU(inputs.view(), parameters.view(), parameters.view()); }).find("initial"),
               std::string::npos);
-    EXPECT_NE(message([&] { GRU(inputs.view(), parameters.view(), {}, {{0, 3}, {0, 3}}); }).find("starts[1].step"),
+    EXPECT_NE(message([&] {
+                  GRU(inputs.view(), parameters.view(), {}, {{0, 3}, {0, 3}});
+              }).find("starts[1].step"),
               std::string::npos);
-    EXPECT_NE(message([&] { GRU(inputs.view(), parameters.view(), {}, {{0, 5}}); }).find("starts[0].step"),
+    EXPECT_NE(message([&] {
+                  GRU(inputs.view(), parameters.view(), {}, {{0, 5}});
+              }).find("starts[0].step"),
               std::string::npos);
-    EXPECT_NE(message([&] { GRU(inputs.view(), parameters.view(), {}, {{1, 3}, {0, 3}}); }).find("starts[1].sequence"),
+    EXPECT_NE(message([&] {
+                  GRU(inputs.view(), parameters.view(), {}, {{1, 3}, {0, 3}});
+              }).find("starts[1].sequence"),
               std::string::npos);
     EXPECT_EQ(message([&] { GRU(inputs.view(), parameters.view(), states.view()); }), "no error");
 }

@@ -12,13 +12,13 @@
 namespace deeppcr {
 namespace {
 
-#define DEEPPCR_FUNCTION_CELL(Name, function)                                                           \
-    struct Name {                                                                                       \
-        static constexpr int states = 1, inputs = 1, parameters = 1;                                    \
-        template <class S>                                                                              \
-        static std::array<S, 1> step(std::array<S, 1>, std::array<S, 1> u, std::array<S, 1>) {          \
-            return {function(u[0])};                                                                    \
-        }                                                                                               \
+#define DEEPPCR_FUNCTION_CELL(Name, function)                                                  \
+    struct Name {                                                                              \
+        static constexpr int states = 1, inputs = 1, parameters = 1;                           \
+        template <class S>                                                                     \
+        static std::array<S, 1> step(std::array<S, 1>, std::array<S, 1> u, std::array<S, 1>) { \
+            return {function(u[0])};                                                           \
+        }                                                                                      \
     };
 DEEPPCR_FUNCTION_CELL(Exponential, exp)
 DEEPPCR_FUNCTION_CELL(Sigmoid, sigmoid)
@@ -51,8 +51,8 @@ double units(float result, double exact) {
 }
 
 /// The largest error over every float. Beyond `saturated` (towards either end) and below 2^-30 the exact value is
-/// `low`, `high` or `near_zero(x)` to float's rounding: no double function is called for those three quarters. `flushes`:
-/// results below the smallest normal number may be 0.
+/// `low`, `high` or `near_zero(x)` to float's rounding: no double function is called for those three quarters.
+/// `flushes`: results below the smallest normal number may be 0.
 template <class C>
 double largest_error(double (*exact)(double), double least, double greatest, double low, double (*high)(double),
                      double (*near_zero)(double), bool flushes) {
@@ -81,7 +81,8 @@ constexpr auto infinite = [](double) { return HUGE_VAL; };
 constexpr auto one = [](double) { return 1.0; };
 
 TEST(ScalarFunctions, ExponentialOverAllFloats) {
-    const double error = largest_error<Exponential>([](double x) { return std::exp(x); }, -110, 89, 0, infinite, one, false);
+    const double error =
+        largest_error<Exponential>([](double x) { return std::exp(x); }, -110, 89, 0, infinite, one, false);
     std::cout << simd_target() << ": exp " << error << " ULP\n";
     EXPECT_LE(error, 1.05);
 }
@@ -94,16 +95,16 @@ TEST(ScalarFunctions, SigmoidOverAllFloats) {
 }
 
 TEST(ScalarFunctions, TanhOverAllFloats) {
-    const double error = largest_error<Tanh>([](double x) { return std::tanh(x); }, -10, 10, -1, one,
-                                             [](double x) { return x; }, false);
+    const double error =
+        largest_error<Tanh>([](double x) { return std::tanh(x); }, -10, 10, -1, one, [](double x) { return x; }, false);
     std::cout << simd_target() << ": tanh " << error << " ULP\n";
     EXPECT_LE(error, 2.5);
 }
 
 TEST(ScalarFunctions, SoftplusOverAllFloats) {
-    const double error = largest_error<Softplus>([](double x) { return x > 30 ? x : std::log1p(std::exp(x)); }, -88.5,
-                                                 30, 0, [](double x) { return x; },
-                                                 [](double x) { return 0.69314718055994531 + x / 2; }, true);
+    const double error =
+        largest_error<Softplus>([](double x) { return x > 30 ? x : std::log1p(std::exp(x)); }, -88.5, 30, 0,
+                                [](double x) { return x; }, [](double x) { return 0.69314718055994531 + x / 2; }, true);
     std::cout << simd_target() << ": softplus " << error << " ULP\n";
     EXPECT_LE(error, 3);
 }
@@ -147,7 +148,8 @@ TEST(ScalarFunctions, DerivativesOfDuals) {
     const auto check = [](const auto& function, double x) {
         const double h = 1e-6;
         const Dual<double> dual = function(Dual<double>(x, 1));
-        const double quotient = (function(Scalar<double>(x + h)).value - function(Scalar<double>(x - h)).value) / (2 * h);
+        const double quotient =
+            (function(Scalar<double>(x + h)).value - function(Scalar<double>(x - h)).value) / (2 * h);
         EXPECT_NEAR(dual.derivative, quotient, 1e-8 * std::max(1.0, std::abs(quotient)));
         EXPECT_NEAR(dual.value, function(Scalar<double>(x)).value, 1e-15 * std::max(1.0, std::abs(dual.value)));
     };

@@ -48,8 +48,9 @@ struct SequencePart {
 ///   parameters  [P, 1, C]
 ///   states      [steps, batch, C*K], channel after channel, its K values side by side
 ///   initial     [1, parts, C*K]; zeros where empty
-/// A row of the batch holds one sequence, or several one after the other (`starts`, sorted by sequence and step): parts()
-/// lists them. All views must outlive the recurrence. Time-reversed: pass reversed views of inputs and trajectory.
+/// A row of the batch holds one sequence, or several one after the other (`starts`, sorted by sequence and step):
+/// parts() lists them. All views must outlive the recurrence. Time-reversed: pass reversed views of inputs and
+/// trajectory.
 template <class T>
 class ChannelwiseRecurrence : public Recurrence<T> {
 public:

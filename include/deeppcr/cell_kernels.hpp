@@ -36,7 +36,6 @@
 #else
 #define DEEPPCR_INDEPENDENT_LANES _Pragma("GCC ivdep")
 #endif
-#define DEEPPCR_INLINE __attribute__((always_inline)) inline
 
 namespace deeppcr::cell {
 
@@ -75,15 +74,15 @@ template <class T>
 struct Kernels {
     std::string name;
     int states = 0, inputs = 0, parameters = 0;
-    Kernel<T> advance;     ///< state <- f(state), after = state
-    Kernel<T> advance_one; ///< advance for lane 0 of each block alone: the shortest chain of operations
-    Kernel<T> multiply;    ///< state <- f(state), product <- J product
-    Kernel<T> apply;       ///< after = f(before), each step on its own
-    Kernel<T> linearise;   ///< jacobian = J at before
-    Kernel<T> backward;    ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
-                           ///< (added); state <- J^T a
-    Kernel<T> correct;     ///< backward without gradient, added to input_gradient and parameter_gradient
-    Kernel<T> plain_step;  ///< apply, without SIMD: what the reference backend runs, 1 lane per block
+    Kernel<T> advance;      ///< state <- f(state), after = state
+    Kernel<T> advance_one;  ///< advance for lane 0 of each block alone: the shortest chain of operations
+    Kernel<T> multiply;     ///< state <- f(state), product <- J product
+    Kernel<T> apply;        ///< after = f(before), each step on its own
+    Kernel<T> linearise;    ///< jacobian = J at before
+    Kernel<T> backward;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
+                            ///< (added); state <- J^T a
+    Kernel<T> correct;      ///< backward without gradient, added to input_gradient and parameter_gradient
+    Kernel<T> plain_step;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
     Kernel<T> plain_linearise;
     Kernel<T> plain_backward;
 };
@@ -135,7 +134,8 @@ struct Lane {
         return Cell::step(xs, us, ps);
     }
 
-    /// The derivative with respect to variable `direction` of x, u, p in a row, times `adjoint`, summed over the states.
+    /// The derivative with respect to variable `direction` of x, u, p in a row, times `adjoint`, summed over the
+    /// states.
     template <int direction>
     DEEPPCR_INLINE T sensitivity(const std::array<T, K>& adjoint) const {
         std::array<T, K> dx;
@@ -297,7 +297,8 @@ struct Loops {
                         T& entry = input_gradient[g * here.input_gate + l];
                         entry = correcting ? entry + result[std::size_t(K + g)] : result[std::size_t(K + g)];
                     }
-                    for (int q = 0; q < P; ++q) block.parameter_gradient[q * lanes + l] += result[std::size_t(K + G + q)];
+                    for (int q = 0; q < P; ++q)
+                        block.parameter_gradient[q * lanes + l] += result[std::size_t(K + G + q)];
                 }
             }
     }
@@ -306,18 +307,29 @@ struct Loops {
     static void plain_linearise(const LaneSweep<T>& sweep) { linearise<1>(sweep); }
     static void plain_backward(const LaneSweep<T>& sweep) { backward<false, 1>(sweep); }
 
-#define DEEPPCR_CELL_KERNELS(attribute, set)                                                      \
-    attribute static void advance_##set(const LaneSweep<T>& sweep) { advance(sweep); }            \
-    attribute static void advance_one_##set(const LaneSweep<T>& sweep) { advance_one(sweep); }    \
-    attribute static void multiply_##set(const LaneSweep<T>& sweep) { multiply(sweep); }          \
-    attribute static void apply_##set(const LaneSweep<T>& sweep) { apply(sweep); }                \
-    attribute static void linearise_##set(const LaneSweep<T>& sweep) { linearise(sweep); }        \
-    attribute static void backward_##set(const LaneSweep<T>& sweep) { backward<false>(sweep); }   \
-    attribute static void correct_##set(const LaneSweep<T>& sweep) { backward<true>(sweep); }     \
-    static Kernels<T> kernels_##set() {                                                           \
-        return {name(),          K,               G,             P,           advance_##set,      \
-                advance_one_##set, multiply_##set, apply_##set,  linearise_##set,                 \
-                backward_##set,  correct_##set,   plain_step,    plain_linearise, plain_backward};\
+#define DEEPPCR_CELL_KERNELS(attribute, set)                                                    \
+    attribute static void advance_##set(const LaneSweep<T>& sweep) { advance(sweep); }          \
+    attribute static void advance_one_##set(const LaneSweep<T>& sweep) { advance_one(sweep); }  \
+    attribute static void multiply_##set(const LaneSweep<T>& sweep) { multiply(sweep); }        \
+    attribute static void apply_##set(const LaneSweep<T>& sweep) { apply(sweep); }              \
+    attribute static void linearise_##set(const LaneSweep<T>& sweep) { linearise(sweep); }      \
+    attribute static void backward_##set(const LaneSweep<T>& sweep) { backward<false>(sweep); } \
+    attribute static void correct_##set(const LaneSweep<T>& sweep) { backward<true>(sweep); }   \
+    static Kernels<T> kernels_##set() {                                                         \
+        return {name(),                                                                         \
+                K,                                                                              \
+                G,                                                                              \
+                P,                                                                              \
+                advance_##set,                                                                  \
+                advance_one_##set,                                                              \
+                multiply_##set,                                                                 \
+                apply_##set,                                                                    \
+                linearise_##set,                                                                \
+                backward_##set,                                                                 \
+                correct_##set,                                                                  \
+                plain_step,                                                                     \
+                plain_linearise,                                                                \
+                plain_backward};                                                                \
     }
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX512, avx512)
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX2, avx2)

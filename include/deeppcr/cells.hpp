@@ -46,8 +46,8 @@ struct DiagonalElman {
 };
 
 /// sLSTM with exponential gating and its stabiliser, recurrent weights diagonal (xLSTM, arXiv 2405.04517, eqs. 8-17).
-/// States c, n, m, h; inputs u_i, u_f, u_z, u_o; parameters r_i, r_f, r_z, r_o. With i, f, z, o short for r_i h + u_i and
-/// so on, and log sigmoid(f) = -softplus(-f):
+/// States c, n, m, h; inputs u_i, u_f, u_z, u_o; parameters r_i, r_f, r_z, r_o. With i, f, z, o short for r_i h + u_i
+/// and so on, and log sigmoid(f) = -softplus(-f):
 ///     m' = max(log sigmoid(f) + m, i),  I = exp(i - m'),  F = exp(log sigmoid(f) + m - m'),
 ///     c' = F c + I tanh(z),  n' = F n + I,  h' = sigmoid(o) c' / n'
 /// where the division takes at least 1e-30 for n', so that a weight that has underflowed gives h' = 0, not NaN.

@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
+/// What a loop over lanes is made of must all lie in the loop itself.
+#define DEEPPCR_INLINE __attribute__((always_inline)) inline
+
 namespace deeppcr {
 
 /// A plain number of type T, float or double. A class of its own, so that exp, tanh, ... in a Cell find the functions
@@ -19,16 +22,16 @@ struct Scalar {
 
     constexpr Scalar() = default;
     template <class U>
-    requires std::is_arithmetic_v<U>
-    constexpr Scalar(U number) : value(T(number)) {}  // NOLINT(google-explicit-constructor)
+    requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Scalar(U number)
+        : value(T(number)) {}  // NOLINT(google-explicit-constructor)
 
-    friend constexpr Scalar operator+(Scalar a, Scalar b) { return a.value + b.value; }
-    friend constexpr Scalar operator-(Scalar a, Scalar b) { return a.value - b.value; }
-    friend constexpr Scalar operator*(Scalar a, Scalar b) { return a.value * b.value; }
-    friend constexpr Scalar operator/(Scalar a, Scalar b) { return a.value / b.value; }
-    friend constexpr Scalar operator-(Scalar a) { return -a.value; }
-    friend constexpr bool operator<(Scalar a, Scalar b) { return a.value < b.value; }
-    friend constexpr bool operator>(Scalar a, Scalar b) { return a.value > b.value; }
+    DEEPPCR_INLINE friend constexpr Scalar operator+(Scalar a, Scalar b) { return a.value + b.value; }
+    DEEPPCR_INLINE friend constexpr Scalar operator-(Scalar a, Scalar b) { return a.value - b.value; }
+    DEEPPCR_INLINE friend constexpr Scalar operator*(Scalar a, Scalar b) { return a.value * b.value; }
+    DEEPPCR_INLINE friend constexpr Scalar operator/(Scalar a, Scalar b) { return a.value / b.value; }
+    DEEPPCR_INLINE friend constexpr Scalar operator-(Scalar a) { return -a.value; }
+    DEEPPCR_INLINE friend constexpr bool operator<(Scalar a, Scalar b) { return a.value < b.value; }
+    DEEPPCR_INLINE friend constexpr bool operator>(Scalar a, Scalar b) { return a.value > b.value; }
 };
 
 namespace scalar_functions {
@@ -56,22 +59,22 @@ struct Format<double> {
     static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b398p-40;
     static constexpr double least = -746, greatest = 710;
     static constexpr std::array<double, 10> exponential{
-        0.50000000000000127418,    0.16666666666666699052,     0.041666666666515416203,   0.0083333333333072163251,
-        0.0013888888947016294747,  0.00019841269917354885189,  0.000024801489941986953631, 2.7557216329515087804e-6,
+        0.50000000000000127418,   0.16666666666666699052,    0.041666666666515416203,    0.0083333333333072163251,
+        0.0013888888947016294747, 0.00019841269917354885189, 0.000024801489941986953631, 2.7557216329515087804e-6,
         2.7631280378061360781e-7, 2.5117851188768949662e-8};
     static constexpr std::array<double, 12> logarithm{
-        0.66666666666666666295, 0.40000000000000226056,  0.28571428571380695286,  0.22222222227303265506,
-        0.18181817866218674999, 0.15384627840701968939,  0.13333006461012617953,  0.11770532745691205366,
+        0.66666666666666666295, 0.40000000000000226056, 0.28571428571380695286,  0.22222222227303265506,
+        0.18181817866218674999, 0.15384627840701968939, 0.13333006461012617953,  0.11770532745691205366,
         0.10455656911013419386, 0.10094430316877743505, 0.057969160325849998473, 0.16057043347053677746};
 };
 
 template <class T>
-constexpr T two_to(typename Format<T>::bits power) {
+DEEPPCR_INLINE constexpr T two_to(typename Format<T>::bits power) {
     return std::bit_cast<T>((power + Format<T>::bias) << Format<T>::mantissa);
 }
 
 template <class T, std::size_t n, std::size_t i = 0>
-constexpr T polynomial(const std::array<T, n>& coefficients, T x) {
+DEEPPCR_INLINE constexpr T polynomial(const std::array<T, n>& coefficients, T x) {
     if constexpr (i + 1 == n)
         return coefficients[i];
     else
@@ -85,7 +88,7 @@ struct Reduced {
     T exponential_less_one;
 };
 template <class T>
-constexpr Reduced<T> reduce(T x) {
+DEEPPCR_INLINE constexpr Reduced<T> reduce(T x) {
     using F = Format<T>;
     const T shifted = x * T(1.442695040888963407359924681) + F::to_integer;
     const T whole = shifted - F::to_integer;
@@ -98,30 +101,30 @@ constexpr Reduced<T> reduce(T x) {
 /// condition ? a : b without a branch: compilers turn the operator into jumps where an operand is expensive, and a loop
 /// with jumps into no SIMD code.
 template <class T>
-constexpr T select(bool condition, T a, T b) {
+DEEPPCR_INLINE constexpr T select(bool condition, T a, T b) {
     using bits = typename Format<T>::bits;
     const bits mask = -bits(condition);
     return std::bit_cast<T>((std::bit_cast<bits>(a) & mask) | (std::bit_cast<bits>(b) & ~mask));
 }
 template <class T>
-constexpr T clamp(T x, T least, T greatest) {  // NaN stays
+DEEPPCR_INLINE constexpr T clamp(T x, T least, T greatest) {  // NaN stays
     x = select(x < least, least, x);
     return select(x > greatest, greatest, x);
 }
 template <class T>
-constexpr T magnitude(T x) {
+DEEPPCR_INLINE constexpr T magnitude(T x) {
     using bits = typename Format<T>::bits;
     return std::bit_cast<T>(std::bit_cast<bits>(x) & ~(bits(1) << (8 * sizeof(T) - 1)));
 }
 template <class T>
-constexpr T with_sign(T x, T sign) {
+DEEPPCR_INLINE constexpr T with_sign(T x, T sign) {
     using bits = typename Format<T>::bits;
     constexpr bits mask = bits(1) << (8 * sizeof(T) - 1);
     return std::bit_cast<T>((std::bit_cast<bits>(x) & ~mask) | (std::bit_cast<bits>(sign) & mask));
 }
 
 template <class T>
-constexpr T exponential(T x) {
+DEEPPCR_INLINE constexpr T exponential(T x) {
     const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
     const auto half = power >> 1;  // in two steps, so that subnormal results and the largest ones come out right
     return ((1 + less_one) * two_to<T>(half)) * two_to<T>(power - half);
@@ -129,7 +132,7 @@ constexpr T exponential(T x) {
 
 /// exp(-|x|), 0 where that would be below the smallest normal number.
 template <class T>
-constexpr T decay(T x) {
+DEEPPCR_INLINE constexpr T decay(T x) {
     constexpr T least = -T(Format<T>::bias - 1) * T(0.69314718055994530942);
     const T argument = -magnitude(x);
     const auto [power, less_one] = reduce(select(argument < least, least, argument));
@@ -137,13 +140,13 @@ constexpr T decay(T x) {
 }
 
 template <class T>
-constexpr T logistic(T x) {
+DEEPPCR_INLINE constexpr T logistic(T x) {
     const T e = decay(x);
     return select(x < 0, e, T(1)) / (1 + e);
 }
 
 template <class T>
-constexpr T hyperbolic_tangent(T x) {
+DEEPPCR_INLINE constexpr T hyperbolic_tangent(T x) {
     // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
     constexpr T least = -T(Format<T>::mantissa + 3);
     const T argument = -2 * magnitude(x);
@@ -154,7 +157,7 @@ constexpr T hyperbolic_tangent(T x) {
 }
 
 template <class T>
-constexpr T logarithm_of_one_plus_exponential(T x) {
+DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
     // log(1 + e) = 2 atanh(e / (2 + e)), e = exp(-|x|)
     const T e = decay(x), s = e / (2 + e), square = s * s;
     return select(x < 0, T(0), x) + (2 * s + s * square * polynomial(Format<T>::logarithm, square));
@@ -168,35 +171,35 @@ constexpr T logarithm_of_one_plus_exponential(T x) {
 
 /// e^x. At most 1.05 ULP.
 template <class T>
-constexpr Scalar<T> exp(Scalar<T> x) {
+DEEPPCR_INLINE constexpr Scalar<T> exp(Scalar<T> x) {
     return scalar_functions::exponential(x.value);
 }
 /// 1 / (1 + e^-x). At most 2.5 ULP; results below the smallest normal number are 0.
 template <class T>
-constexpr Scalar<T> sigmoid(Scalar<T> x) {
+DEEPPCR_INLINE constexpr Scalar<T> sigmoid(Scalar<T> x) {
     return scalar_functions::logistic(x.value);
 }
 /// At most 2.5 ULP.
 template <class T>
-constexpr Scalar<T> tanh(Scalar<T> x) {
+DEEPPCR_INLINE constexpr Scalar<T> tanh(Scalar<T> x) {
     return scalar_functions::hyperbolic_tangent(x.value);
 }
 /// log(1 + e^x). At most 3 ULP; results below the smallest normal number are 0.
 template <class T>
-constexpr Scalar<T> softplus(Scalar<T> x) {
+DEEPPCR_INLINE constexpr Scalar<T> softplus(Scalar<T> x) {
     return scalar_functions::logarithm_of_one_plus_exponential(x.value);
 }
 template <class T>
-constexpr Scalar<T> abs(Scalar<T> x) {
+DEEPPCR_INLINE constexpr Scalar<T> abs(Scalar<T> x) {
     return scalar_functions::magnitude(x.value);
 }
 /// The larger; `b` where either is NaN.
 template <class T>
-constexpr Scalar<T> max(Scalar<T> a, Scalar<T> b) {
+DEEPPCR_INLINE constexpr Scalar<T> max(Scalar<T> a, Scalar<T> b) {
     return scalar_functions::select(a.value > b.value, a.value, b.value);
 }
 template <class T>
-constexpr Scalar<T> min(Scalar<T> a, Scalar<T> b) {
+DEEPPCR_INLINE constexpr Scalar<T> min(Scalar<T> a, Scalar<T> b) {
     return scalar_functions::select(a.value < b.value, a.value, b.value);
 }
 /// Correctly rounded.
@@ -218,41 +221,52 @@ Scalar<T> cos(Scalar<T> x) {
     return std::cos(x.value);
 }
 
-/// A number with its derivative in one direction (forward-mode automatic differentiation). Directions are cheap: where a
-/// step is evaluated once per direction in a row, the compiler computes all values once.
+/// A number with its derivative in one direction (forward-mode automatic differentiation). Directions are cheap: where
+/// a step is evaluated once per direction in a row, the compiler computes all values once.
 template <class T>
 struct Dual {
     T value{}, derivative{};
 
     constexpr Dual() = default;
     template <class U>
-    requires std::is_arithmetic_v<U>
-    constexpr Dual(U number) : value(T(number)) {}  // NOLINT(google-explicit-constructor)
-    constexpr Dual(T number, T slope) : value(number), derivative(slope) {}
+    requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Dual(U number)
+        : value(T(number)) {}  // NOLINT(google-explicit-constructor)
+    DEEPPCR_INLINE constexpr Dual(T number, T slope) : value(number), derivative(slope) {}
+    // Copied member by member: GCC leaves some copies of whole structures in memory, and loops with them as they are.
+    DEEPPCR_INLINE constexpr Dual(const Dual& other) : value(other.value), derivative(other.derivative) {}
+    DEEPPCR_INLINE constexpr Dual& operator=(const Dual& other) {
+        value = other.value;
+        derivative = other.derivative;
+        return *this;
+    }
 
-    friend constexpr Dual operator+(Dual a, Dual b) { return {a.value + b.value, plus(a.derivative, b.derivative)}; }
-    friend constexpr Dual operator-(Dual a, Dual b) { return {a.value - b.value, plus(a.derivative, times(T(-1), b.derivative))}; }
-    friend constexpr Dual operator*(Dual a, Dual b) {
+    DEEPPCR_INLINE friend constexpr Dual operator+(Dual a, Dual b) {
+        return {a.value + b.value, plus(a.derivative, b.derivative)};
+    }
+    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a, Dual b) {
+        return {a.value - b.value, plus(a.derivative, times(T(-1), b.derivative))};
+    }
+    DEEPPCR_INLINE friend constexpr Dual operator*(Dual a, Dual b) {
         return {a.value * b.value, plus(times(b.value, a.derivative), times(a.value, b.derivative))};
     }
-    friend constexpr Dual operator/(Dual a, Dual b) {
+    DEEPPCR_INLINE friend constexpr Dual operator/(Dual a, Dual b) {
         const T quotient = a.value / b.value, slope = 1 / b.value;
         return {quotient, plus(times(slope, a.derivative), times(-quotient * slope, b.derivative))};
     }
-    friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.derivative)}; }
-    friend constexpr bool operator<(Dual a, Dual b) { return a.value < b.value; }
-    friend constexpr bool operator>(Dual a, Dual b) { return a.value > b.value; }
+    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.derivative)}; }
+    DEEPPCR_INLINE friend constexpr bool operator<(Dual a, Dual b) { return a.value < b.value; }
+    DEEPPCR_INLINE friend constexpr bool operator>(Dual a, Dual b) { return a.value > b.value; }
 
     /// f(a), given f and f' at a.
-    static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
+    DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
 
 private:
     // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
-    static constexpr T times(T factor, T derivative) {
+    DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
         return factor * derivative;
     }
-    static constexpr T plus(T a, T b) {
+    DEEPPCR_INLINE static constexpr T plus(T a, T b) {
         if (__builtin_constant_p(a) && a == T(0)) return b;
         if (__builtin_constant_p(b) && b == T(0)) return a;
         return a + b;
@@ -260,37 +274,37 @@ private:
 };
 
 template <class T>
-constexpr Dual<T> exp(Dual<T> x) {
+DEEPPCR_INLINE constexpr Dual<T> exp(Dual<T> x) {
     const T f = scalar_functions::exponential(x.value);
     return Dual<T>::chain(f, f, x);
 }
 template <class T>
-constexpr Dual<T> sigmoid(Dual<T> x) {
+DEEPPCR_INLINE constexpr Dual<T> sigmoid(Dual<T> x) {
     const T f = scalar_functions::logistic(x.value);
     return Dual<T>::chain(f, f * (1 - f), x);
 }
 template <class T>
-constexpr Dual<T> tanh(Dual<T> x) {
+DEEPPCR_INLINE constexpr Dual<T> tanh(Dual<T> x) {
     const T f = scalar_functions::hyperbolic_tangent(x.value);
     return Dual<T>::chain(f, 1 - f * f, x);
 }
 template <class T>
-constexpr Dual<T> softplus(Dual<T> x) {
+DEEPPCR_INLINE constexpr Dual<T> softplus(Dual<T> x) {
     return Dual<T>::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
-                             scalar_functions::logistic(x.value), x);
+                          scalar_functions::logistic(x.value), x);
 }
 template <class T>
-constexpr Dual<T> abs(Dual<T> x) {
+DEEPPCR_INLINE constexpr Dual<T> abs(Dual<T> x) {
     return Dual<T>::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
 }
 template <class T>
-constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
+DEEPPCR_INLINE constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
     using scalar_functions::select;
     const bool first = a.value > b.value;
     return {select(first, a.value, b.value), select(first, a.derivative, b.derivative)};
 }
 template <class T>
-constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
+DEEPPCR_INLINE constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
     return -max(-a, -b);
 }
 template <class T>

@@ -16,7 +16,7 @@ namespace newton {
 
 template <class T>
 void check_adjoint_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
-                     View<const T> output_gradient, const Options& options) {
+                             View<const T> output_gradient, const Options& options) {
     check_options(options);
     const Shape& shape = recurrence.shape();
     const auto check = [&](const char* name, View<const T> states) {

@@ -20,8 +20,8 @@ struct StepCosts {
 };
 
 /// The costs of a cell for this machine, instruction set and thread count. From memory, else from the file
-/// `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, else measured, in a few milliseconds, and
-/// written there; a cache that cannot be read or written is no error.
+/// `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, else measured, in a few milliseconds,
+/// and written there; a cache that cannot be read or written is no error.
 template <class T>
 const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
 
@@ -32,7 +32,8 @@ struct Plan {
     double sequential_seconds = 0;  ///< predicted for step after step
 };
 
-/// The cheapest plan for chunks of which `repeated` steps are run twice and which are swept `sweeps` times with products.
+/// The cheapest plan for chunks of which `repeated` steps are run twice and which are swept `sweeps` times with
+/// products.
 Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels, index repeated, double sweeps,
                  int threads);
 

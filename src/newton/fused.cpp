@@ -5,9 +5,9 @@
 //             states within the tolerance: that mismatch is the residual there, and everywhere else it is exactly 0
 //   again     chunks whose predecessor's end has changed meanwhile are repaired again
 //
-// After k repairs the first k+1 chunks are those of sequential evaluation; so chunks are always enough, and where few of
-// them meet their old states, the rest is finished step after step. Shooting first improves the starts by Newton's method
-// on the unknowns between chunks:
+// After k repairs the first k+1 chunks are those of sequential evaluation; so chunks are always enough, and where few
+// of them meet their old states, the rest is finished step after step. Shooting first improves the starts by Newton's
+// method on the unknowns between chunks:
 //
 //   start of chunk c  <-  end of c-1 + (product of the Jacobians over c-1) * (new - old start of c-1)
 
@@ -34,21 +34,21 @@
 namespace deeppcr::newton {
 namespace {
 
-constexpr index first_repair = 32;        // steps of a repair before the first look; then as many again, and again
-constexpr index first_repair_shot = 4;    // after shooting, whose starts are already close
-constexpr index warm_up = 32;             // steps before a chunk from which shooting guesses its start
+constexpr index first_repair = 32;      // steps of a repair before the first look; then as many again, and again
+constexpr index first_repair_shot = 4;  // after shooting, whose starts are already close
+constexpr index warm_up = 32;           // steps before a chunk from which shooting guesses its start
 constexpr index most_shots = 12;
 constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, whose cost would show in shorter ones
-constexpr double enough_shrinking = 0.5;  // of the largest mismatch, per shot, or the method is given up
-constexpr double enough_met = 0.5;        // of the chunks, in the first repair, or the method is given up
+constexpr double enough_shrinking = 0.5;       // of the largest mismatch, per shot, or the method is given up
+constexpr double enough_met = 0.5;             // of the chunks, in the first repair, or the method is given up
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 /// What earlier evaluations of a cell of about the same size have shown.
 struct Experience {
-    index repeated = 64;       // steps until repairs met
-    double shots = 2;          // Newton sweeps of shooting
+    index repeated = 64;  // steps until repairs met
+    double shots = 2;     // Newton sweeps of shooting
     bool overlap_works = true, shooting_works = true;
 };
 using ExperienceKey = std::tuple<const void*, int, int>;  // kernels, and the magnitudes of T and B*D
@@ -140,7 +140,8 @@ private:
         if (options_.method == Method::automatic &&
             double(rows) * double(channels) >= double(cell::lanes * 16 * threads_))
             return {Method::sequential, 0};  // the lanes are full without chunks
-        if (options_.chunk > 0 && options_.method != Method::automatic) return {options_.method, std::min(options_.chunk, steps)};
+        if (options_.chunk > 0 && options_.method != Method::automatic)
+            return {options_.method, std::min(options_.chunk, steps)};
         const StepCosts& costs = step_costs(recurrence_, threads_);
         const Experience seen = experience();
         const Plan overlap = plan_chunks(costs, steps, rows, channels, seen.repeated, 0, threads_);
@@ -173,9 +174,7 @@ private:
     }
 
     /// Inputs read and states written in so many steps.
-    index bytes_of(index steps) const {
-        return steps * (recurrence_.inputs().width() + width_) * index(sizeof(T));
-    }
+    index bytes_of(index steps) const { return steps * (recurrence_.inputs().width() + width_) * index(sizeof(T)); }
 
     void cut(index length) {
         const auto& parts = recurrence_.parts();
@@ -185,7 +184,8 @@ private:
             const index steps = last - first, count = std::max<index>(1, (steps + length - 1) / length);
             for (index c = 0; c < count; ++c)
                 if (steps > 0)
-                    chunks_.push_back({p, sequence, first + steps * c / count, first + steps * (c + 1) / count, c == 0});
+                    chunks_.push_back(
+                        {p, sequence, first + steps * c / count, first + steps * (c + 1) / count, c == 0});
         }
     }
 
@@ -222,8 +222,8 @@ private:
         const bool converging = method != Method::shooting || shoot(shots);
         sweep();
         const bool met = converging && repair(method);
-        report_.method = to_string(method) + ", " + std::to_string(count()) + " chunks of " + std::to_string(length) +
-                         " steps, ";
+        report_.method =
+            to_string(method) + ", " + std::to_string(count()) + " chunks of " + std::to_string(length) + " steps, ";
         if (method == Method::shooting) report_.method += std::to_string(shots) + " Newton sweeps, ";
         report_.method += std::to_string(repeated_) + " steps repeated";
         report_.window = length;
@@ -407,31 +407,31 @@ private:
         run_rows(cell::Work::advance, rows, width_);
         std::vector<double> mismatch(pending.size()), relative(pending.size());
         std::vector<char> meets(pending.size());
-        device::parallel_ranges(
-            index(pending.size()) * length * width_ > 16384 ? threads_ : 1, index(pending.size()), 1,
-            [&](index begin, index finish) {
-                for (index i = begin; i < finish; ++i) {
-                    const Chunk& chunk = chunks_[std::size_t(pending[std::size_t(i)])];
-                    const index steps = rows[std::size_t(i)].steps, first = chunk.first + done;
-                    const T* const old = trajectory_.at(first + steps - 1, chunk.sequence);
-                    const T* const now = states + (i * length + steps - 1) * width_;
-                    double size = 0, apart = 0;
-                    for (index k = 0; k < width_; ++k) {
-                        size = std::max(size, std::abs(double(old[k])));
-                        const double difference = std::abs(double(now[k]) - double(old[k]));
-                        if (!(difference <= apart)) apart = difference;
-                    }
-                    const double allowed = tolerance_.absolute + tolerance_.relative * size;
-                    const bool meet = apart <= allowed;  // false for NaN
-                    mismatch[std::size_t(i)] = apart;
-                    relative[std::size_t(i)] = apart == 0 ? 0 : apart / allowed;
-                    meets[std::size_t(i)] = char(meet);
-                    // Where they meet, the old state stays: the mismatch there is a residual, and it was tested.
-                    for (index step = 0; step < steps - index(meet); ++step)
-                        std::copy_n(states + (i * length + step) * width_, width_,
-                                    trajectory_.at(first + step, chunk.sequence));
-                }
-            });
+        device::parallel_ranges(index(pending.size()) * length * width_ > 16384 ? threads_ : 1, index(pending.size()),
+                                1, [&](index begin, index finish) {
+                                    for (index i = begin; i < finish; ++i) {
+                                        const Chunk& chunk = chunks_[std::size_t(pending[std::size_t(i)])];
+                                        const index steps = rows[std::size_t(i)].steps, first = chunk.first + done;
+                                        const T* const old = trajectory_.at(first + steps - 1, chunk.sequence);
+                                        const T* const now = states + (i * length + steps - 1) * width_;
+                                        double size = 0, apart = 0;
+                                        for (index k = 0; k < width_; ++k) {
+                                            size = std::max(size, std::abs(double(old[k])));
+                                            const double difference = std::abs(double(now[k]) - double(old[k]));
+                                            if (!(difference <= apart)) apart = difference;
+                                        }
+                                        const double allowed = tolerance_.absolute + tolerance_.relative * size;
+                                        const bool meet = apart <= allowed;  // false for NaN
+                                        mismatch[std::size_t(i)] = apart;
+                                        relative[std::size_t(i)] = apart == 0 ? 0 : apart / allowed;
+                                        meets[std::size_t(i)] = char(meet);
+                                        // Where they meet, the old state stays: the mismatch there is a residual, and
+                                        // it was tested.
+                                        for (index step = 0; step < steps - index(meet); ++step)
+                                            std::copy_n(states + (i * length + step) * width_, width_,
+                                                        trajectory_.at(first + step, chunk.sequence));
+                                    }
+                                });
         for (std::size_t i = 0; i < pending.size(); ++i) {
             const Chunk& chunk = chunks_[std::size_t(pending[i])];
             report_.update.bytes += bytes_of(rows[i].steps);
@@ -522,8 +522,8 @@ private:
         const View<T> before = workspace_.take_states<T>(shape);
         const Jacobian<T> jacobian = workspace_.take_jacobian<T>(shape, recurrence_.block());
         for (index i = 0; i < sample; ++i)
-            std::copy_n(first + i == part.first ? recurrence_.initial_state(0) : trajectory_.at(first + i - 1, 0), width_,
-                        before.at(i, 0));
+            std::copy_n(first + i == part.first ? recurrence_.initial_state(0) : trajectory_.at(first + i - 1, 0),
+                        width_, before.at(i, 0));
         recurrence_.jacobians(section, View<const T>(before), jacobian);
         LyapunovEstimate<T> estimate(width_, recurrence_.block());
         estimate.follow(0, jacobian, 0, sample);

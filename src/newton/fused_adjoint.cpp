@@ -1,6 +1,6 @@
 // The backward pass of cells: adjoint, gradients of inputs and of parameters in one sweep from the last step to the
-// first. In chunks side by side, every chunk first takes a zero adjoint from behind; since the adjoint is linear, what the
-// next chunk then hands over is sent through afterwards and added, until it has shrunk below rounding.
+// first. In chunks side by side, every chunk first takes a zero adjoint from behind; since the adjoint is linear, what
+// the next chunk then hands over is sent through afterwards and added, until it has shrunk below rounding.
 
 #include <algorithm>
 #include <chrono>
@@ -19,8 +19,8 @@ namespace deeppcr {
 namespace newton {
 namespace {
 
-constexpr index first_correction = 64;    // steps before the first look; then as many again, and again
-constexpr double enough_vanished = 0.5;   // of the chunks, in the first round, or the pass is made step after step
+constexpr index first_correction = 64;   // steps before the first look; then as many again, and again
+constexpr double enough_vanished = 0.5;  // of the chunks, in the first round, or the pass is made step after step
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
@@ -99,7 +99,8 @@ private:
         else
             cell::run_rows<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides, threads_);
         for (const cell::Row<T>& row : rows)
-            result_.report.linearise.bytes += row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
+            result_.report.linearise.bytes +=
+                row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
     }
 
     /// In chunks of `length` steps (0: whole parts). False where what chunks hand over does not vanish.
@@ -134,7 +135,9 @@ private:
         }
         run_rows(cell::Work::backward, rows);
 
-        const auto leads = [&](index c) { return c == 0 || chunks[std::size_t(c - 1)].part != chunks[std::size_t(c)].part; };
+        const auto leads = [&](index c) {
+            return c == 0 || chunks[std::size_t(c - 1)].part != chunks[std::size_t(c)].part;
+        };
         std::vector<index> pending;
         for (index c = 0; c < count; ++c) {
             if (leads(c))

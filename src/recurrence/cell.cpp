@@ -72,8 +72,8 @@ ChannelwiseRecurrence<T>::ChannelwiseRecurrence(const cell::Kernels<T>& kernels,
         throw InvalidArgument("parameters", "a contiguous array of shape " + to_string(expected),
                               to_string(parameters.shape()));
     const Shape states{1, index(parts_.size()), this->shape().width};
-    if (initial.data() == nullptr && (initial.shape() == Shape{0, 0, 0} || initial.shape() == Shape{0, 1, 1} ||
-                                      initial.shape().count() == 0)) {
+    if (initial.data() == nullptr &&
+        (initial.shape() == Shape{0, 0, 0} || initial.shape() == Shape{0, 1, 1} || initial.shape().count() == 0)) {
         zeros_ = Buffer<T>(states);
         initial_ = zeros_.view();
     } else if (initial.shape() != states || initial.data() == nullptr) {
@@ -162,9 +162,8 @@ void independent_rows(const ChannelwiseRecurrence<T>& recurrence, const Section&
 template <class T>
 void ChannelwiseRecurrence<T>::step(const Section& section, View<const T> before, View<T> after) const {
     std::vector<cell::Row<T>> rows;
-    independent_rows(*this, section, before, rows, [&](cell::Row<T>& row, index j, index first) {
-        row.after = after.at(first - section.first, j);
-    });
+    independent_rows(*this, section, before, rows,
+                     [&](cell::Row<T>& row, index j, index first) { row.after = after.at(first - section.first, j); });
     deeppcr::run(*this, section.execution, cell::Work::apply, rows,
                  {.inputs = inputs_.step_stride(), .after = after.step_stride(), .before = before.step_stride()});
 }
@@ -182,9 +181,8 @@ void ChannelwiseRecurrence<T>::jacobians(const Section& section, View<const T> b
     independent_rows(*this, section, before, rows, [&](cell::Row<T>& row, index j, index first) {
         row.jacobian = jacobian.at(first - section.first, j);
     });
-    deeppcr::run(
-        *this, section.execution, cell::Work::linearise, rows,
-        {.inputs = inputs_.step_stride(), .before = before.step_stride(), .jacobian = jacobian.step_stride()});
+    deeppcr::run(*this, section.execution, cell::Work::linearise, rows,
+                 {.inputs = inputs_.step_stride(), .before = before.step_stride(), .jacobian = jacobian.step_stride()});
     // A sequence does not depend on those before it in its row.
     each_piece(*this, section, [&](index j, index part, index first, index) {
         if (first == parts_[std::size_t(part)].first && first > 0)

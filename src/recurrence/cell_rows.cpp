@@ -21,8 +21,8 @@
 namespace deeppcr::cell {
 namespace {
 
-constexpr index tile_bytes = 16384;         // of a unit's inputs
-constexpr index steps_between_sums = 256;   // the parameters' gradients leave float for double
+constexpr index tile_bytes = 16384;        // of a unit's inputs
+constexpr index steps_between_sums = 256;  // the parameters' gradients leave float for double
 
 enum class Kind { direct, lone, padded, grouped };
 
@@ -101,8 +101,7 @@ void separate(const T* from, index count, index width, const std::array<T*, lane
     else if (width * index(sizeof(T)) == 8)
         e = separate_vectors<Two, 2>(from, count, width, to);
     for (std::size_t r = 0; r < lanes; ++r)
-        for (index i = e; i < count; ++i)
-            std::copy_n(from + (i * lanes + index(r)) * width, width, to[r] + i * width);
+        for (index i = e; i < count; ++i) std::copy_n(from + (i * lanes + index(r)) * width, width, to[r] + i * width);
 }
 
 struct Unit {
@@ -182,9 +181,9 @@ private:
                               })->steps;
         piece_ = std::min(piece_, std::max<index>(longest, 1));
         const index entries = tiled_ ? piece_ * tile_channels_ * lanes : 0;
-        const index per_unit = entries * (G_ + (differentiates() ? G_ : 0) + (has_before() ? K_ : 0) +
-                                          (writes_after() ? K_ : 0) + (work_ == Work::backward ? K_ : 0) +
-                                          (work_ == Work::linearise ? K_ * K_ : 0));
+        const index per_unit =
+            entries * (G_ + (differentiates() ? G_ : 0) + (has_before() ? K_ : 0) + (writes_after() ? K_ : 0) +
+                       (work_ == Work::backward ? K_ : 0) + (work_ == Work::linearise ? K_ * K_ : 0));
         // Kept from call to call: a fresh piece of this size would cost more than a short row.
         thread_local std::vector<T> memory;
         const index rest = tiled_ ? piece_ * tile_channels_ * std::max(G_, K_ * K_) : 0;
@@ -376,8 +375,8 @@ private:
     /// `width` elements per channel and step, in `gates` runs of C of them. Lanes that only fill up a padded block keep
     /// zeros.
     template <class Pointer>
-    void gather(std::size_t u, Pointer Row<T>::*source, index stride, index gates, index width, index first,
-                index last, T* tile) const {
+    void gather(std::size_t u, Pointer Row<T>::*source, index stride, index gates, index width, index first, index last,
+                T* tile) const {
         const Unit& unit = units_[u];
         if (kind_ == Kind::padded) {
             const T* from = rows_[std::size_t(unit.row)].*source + first * stride + unit.channel * width;
@@ -401,7 +400,8 @@ private:
         // The rows are too many and too short for the processor's own prefetching.
         if (together)
             for (const T* pointer : from)
-                for (index e = 0; e < count * width; e += 64 / index(sizeof(T))) __builtin_prefetch(pointer - stride + count * width + e);
+                for (index e = 0; e < count * width; e += 64 / index(sizeof(T)))
+                    __builtin_prefetch(pointer - stride + count * width + e);
     }
 
     void scatter(std::size_t u, T* Row<T>::*target, index stride, index gates, index width, index first, index last,
@@ -416,8 +416,9 @@ private:
         }
         std::array<T*, lanes> to;
         for (int l = 0; l < lanes; ++l)
-            to[std::size_t(l)] =
-                l < unit.count ? rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride : nullptr;
+            to[std::size_t(l)] = l < unit.count
+                                     ? rows_[std::size_t(order_[std::size_t(unit.row + l)])].*target + first * stride
+                                     : nullptr;
         const index row = gates * C_;
         const bool together = stride == row * width;
         const index runs = together ? 1 : last - first, count = together ? row * (last - first) : row;
@@ -439,8 +440,7 @@ private:
 
     void empty_tile(std::size_t u, index first, index last) {
         const Tile& tile = tiles_[u];
-        if (writes_after())
-            scatter(u, &Row<T>::after, strides_.after, 1, K_, first, last, tile.after);
+        if (writes_after()) scatter(u, &Row<T>::after, strides_.after, 1, K_, first, last, tile.after);
         if (work_ == Work::linearise)
             scatter(u, &Row<T>::jacobian, strides_.jacobian, 1, K_ * K_, first, last, tile.jacobian);
         if (differentiates())
@@ -577,7 +577,8 @@ void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, cons
                     block.parameter_gradient = sums.data();
                     std::fill(sums.begin(), sums.end(), T(0));
                     kernels.plain_backward(sweep);
-                    for (index q = 0; q < P; ++q) row.parameter_gradient[q * channels + c] += double(sums[std::size_t(q * lanes)]);
+                    for (index q = 0; q < P; ++q)
+                        row.parameter_gradient[q * channels + c] += double(sums[std::size_t(q * lanes)]);
                 } else if (work == Work::linearise) {
                     block.jacobian = row.jacobian + i * strides.jacobian + c * K * K;
                     kernels.plain_linearise(sweep);
@@ -591,10 +592,9 @@ void run_rows_plainly(const Kernels<T>& kernels, Work work, index channels, cons
         }
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                                  \
-    template void run_rows(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>, const RowStrides&, \
-                           int);                                                                                \
-    template void run_rows_plainly(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>,            \
+#define DEEPPCR_INSTANTIATE(T)                                                                                         \
+    template void run_rows(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>, const RowStrides&, int); \
+    template void run_rows_plainly(const Kernels<T>&, Work, index, const T*, std::span<const Row<T>>,                  \
                                    const RowStrides&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)

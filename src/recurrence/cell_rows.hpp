@@ -11,16 +11,16 @@ namespace deeppcr::cell {
 template <class T>
 struct Row {
     index steps = 0;
-    const T* inputs = nullptr;              ///< [steps, G, C]
-    const T* start = nullptr;               ///< [C,K]: the state before the first step; backward: after the last
-    T* end = nullptr;                       ///< [C,K]: the state after the last step; backward: before the first
-    T* product = nullptr;                   ///< [C,K,K]: of the Jacobians of all steps, out
-    T* after = nullptr;                     ///< [steps, C,K]
-    const T* before = nullptr;              ///< [steps, C,K]
-    T* jacobian = nullptr;                  ///< [steps, C,K,K]
-    const T* gradient = nullptr;            ///< [steps, C,K]
-    T* input_gradient = nullptr;            ///< [steps, G, C]
-    double* parameter_gradient = nullptr;   ///< [P, C], added to
+    const T* inputs = nullptr;             ///< [steps, G, C]
+    const T* start = nullptr;              ///< [C,K]: the state before the first step; backward: after the last
+    T* end = nullptr;                      ///< [C,K]: the state after the last step; backward: before the first
+    T* product = nullptr;                  ///< [C,K,K]: of the Jacobians of all steps, out
+    T* after = nullptr;                    ///< [steps, C,K]
+    const T* before = nullptr;             ///< [steps, C,K]
+    T* jacobian = nullptr;                 ///< [steps, C,K,K]
+    const T* gradient = nullptr;           ///< [steps, C,K]
+    T* input_gradient = nullptr;           ///< [steps, G, C]
+    double* parameter_gradient = nullptr;  ///< [P, C], added to
 };
 
 /// Elements from step to step, for all rows.

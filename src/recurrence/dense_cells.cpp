@@ -120,7 +120,8 @@ void DenseCell<T>::run(const Section& section, View<const T> state, View<T> traj
     const Buffer<T> copy = Buffer<T>::uninitialised(state.contiguous() ? Shape{0, 0, 1} : state.shape());
     for (index j = 0; j < copy.shape().batch; ++j) std::copy_n(state.at(0, j), states.width, copy.view().at(0, j));
     on_backend(section, [&]<Backend B> {
-        dense_cell::run<B, T>(cell(), extent_of(section), state.contiguous() ? state.data() : copy.data(), trajectory.data());
+        dense_cell::run<B, T>(cell(), extent_of(section), state.contiguous() ? state.data() : copy.data(),
+                              trajectory.data());
     });
 }
 
@@ -135,8 +136,8 @@ void DenseCell<T>::parameter_gradients(const Section& section, View<const T> bef
     require_contiguous("weights", weights, {gates(), hidden(), hidden()});
     require_contiguous("biases", biases, {gates(), 1, hidden()});
     on_backend(section, [&]<Backend B> {
-        dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), adjoint.data(), inputs.data(), weights.data(),
-                             biases.data(), nullptr);
+        dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), adjoint.data(), inputs.data(),
+                                   weights.data(), biases.data(), nullptr);
     });
 }
 
@@ -154,7 +155,7 @@ void DenseCell<T>::run_backward(const Section& section, View<const T> before, Vi
     if (states.steps == 0 || states.batch == 0) return;
     on_backend(section, [&]<Backend B> {
         dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), output_gradient.data(), inputs.data(),
-                             weights.data(), biases.data(), state.data());
+                                   weights.data(), biases.data(), state.data());
     });
 }
 
