@@ -2,7 +2,10 @@
 // Newton's method and against finite differences.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <limits>
+#include <random>
 
 #include <deeppcr/deeppcr.hpp>
 
@@ -216,6 +219,75 @@ TYPED_TEST(CellTest, OverlapAndShootingEqualSequential) {
                         << found.report;
                     EXPECT_LE(found.report.relative_residual, 1);
                 }
+}
+
+/// The largest |x_t - f(x_{t-1})| over what is allowed, computed anew, step by step; NaN counts as infinite.
+template <class T>
+double largest_relative_residual(const ChannelwiseRecurrence<T>& recurrence, View<const T> x, double tolerance) {
+    const auto [steps, batch, width] = recurrence.shape();
+    const Buffer<T> before({steps, batch, width}), after({steps, batch, width});
+    std::vector<index> sequences;
+    for (index j = 0; j < batch; ++j) sequences.push_back(j);
+    const Section section{0, steps, sequences, {}};
+    recurrence.initial(section, before.view().steps(0, 1));
+    for (index i = 1; i < steps; ++i)
+        for (index j = 0; j < batch; ++j) std::copy_n(x.at(i - 1, j), width, before.view().at(i, j));
+    recurrence.step(section, before.view(), after.view());
+    double largest = 0;
+    for (index i = 0; i < steps; ++i)
+        for (index j = 0; j < batch; ++j) {
+            double residual = 0, size = 0;
+            for (index k = 0; k < width; ++k) {
+                const double difference = std::abs(double(x(i, j, k)) - double(after(i, j, k)));
+                if (!(difference <= residual)) residual = difference;
+                size = std::max(size, std::abs(double(x(i, j, k))));
+            }
+            const double relative = residual / (tolerance * (1 + size));
+            if (!(relative <= largest)) largest = std::isnan(relative) ? HUGE_VAL : relative;
+        }
+    return largest;
+}
+
+/// Whatever the cell, its weights (chaotic ones among them), sizes and options: a result that calls itself right is.
+TYPED_TEST(CellTest, RandomProblemsAreRightOrSayThatTheyAreNot) {
+    std::mt19937_64 random(17);
+    const auto draw = [&](index least, index most) {
+        return std::uniform_int_distribution<index>(least, most)(random);
+    };
+    index finished = 0;
+    for (int round = 0; round < 300; ++round) {
+        const Shape channels{draw(1, round % 10 == 0 ? 3000 : 400), draw(1, 3), draw(1, 20)};
+        const double scale = std::exp2(double(draw(-2, 3)));
+        std::vector<SequenceStart> starts;
+        if (channels.steps > 3 && draw(0, 1) == 1)
+            starts.push_back({draw(0, channels.batch - 1), draw(1, channels.steps - 2)});
+        const Problem<TypeParam, float> problem(channels, 100 + std::uint64_t(round), scale, Layout::steps_first,
+                                                starts);
+        const double tolerance = std::pow(10.0, double(draw(-6, -3)));
+        Options options{
+            .method = std::array{Method::automatic, Method::overlap, Method::shooting}[std::size_t(round % 3)],
+            .chunk = draw(0, 1) * draw(1, 100),
+            .guess = draw(0, 1) == 1 ? Guess::given : Guess::initial_state,
+            .tolerance = tolerance,
+            .max_iterations = draw(0, 3) == 0 ? draw(1, 5) : 0,
+            .on_failure = draw(0, 2) == 0 ? OnFailure::report : OnFailure::finish,
+            .execution = {.threads = int(draw(1, 3))}};
+        const auto x = Buffer<float>::random(problem.recurrence.shape(), 5);
+        if (draw(0, 3) == 0) x(0, 0, 0) = std::numeric_limits<float>::quiet_NaN();
+        const Report report = evaluate(problem.recurrence, x.view(), options);
+        SCOPED_TRACE(testing::Message() << "round " << round << ", " << to_string(channels) << ", scale " << scale
+                                        << ": " << report);
+        finished += report.status == Status::finished_sequentially;
+        if (report.ok()) {
+            EXPECT_LE(largest_relative_residual<float>(problem.recurrence, x.view(), tolerance), 1.0001);
+            EXPECT_LE(report.relative_residual, 1);
+        } else {
+            EXPECT_TRUE(options.on_failure == OnFailure::report || report.status == Status::non_finite);
+        }
+    }
+    if (!std::is_same_v<TypeParam, DiagonalElman>) {
+        EXPECT_GT(finished, 0);
+    }
 }
 
 TEST(CellArguments, SayWhatIsWrong) {

@@ -19,20 +19,26 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/scalar.hpp>
 
-#if defined(__x86_64__) && (defined(__clang__) || defined(__GNUC__))
+// A kernel has all of its Cell in itself (flatten) and is optimised whatever the program around it asks for: GCC makes
+// vectors of lanes from -O3 on.
 #if defined(__clang__)
-#define DEEPPCR_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma"), flatten, noinline))
+#define DEEPPCR_KERNEL flatten, noinline
+#define DEEPPCR_WIDEST
 #else
-#define DEEPPCR_AVX512 \
-    __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512"), flatten, noinline))
+#define DEEPPCR_KERNEL flatten, noinline, optimize("O3")
+#define DEEPPCR_WIDEST ",prefer-vector-width=512"
 #endif
-#define DEEPPCR_AVX2 __attribute__((target("avx2,fma"), flatten, noinline))
+#if defined(__x86_64__)
+#define DEEPPCR_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma" DEEPPCR_WIDEST), DEEPPCR_KERNEL))
+#define DEEPPCR_AVX2 __attribute__((target("avx2,fma"), DEEPPCR_KERNEL))
 #else
-#define DEEPPCR_AVX512 __attribute__((flatten, noinline))
-#define DEEPPCR_AVX2 __attribute__((flatten, noinline))
+#define DEEPPCR_AVX512 __attribute__((DEEPPCR_KERNEL))
+#define DEEPPCR_AVX2 __attribute__((DEEPPCR_KERNEL))
 #endif
+#define DEEPPCR_PLAIN __attribute__((DEEPPCR_KERNEL))
+// Clang makes no vectors of these loops yet, asked to or not.
 #if defined(__clang__)
-#define DEEPPCR_INDEPENDENT_LANES _Pragma("clang loop vectorize(assume_safety)")
+#define DEEPPCR_INDEPENDENT_LANES
 #else
 #define DEEPPCR_INDEPENDENT_LANES _Pragma("GCC ivdep")
 #endif
@@ -333,7 +339,7 @@ struct Loops {
     }
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX512, avx512)
     DEEPPCR_CELL_KERNELS(DEEPPCR_AVX2, avx2)
-    DEEPPCR_CELL_KERNELS(__attribute__((flatten, noinline)), plain)
+    DEEPPCR_CELL_KERNELS(DEEPPCR_PLAIN, plain)
 #undef DEEPPCR_CELL_KERNELS
 
     /// Cell::name where there is one, else what the compiler calls the type.

@@ -221,7 +221,7 @@ private:
         index shots = 0;
         const bool converging = method != Method::shooting || shoot(shots);
         sweep();
-        const bool met = converging && repair(method);
+        const bool met = repair(method) && converging;
         report_.method =
             to_string(method) + ", " + std::to_string(count()) + " chunks of " + std::to_string(length) + " steps, ";
         if (method == Method::shooting) report_.method += std::to_string(shots) + " Newton sweeps, ";
