@@ -201,6 +201,36 @@ TYPED_TEST(CellTest, ChunkedGradientsEqualSequential) {
         }
 }
 
+TYPED_TEST(CellTest, ReversedInTime) {
+    // Reversed views give what reversed copies give, for every method and for the gradients.
+    for (const index channels : {1, 3, 17}) {
+        const Problem<TypeParam, float> problem({500, 2, channels}, 19);
+        const auto flip = [](const Buffer<float>& values) {
+            Buffer<float> flipped(values.shape());
+            for (index i = 0; i < values.shape().steps; ++i)
+                std::copy_n(values.view().reversed().at(i, 0), values.shape().batch * values.shape().width,
+                            flipped.view().at(i, 0));
+            return flipped;
+        };
+        const Buffer<float> flipped = flip(problem.inputs);
+        const CellRecurrence<TypeParam> backwards(problem.inputs.view().reversed(), problem.parameters.view(),
+                                                  problem.initial.view());
+        const CellRecurrence<TypeParam> copied(flipped.view(), problem.parameters.view(), problem.initial.view());
+        for (const Method method : {Method::sequential, Method::overlap, Method::shooting, Method::newton}) {
+            const Buffer<float> x(problem.recurrence.shape());
+            const Report report = evaluate(backwards, x.view().reversed(), {.method = method, .chunk = 100});
+            const auto expected = evaluate(copied, {.method = method, .chunk = 100});
+            EXPECT_TRUE(same_bits<float>(flip(x), expected.trajectory)) << to_string(method);
+            const Buffer<float> weights = Buffer<float>::random(x.shape(), 20);
+            const auto gradients = adjoint(backwards, x.view().reversed(), report, weights.view(), {.chunk = 100});
+            const auto expected_gradients =
+                adjoint(copied, expected.trajectory.view(), expected.report, weights.view(), {.chunk = 100});
+            EXPECT_TRUE(same_bits<float>(gradients.inputs, expected_gradients.inputs));
+            EXPECT_TRUE(same_bits<float>(gradients.parameters, expected_gradients.parameters));
+        }
+    }
+}
+
 TYPED_TEST(CellTest, OverlapAndShootingEqualSequential) {
     for (const index channels : {1, 3, 16, 37})
         for (const index batch : {1, 3, 17})

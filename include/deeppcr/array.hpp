@@ -77,6 +77,11 @@ public:
     View sequences(index first, index last) const {
         return {data_ + first * batch_stride_, {shape_.steps, last - first, shape_.width}, step_stride_, batch_stride_};
     }
+    /// The same memory, the last step first.
+    View reversed() const {
+        return {shape_.steps > 0 ? data_ + (shape_.steps - 1) * step_stride_ : data_, shape_, -step_stride_,
+                batch_stride_};
+    }
     /// Whether the elements fill one run of memory in [steps,batch,width] order.
     bool contiguous() const {
         return (shape_.batch <= 1 || batch_stride_ == shape_.width) &&
