@@ -1,0 +1,38 @@
+// cell: a recurrence of a built-in cell (ParaGRU, ParaLSTM, DiagonalElman, SLSTM) as an autograd function.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include <deeppcr/cell.hpp>
+#include <deeppcr/evaluate.hpp>
+
+namespace deeppcr::nn {
+
+enum class CellKind { para_gru, para_lstm, diagonal_elman, slstm };
+
+struct CellOptions {
+    Options evaluation = {};            ///< method, tolerance and the rest; guess `given` counts as initial_state
+    std::vector<SequenceStart> starts;  ///< where new sequences begin within rows of the batch
+    bool reversed = false;              ///< from the last step to the first
+};
+
+/// Numbers per state and channel, gates, and parameters per channel of a cell.
+struct CellSizes {
+    index states, inputs, parameters;
+};
+CellSizes sizes_of(CellKind kind);
+
+/// x_1..x_T of a cell's recurrence, differentiable once with respect to its three tensors.
+/// gates: [steps, batch, inputs * channels], gate after gate; any strides (where the last dimension is contiguous,
+/// nothing is copied: [batch,steps,...] transposed will do). parameters: [parameters, channels]. initial: [sequences,
+/// channels * states], one for each sequence (the batch, and one more for each start), or undefined for zeros. All
+/// float or all double, on the CPU. Returns [steps, batch, channels * states], a channel's states side by side; row t
+/// belongs to row t of the gates, also where `reversed`. report: receives what the evaluation did, where not null. A
+/// trajectory that does not converge follows evaluation.on_failure; one that is not right has no gradient: backward
+/// throws InvalidArgument. Deterministic as `evaluate`. Throws InvalidArgument, OutOfMemory, NotConverged.
+at::Tensor cell(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters, const at::Tensor& initial = {},
+                const CellOptions& options = {}, Report* report = nullptr);
+
+}  // namespace deeppcr::nn

@@ -1,0 +1,114 @@
+// nn::cell against loops of LibTorch's own operations: states, gradients, time reversed, sequences in one row, errors.
+// tests/nn_torch_library_test.py checks the gradients of every cell.
+#include <ATen/CPUGeneratorImpl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <vector>
+
+#include <deeppcr/nn/cell.hpp>
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+using deeppcr::index;  // not strings.h's
+using testing::HasSubstr;
+
+Tensor normal(at::IntArrayRef sizes, std::uint64_t seed, at::ScalarType type = at::kDouble) {
+    auto generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+    return at::empty(sizes, type).normal_(0, 1, generator);
+}
+
+/// States [steps, batch, channels * 2] of ParaLSTM, by its equations.
+Tensor loop(const Tensor& gates, const Tensor& p, const Tensor& initial) {
+    const index batch = gates.size(1), channels = p.size(1);
+    const Tensor start = initial.view({batch, channels, 2});
+    Tensor c = start.select(2, 0), h = start.select(2, 1);
+    std::vector<Tensor> states;
+    for (index t = 0; t < gates.size(0); ++t) {
+        const auto u = gates[t].chunk(3, -1);
+        const Tensor f = at::sigmoid(p[0] * h + p[3] * c + u[0]), n = at::tanh(p[2] * h + u[2]);
+        c = f * c + (1 - f) * n;
+        h = at::sigmoid(p[1] * h + p[4] * c + u[1]) * at::tanh(c);
+        states.push_back(at::stack({c, h}, 2).view({batch, channels * 2}));
+    }
+    return at::stack(states);
+}
+
+TEST(Cell, EqualsALoopForwardAndBackward) {
+    for (const index channels : {1, 5, 17})
+        for (const Method method : {Method::sequential, Method::overlap, Method::shooting, Method::newton}) {
+            const std::vector<Tensor> arguments{normal({60, 2, 3 * channels}, 1).requires_grad_(),
+                                                normal({5, channels}, 2).mul(0.5).requires_grad_(),
+                                                normal({2, channels * 2}, 3).requires_grad_()};
+            CellOptions options;
+            options.evaluation.method = method;
+            options.evaluation.tolerance = 1e-13;
+            Report report;
+            const Tensor ours = cell(CellKind::para_lstm, arguments[0], arguments[1], arguments[2], options, &report);
+            EXPECT_TRUE(report.ok()) << report;
+            const Tensor expected = loop(arguments[0], arguments[1], arguments[2]);
+            EXPECT_LE((ours - expected).abs().max().item<double>(), 1e-9) << to_string(method);
+            const Tensor weights = normal(ours.sizes(), 4);
+            const auto gradients = torch::autograd::grad({(ours * weights).sum()}, arguments);
+            const auto truth = torch::autograd::grad({(expected * weights).sum()}, arguments);
+            for (std::size_t i = 0; i < truth.size(); ++i)
+                EXPECT_LE((gradients[i] - truth[i]).abs().max().item<double>(), 1e-8) << to_string(method) << " " << i;
+        }
+}
+
+TEST(Cell, ReversedEqualsFlipped) {
+    const Tensor gates = normal({40, 3, 3 * 4}, 5).requires_grad_(), parameters = normal({3, 4}, 6).mul(0.5);
+    CellOptions options;
+    options.reversed = true;
+    const Tensor reversed = cell(CellKind::para_gru, gates, parameters, {}, options);
+    const Tensor flipped = cell(CellKind::para_gru, gates.flip(0), parameters).flip(0);
+    EXPECT_TRUE(at::equal(reversed, flipped));
+    const Tensor weights = normal(reversed.sizes(), 7);
+    const Tensor a = torch::autograd::grad({(reversed * weights).sum()}, {gates})[0];
+    const Tensor b = torch::autograd::grad({(flipped * weights).sum()}, {gates})[0];
+    EXPECT_TRUE(at::equal(a, b));
+}
+
+TEST(Cell, SequencesInOneRowAreIndependent) {
+    const Tensor gates = normal({30, 1, 3 * 4}, 8), parameters = normal({3, 4}, 9).mul(0.5),
+                 initial = normal({2, 4}, 10);
+    CellOptions options;
+    options.starts = {{0, 11}};
+    const Tensor together = cell(CellKind::para_gru, gates, parameters, initial, options);
+    const Tensor first = cell(CellKind::para_gru, gates.slice(0, 0, 11), parameters, initial.slice(0, 0, 1));
+    const Tensor second = cell(CellKind::para_gru, gates.slice(0, 11, 30), parameters, initial.slice(0, 1, 2));
+    EXPECT_TRUE(at::allclose(together, at::cat({first, second}), 0, 1e-12));
+}
+
+TEST(Cell, StepsOneAtATimeContinueAState) {
+    const Tensor gates = normal({20, 2, 3 * 17}, 11), parameters = normal({5, 17}, 12).mul(0.5);
+    const Tensor whole = cell(CellKind::para_lstm, gates, parameters);
+    Tensor state = at::zeros({2, 34}, at::kDouble);
+    for (index t = 0; t < 20; ++t) {
+        state = cell(CellKind::para_lstm, gates.slice(0, t, t + 1), parameters, state)[0];
+        EXPECT_TRUE(at::equal(state, whole[t])) << t;
+    }
+}
+
+TEST(Cell, ErrorsNameTheArgument) {
+    const Tensor gates = normal({5, 2, 9}, 1), parameters = normal({3, 3}, 2);
+    const auto message = [](const auto& call) -> std::string {
+        try {
+            call();
+        } catch (const InvalidArgument& error) {
+            return error.what();
+        }
+        return "no error";
+    };
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates[0], parameters); }), HasSubstr("gates"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, normal({4, 3}, 2)); }), HasSubstr("parameters"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters.to(at::kFloat)); }), HasSubstr("parameters"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, normal({1, 3}, 3)); }), HasSubstr("initial"));
+    EXPECT_THAT(message([&] { cell(CellKind(9), gates, parameters); }), HasSubstr("kind"));
+}
+
+}  // namespace
+}  // namespace deeppcr::nn

@@ -1,0 +1,74 @@
+"""torch.ops.deeppcr.* from Python: states against a plain loop, gradients against finite differences.
+
+Called with the path of libdeeppcr_nn.so and the version of the LibTorch that it was linked with; exits with 77 (ctest:
+skipped) where this Python has no torch, or another one.
+"""
+import sys
+
+try:
+    import torch
+except ImportError:
+    print("skipped: this Python has no torch")
+    sys.exit(77)
+if torch.__version__.split(".")[:2] != sys.argv[2].split(".")[:2]:
+    print(f"skipped: torch {torch.__version__}, built with LibTorch {sys.argv[2]}")
+    sys.exit(77)
+
+torch.ops.load_library(sys.argv[1])
+torch.manual_seed(1)
+
+
+def para_gru(h, u, p):
+    z, r = torch.sigmoid(p[0] * h + u[0]), torch.sigmoid(p[1] * h + u[1])
+    return (1 - z) * h + z * torch.tanh(p[2] * (r * h) + u[2])
+
+
+steps, batch, channels = 12, 3, 5
+gates = torch.randn(steps, batch, 3 * channels, dtype=torch.double, requires_grad=True)
+parameters = torch.randn(3, channels, dtype=torch.double, requires_grad=True)
+initial = torch.randn(batch, channels, dtype=torch.double, requires_grad=True)
+
+states = torch.ops.deeppcr.para_gru(gates, parameters, initial)
+h, expected = initial, []
+for t in range(steps):
+    h = para_gru(h, gates[t].chunk(3, -1), parameters)
+    expected.append(h)
+expected = torch.stack(expected)
+assert torch.allclose(states, expected, atol=1e-12), (states - expected).abs().max()
+
+weights = torch.randn_like(states)
+ours = torch.autograd.grad((states * weights).sum(), (gates, parameters, initial))
+theirs = torch.autograd.grad((expected * weights).sum(), (gates, parameters, initial))
+for a, b in zip(ours, theirs):
+    assert torch.allclose(a, b, atol=1e-11), (a - b).abs().max()
+
+for operation, kinds in ((torch.ops.deeppcr.para_lstm, (2, 3, 5)), (torch.ops.deeppcr.diagonal_elman, (1, 1, 1)),
+                         (torch.ops.deeppcr.slstm, (4, 4, 4))):
+    for backwards in (False, True):
+        state, inputs, count = kinds
+        u = torch.randn(6, 2, inputs * 3, dtype=torch.double, requires_grad=True)
+        p = (torch.randn(count, 3, dtype=torch.double) / 2).requires_grad_()
+        x = torch.rand(2, 3 * state, dtype=torch.double).requires_grad_()
+        assert torch.autograd.gradcheck(lambda *values: operation(*values, backwards), (u, p, x))
+
+# Batch first, without a copy: the same numbers.
+rows = gates.detach().transpose(0, 1).contiguous()
+assert torch.equal(torch.ops.deeppcr.para_gru(rows.transpose(0, 1), parameters, initial), states)
+
+# A GRU layer of torch's.
+gru = torch.nn.GRU(4, 6).double()
+x = torch.randn(9, 2, 4, dtype=torch.double)
+projected = x @ gru.weight_ih_l0.T + gru.bias_ih_l0
+ours = torch.ops.deeppcr.dense_cell("gru", projected, gru.weight_hh_l0, gru.bias_hh_l0,
+                                    torch.zeros(2, 6, dtype=torch.double))
+assert torch.allclose(ours, gru(x)[0], atol=1e-12)
+
+for call in (lambda: torch.ops.deeppcr.para_gru(gates, parameters[:2]),
+             lambda: torch.ops.deeppcr.dense_cell("no such cell", projected, gru.weight_hh_l0, gru.bias_hh_l0, x[0])):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "parameters" in str(error) or "kind" in str(error), error
+    else:
+        raise AssertionError("no error")
+print("torch.ops.deeppcr: all as expected")
