@@ -22,10 +22,13 @@
 // A kernel has all of its Cell in itself (flatten) and is optimised whatever the program around it asks for: GCC makes
 // vectors of lanes from -O3 on.
 #if defined(__clang__)
-#define DEEPPCR_KERNEL flatten, noinline
+#define DEEPPCR_KERNEL DEEPPCR_FLATTEN
 #define DEEPPCR_WIDEST
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DEEPPCR_KERNEL DEEPPCR_FLATTEN
+#define DEEPPCR_WIDEST ",prefer-vector-width=512"
 #else
-#define DEEPPCR_KERNEL flatten, noinline, optimize("O3")
+#define DEEPPCR_KERNEL DEEPPCR_FLATTEN, optimize("O3")
 #define DEEPPCR_WIDEST ",prefer-vector-width=512"
 #endif
 #if defined(__x86_64__)
@@ -355,14 +358,11 @@ struct Loops {
 template <class Cell, class T>
 const Kernels<T>& kernels_of() {
     static const Kernels<T> kernels = [] {
-        switch (vector_bits()) {
-            case 512:
-                return Loops<Cell, T>::kernels_avx512();
-            case 256:
-                return Loops<Cell, T>::kernels_avx2();
-            default:
-                return Loops<Cell, T>::kernels_plain();
+        if constexpr (!DEEPPCR_ONE_KERNEL_SET) {
+            if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
+            if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
         }
+        return Loops<Cell, T>::kernels_plain();
     }();
     return kernels;
 }

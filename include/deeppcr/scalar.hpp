@@ -9,8 +9,17 @@
 #include <cstdint>
 #include <type_traits>
 
-/// What a loop over lanes is made of must all lie in the loop itself.
+// What a loop over lanes is made of must all lie in the loop itself. Under a sanitizer, which multiplies code, it need
+// not, and one instruction set is enough: compilers would work on each kernel for minutes.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DEEPPCR_INLINE inline
+#define DEEPPCR_FLATTEN noinline
+#define DEEPPCR_ONE_KERNEL_SET true
+#else
 #define DEEPPCR_INLINE __attribute__((always_inline)) inline
+#define DEEPPCR_FLATTEN flatten, noinline
+#define DEEPPCR_ONE_KERNEL_SET false
+#endif
 
 namespace deeppcr {
 
