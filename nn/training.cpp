@@ -378,7 +378,8 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
             record.mean_iterations += double(sequence.iterations) / double(options.batch);
         record.residual = forward.residual;
         record.status = forward.status;
-        record.sequential_steps = network->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
+        record.sequential_steps =
+            network->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
         record.forward_seconds = forward.seconds;
         record.backward_seconds = network->memory->backward.seconds;
         record.seconds = step_watch.seconds();
