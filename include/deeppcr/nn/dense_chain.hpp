@@ -14,7 +14,7 @@ struct DenseChainOptions {
     index skip = 0;  ///< as in DenseChain: 0 an MLP, s >= 1 residual blocks of s layers
     /// Method, guess, tolerance and the rest. `Guess::given` starts from the prediction of the memory (from x_0 where
     /// there is none yet); `workspace` is not used: the memory has its own.
-    Options evaluation = {};
+    Options evaluation = {.method = Method::newton};
     bool whole_trajectory = false;  ///< return x_1..x_T instead of x_T
 };
 
