@@ -49,6 +49,7 @@
 namespace deeppcr::cell {
 
 constexpr int lanes = 16;
+constexpr bool one_kernel_set = DEEPPCR_ONE_KERNEL_SET;
 
 /// The memory of 16 lanes. K, G, P: states, inputs and parameters per channel; "states" are interleaved, lane after
 /// lane, its K values side by side, and have a stride from step to step.
@@ -358,7 +359,7 @@ struct Loops {
 template <class Cell, class T>
 const Kernels<T>& kernels_of() {
     static const Kernels<T> kernels = [] {
-        if constexpr (!DEEPPCR_ONE_KERNEL_SET) {
+        if constexpr (!one_kernel_set) {
             if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
             if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
         }
