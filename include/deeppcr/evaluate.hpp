@@ -16,7 +16,9 @@
 namespace deeppcr {
 
 enum class Method {
-    /// The fastest: for a cell, sequential, overlap or shooting by the measured costs of this machine; else `newton`.
+    /// The fastest: for a cell, sequential, overlap or shooting by the measured costs of this machine and by what
+    /// earlier
+    /// calls have shown (so that two calls may differ within the tolerance); else `newton`.
     automatic,
     newton,      ///< all steps of a window at once: linearise, solve the bidiagonal system, repeat
     sequential,  ///< Recurrence::run, step after step
@@ -59,6 +61,13 @@ enum class Status {
 };
 std::string to_string(Status status);
 
+/// How much is spent on the Report's error and Lyapunov estimates.
+enum class Estimates {
+    none,
+    quick,  ///< the Lyapunov exponent from some steps; the error where Newton's method has the Jacobians at hand
+    full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more
+};
+
 struct Options {
     Method method = Method::automatic;
     Surrogate surrogate = Surrogate::full;
@@ -74,7 +83,12 @@ struct Options {
     index max_iterations = 0;  ///< passes per evaluation; 0: no limit but progress (see docs/method.md)
     OnFailure on_failure = OnFailure::finish;
     index memory_limit = 0;  ///< bytes of workspace; 0: half of what the machine has available
-    bool estimates = true;   ///< also compute the Report's error and Lyapunov estimates (one more solve)
+    /// Levenberg-Marquardt's damping of Newton's method: each pass minimises |r|^2 + damping |d|^2 (see docs/method.md)
+    /// and changes the damping as the residual asks. Positive: from the first pass on, with this value; 0: never;
+    /// negative: where plain passes make no progress (the ladder).
+    double damping = -1;
+    index anderson = 0;  ///< passes whose updates are combined by Anderson acceleration, at most 16; 0: none
+    Estimates estimates = Estimates::quick;
     Execution execution = {};
     Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
     /// Called after each pass with (confirmed steps of the slowest sequence, all steps, passes); false stops the
@@ -90,7 +104,9 @@ struct Report {
         index confirmed = 0;   ///< leading steps that are right
         double residual = 0;   ///< max over confirmed t of max|x_t - f(x_{t-1})|; 0 where evaluated sequentially
         double relative_residual = 0;  ///< the same, as a fraction of the tolerance: <= 1 where converged
-        double error = 0;  ///< first-order estimate of max|x_t - exact|, from the residuals (0 if not wanted)
+        /// First-order estimate of max|x_t - exact| over the confirmed t, from the residuals and the rounding of f,
+        /// each carried along by the Jacobians. Infinite where they overflow. NaN where not computed (see Estimates).
+        double error = 0;
     };
     struct Stage {
         double seconds = 0;
@@ -102,14 +118,16 @@ struct Report {
     std::vector<Sequence> sequences;
     index iterations = 0;                                   ///< Newton passes, all windows
     double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences
-    /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (of a few sequences, up to
-    /// 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic. NaN where not computed.
+    /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (Estimates::quick: of a
+    /// few sequences, up to 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic. NaN where
+    /// not computed.
     double lyapunov = 0;
     Stage linearise, reduce, update, sequential, estimate;
     double seconds = 0;
     index workspace_bytes = 0;    ///< peak memory beyond the trajectory itself
     index window = 0;             ///< steps solved at once, at the start
     index window_shrinks = 0;     ///< times the ladder shortened the window
+    index damped_passes = 0;      ///< passes with damping
     index non_finite_resets = 0;  ///< states beyond the confirmed prefix that were reset
     index sequential_steps = 0;   ///< steps finished sequentially, the sum over the sequences
 
@@ -130,8 +148,9 @@ struct Evaluation {
 /// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
-/// Method::sequential. Throws InvalidArgument, OutOfMemory, NotConverged, and what the recurrence's callbacks throw.
-/// Source: arXiv 2309.16318, eqs. 2-5.
+/// Method::sequential. Not so for cells where the method is `automatic`, or overlap or shooting with chunk 0: these
+/// choose by measured costs and by what earlier calls have shown. Throws InvalidArgument, OutOfMemory, NotConverged,
+/// and what the recurrence's callbacks throw. Source: arXiv 2309.16318, eqs. 2-5.
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
 
@@ -202,7 +221,8 @@ struct CellGradients {
 /// pass from the last step to the first. With Method::sequential step after step; otherwise in chunks side by side,
 /// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums
 /// of the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD
-/// target and thread count give the same bits. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
+/// target and thread count give the same bits, but where the chunk is chosen (chunk 0) by measured costs. Refuses
+/// (InvalidArgument) a trajectory whose `report` is not ok().
 template <class T>
 CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                          const Report& report, View<const std::type_identity_t<T>> output_gradient,

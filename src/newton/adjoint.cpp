@@ -2,7 +2,6 @@
 // after window from the end.
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
 #include <numeric>
 #include <vector>
@@ -10,6 +9,8 @@
 #include <deeppcr/evaluate.hpp>
 
 #include "newton/options.hpp"
+#include "newton/stopwatch.hpp"
+#include "newton/trajectory.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -38,23 +39,6 @@ template void check_adjoint_arguments(const Recurrence<double>&, View<const doub
                                       const Options&);
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
-
-/// States x_{first} .. x_{last-1} (x_0 is the initial state), contiguous in `before`.
-template <class T>
-void gather_before(const Recurrence<T>& recurrence, View<const T> trajectory, const Section& section, View<T> before) {
-    for (index i = section.first; i < section.last; ++i) {
-        if (i == 0) {
-            recurrence.initial(section, before.steps(0, 1));
-            continue;
-        }
-        for (index j = 0; j < section.batch(); ++j)
-            std::copy_n(trajectory.at(i - 1, j), before.width(), before.at(i - section.first, j));
-    }
-}
 
 /// Called for each window, the last first, with x_{t-1} and dL/dx_t of its steps, contiguous.
 template <class T>

@@ -1,7 +1,6 @@
 #include "newton/cost_model.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -19,12 +18,11 @@
 #include <deeppcr/evaluate.hpp>
 
 #include "device/threads.hpp"
+#include "newton/stopwatch.hpp"
 #include "recurrence/cell_rows.hpp"
 
 namespace deeppcr::newton {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 /// The least of several runs: what disturbs a measurement only ever makes it longer.
 double seconds_of(const std::function<void()>& work, int repetitions) {
@@ -32,7 +30,7 @@ double seconds_of(const std::function<void()>& work, int repetitions) {
     for (int i = 0; i < repetitions; ++i) {
         const Clock::time_point begin = Clock::now();
         work();
-        least = std::min(least, std::chrono::duration<double>(Clock::now() - begin).count());
+        least = std::min(least, seconds_since(begin));
     }
     return least;
 }

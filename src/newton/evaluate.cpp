@@ -7,17 +7,20 @@
 #include <deeppcr/evaluate.hpp>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <optional>
 
 #include "device/threads.hpp"
+#include "newton/anderson.hpp"
+#include "newton/estimate.hpp"
 #include "newton/fused.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
+#include "newton/stopwatch.hpp"
 #include "newton/update.hpp"
+#include "reduce/damped.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -25,23 +28,12 @@ namespace {
 
 constexpr index review_period = 8;             // passes between two looks at the progress
 constexpr double enough_decrease = 0.8;        // of the worst residual, from one review to the next
-constexpr double enough_confirmed = 1.0 / 16;  // of the window's rows per pass, from one review to the next
+constexpr double enough_confirmed = 1.0 / 32;  // of the window's rows per pass, from one review to the next
 constexpr index rows_to_follow = 64;           // of the window, for its Lyapunov exponent
 constexpr double enough_rows = 4;              // confirmed per pass; fewer are as fast step after step
-constexpr index smallest_window = 8;           // below this, step after step is as good
-constexpr index sequential_piece = 1024;       // steps between two copies to the caller's array
-
-class Stopwatch {
-public:
-    explicit Stopwatch(Report::Stage& stage) : stage_(stage) {}
-    ~Stopwatch() { stage_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
-    Stopwatch(const Stopwatch&) = delete;
-    Stopwatch& operator=(const Stopwatch&) = delete;
-
-private:
-    Report::Stage& stage_;
-    std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-};
+constexpr double first_damping = 1, more_damping = 3, less_damping = 0.1, least_damping = 1e-4;
+constexpr index smallest_window = 8;      // below this, step after step is as good
+constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
 
 /// One evaluation. Rows count from `first_`, the step that every active sequence has confirmed.
 template <class T>
@@ -63,7 +55,7 @@ public:
     }
 
     Report run() {
-        const auto begin = std::chrono::steady_clock::now();
+        const Clock::time_point begin = Clock::now();
         if (!trajectory_.empty()) {
             if (options_.method == Method::sequential) {
                 std::vector<Progress> none(active_.size());
@@ -73,7 +65,7 @@ public:
             }
         }
         summarise();
-        report_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        report_.seconds = seconds_since(begin);
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
@@ -94,8 +86,10 @@ private:
         if (block_ > 0) jacobian_memory_ = workspace_.take<T>(whole.count() * block_);
         if (estimating()) error_memory_ = workspace_.take<T>(whole.count() + batch() * width_);
         if (estimating()) std::fill_n(error_memory_, batch() * width_, T(0));
-        if (options_.estimates && block_ > 0 && (estimating() || block_ == recurrence_.block()))
-            lyapunov_.emplace(width_, block_);
+        if (options_.estimates != Estimates::none && block_ > 0 && (estimating() || block_ == recurrence_.block()))
+            lyapunov_.emplace(width_, block_, options_.estimates == Estimates::full);
+        if (options_.anderson > 0) anderson_.emplace(options_.anderson, whole.count(), workspace_);
+        damped_ = options_.damping > 0;
 
         progress_.assign(active_.size(), {});
         recurrence_.initial(section(0, 0), states().steps(0, 1));
@@ -122,10 +116,12 @@ private:
                 View<T>(update_memory_, shape)};
     }
     /// Only the true Jacobian carries an error from step to step.
-    bool estimating() const { return options_.estimates && block_ > 0 && options_.surrogate == Surrogate::full; }
+    bool estimating() const {
+        return options_.estimates != Estimates::none && block_ > 0 && options_.surrogate == Surrogate::full;
+    }
 
     void linearise() {
-        const Stopwatch watch(report_.linearise);
+        const Stopwatch watch(report_.linearise.seconds);
         const Window<T> now = window();
         const Section where = section(first_, first_ + rows());
         const View<const T> before = states().steps(0, rows());
@@ -149,7 +145,7 @@ private:
         ++report_.iterations;
         std::vector<index> confirmed_before(progress_.size());
         {
-            const Stopwatch watch(report_.update);
+            const Stopwatch watch(report_.update.seconds);
             for (std::size_t j = 0; j < progress_.size(); ++j) confirmed_before[j] = progress_[j].confirmed;
             report_.non_finite_resets += test_residual(window(), progress_, tolerance_, options_.execution);
             report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
@@ -170,7 +166,7 @@ private:
             if (!leaving[j]) shift_ = std::min(shift_, progress_[j].confirmed);
         const bool any_leaving = std::find(leaving.begin(), leaving.end(), true) != leaving.end();
         if (any_leaving || shift_ > 0) {
-            const Stopwatch watch(report_.estimate);
+            const Stopwatch watch(report_.estimate.seconds);
             follow_growth(leaving);
             if (estimating()) estimate_errors(any_leaving ? rows() : shift_);
         }
@@ -202,27 +198,16 @@ private:
         const Window<T> now = window();
         const View<T> carried(error_memory_, {1, batch(), width_});
         const View<T> errors(error_memory_ + batch() * width_, {count, batch(), width_});
-        device::parallel_ranges(device::thread_count(options_.execution), count, 16, [&](index begin, index end) {
-            for (index i = begin; i < end; ++i)
-                for (index j = 0; j < batch(); ++j) {
-                    T* error = errors.at(i, j);
-                    const T *state = now.states.at(i + 1, j), *after = now.after.at(i, j);
-                    if (i < progress_[std::size_t(j)].confirmed)
-                        for (index k = 0; k < width_; ++k) error[k] = state[k] - after[k];
-                    else
-                        std::fill_n(error, width_, T(0));
-                }
-        });
+        std::vector<index> confirmed(progress_.size());
+        for (std::size_t j = 0; j < progress_.size(); ++j) confirmed[j] = progress_[j].confirmed;
+        error_sources<T>(states().steps(1, count + 1), now.after.steps(0, count), first_, block_, confirmed, errors,
+                         device::thread_count(options_.execution));
         solve(BidiagonalSystem<T>{now.jacobian.steps(0, count), errors, carried}, errors, solve_options());
         report_.estimate.bytes += count * batch() * width_ * (block_ + 4) * index(sizeof(T));
         for (index j = 0; j < batch(); ++j) {
-            const index confirmed = std::min(count, progress_[std::size_t(j)].confirmed);
             double& largest = report_.sequences[std::size_t(active_[std::size_t(j)])].error;
-            for (index i = 0; i < confirmed; ++i)
-                for (index k = 0; k < width_; ++k) {
-                    const double error = std::abs(double(errors(i, j, k)));
-                    if (!(error <= largest)) largest = error;
-                }
+            for (index i = 0; i < std::min(count, confirmed[std::size_t(j)]); ++i)
+                raise_error(largest, errors.at(i, j), width_);
         }
         if (shift_ > 0) std::copy_n(errors.at(shift_ - 1, 0), batch() * width_, carried.data());
     }
@@ -243,6 +228,8 @@ private:
         close_gaps(update_memory_, rows(), width_, leaving);
         if (block_ > 0) close_gaps(jacobian_memory_, rows(), width_ * block_, leaving);
         if (estimating()) close_gaps(error_memory_, 1, width_, leaving);
+        if (anderson_)
+            anderson_->close_gaps([&](T* memory, index count) { close_gaps(memory, count, width_, leaving); });
         index kept = 0;
         for (index j = 0; j < index(leaving.size()); ++j) {
             if (leaving[std::size_t(j)]) continue;
@@ -275,7 +262,7 @@ private:
 
     /// Evaluates [first, last) of the listed sequences from `state` [1, sequences, width] on, which ends as the last.
     void run_pieces(index first, index last, std::span<const index> sequences, T* state) {
-        const Stopwatch watch(report_.sequential);
+        const Stopwatch watch(report_.sequential.seconds);
         const index count = index(sequences.size());
         const Workspace::Scope scope(workspace_);
         const index piece =
@@ -309,6 +296,10 @@ private:
                    .worst_before =
                        good ? std::min(review_.worst, review_.worst_before) : std::numeric_limits<double>::infinity()};
         if (good || window_ == 1) return {};
+        if (!damped_ && block_ > 0 && options_.damping < 0) {
+            damped_ = true;
+            return {};
+        }
         const index shorter = shorter_window();
         if (shorter < smallest_window)
             return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
@@ -331,16 +322,59 @@ private:
 
     void solve_update() {
         if (options_.surrogate == Surrogate::zero) return;
-        const Stopwatch watch(report_.reduce);
+        const Stopwatch watch(report_.reduce.seconds);
         const Window<T> now = window();
         const index last = rows();
-        solve(BidiagonalSystem<T>{now.jacobian.steps(shift_, last), now.update.steps(shift_, last)},
-              now.update.steps(shift_, last), solve_options());
+        const Jacobian<T> jacobian = now.jacobian.steps(shift_, last);
+        const View<T> update = now.update.steps(shift_, last);
+        if (damped_ && choose_damping()) {
+            ++report_.damped_passes;
+            reduce::solve_damped<T>(jacobian, update, damping_, 0, device::thread_count(options_.execution));
+        } else {
+            solve(BidiagonalSystem<T>{jacobian, update}, update, solve_options());
+        }
         report_.reduce.bytes += (last - shift_) * batch() * width_ * (block_ + 2) * index(sizeof(T));
     }
 
+    /// Levenberg-Marquardt: more damping where the residual has grown since the last pass, less where it has shrunk.
+    /// False where no sequence needs any. Makes what is confirmed, and the first row that is not, the fixed start of
+    /// the damped system, as `apply` will.
+    bool choose_damping() {
+        const Window<T> now = window();
+        damping_.assign(progress_.size(), 0.0);
+        bool any = false;
+        for (index j = 0; j < batch(); ++j) {
+            Progress& sequence = progress_[std::size_t(j)];
+            double sum = 0;
+            for (index i = sequence.confirmed; i < rows(); ++i)
+                for (index k = 0; k < width_; ++k) sum += double(now.update(i, j, k)) * double(now.update(i, j, k));
+            const double merit = sum;
+            if (sequence.merit == std::numeric_limits<double>::infinity())
+                sequence.damping = options_.damping > 0 ? options_.damping : first_damping;
+            else
+                sequence.damping *= merit < sequence.merit ? less_damping : more_damping;
+            sequence.merit = merit;
+            if (sequence.damping < least_damping) sequence.damping = 0;
+            damping_[std::size_t(j)] = sequence.damping;
+            any = any || sequence.damping > 0;
+        }
+        if (!any) return false;
+        for (index j = 0; j < batch(); ++j) {
+            const index fixed = progress_[std::size_t(j)].confirmed;
+            if (fixed + 1 >= rows()) continue;
+            T* const entry = now.jacobian.at(fixed + 1, j);
+            for (index row = 0; row < width_; ++row)
+                for (index k = 0; k < block_; ++k)
+                    now.update(fixed + 1, j, row) +=
+                        entry[row * block_ + k] * now.update(fixed, j, row / block_ * block_ + k);
+            std::fill_n(entry, width_ * block_, T(0));
+        }
+        return true;
+    }
+
     void apply() {
-        const Stopwatch watch(report_.update);
+        const Stopwatch watch(report_.update.seconds);
+        if (anderson_) anderson_->accelerate(window(), progress_, device::thread_count(options_.execution));
         report_.non_finite_resets += apply_update(window(), progress_, options_.execution);
         report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
     }
@@ -348,9 +382,10 @@ private:
     /// Writes out the rows that all active sequences have confirmed and moves the window to the first that they
     /// have not; new rows enter at its end.
     void slide() {
-        const Stopwatch watch(report_.update);
+        const Stopwatch watch(report_.update.seconds);
         const index kept = rows() - shift_;
         for (index j = 0; j < batch(); ++j) store(j, 0, shift_);
+        if (anderson_) anderson_->slide(shift_, rows(), batch() * width_);
         if (shift_ > 0)
             std::copy_n(states_memory_ + shift_ * batch() * width_, (kept + 1) * batch() * width_, states_memory_);
         index longest = 1;
@@ -461,8 +496,12 @@ private:
         constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
         report_.lyapunov = lyapunov_ ? lyapunov_->exponent() : unknown;
         for (Report::Sequence& sequence : report_.sequences) {
-            if (!estimating() && options_.method == Method::newton) sequence.error = unknown;
-            if (!(sequence.error <= report_.error)) report_.error = sequence.error;
+            // Steps that were finished sequentially have no Jacobians at hand.
+            if (!estimating() || options_.method == Method::sequential ||
+                sequence.status == Status::finished_sequentially)
+                sequence.error = unknown;
+            const bool known = !std::isnan(sequence.error) && !std::isnan(report_.error);
+            report_.error = known ? std::max(report_.error, sequence.error) : unknown;
         }
     }
 
@@ -489,8 +528,11 @@ private:
     index next_window_ = 0;           // and of the next
     index shift_ = 0;                 // leading rows that all active sequences have confirmed
     bool stopped_ = false;
+    bool damped_ = false;
+    std::vector<double> damping_;  // of the active sequences
     Review review_;
     std::optional<LyapunovEstimate<T>> lyapunov_;
+    std::optional<Anderson<T>> anderson_;
     T *states_memory_ = nullptr, *after_memory_ = nullptr, *update_memory_ = nullptr, *jacobian_memory_ = nullptr,
       *error_memory_ = nullptr;
 };
@@ -524,6 +566,8 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();
     }
+    if (options.estimates == Estimates::full && std::isnan(report.error))
+        estimate_along<T>(recurrence, trajectory, options, report);
     if (options.on_failure == OnFailure::raise && !report.ok()) {
         index confirmed = recurrence.shape().steps;
         for (const Report::Sequence& sequence : report.sequences) confirmed = std::min(confirmed, sequence.confirmed);

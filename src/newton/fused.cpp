@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -29,6 +28,7 @@
 #include "newton/cost_model.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
+#include "newton/stopwatch.hpp"
 #include "recurrence/cell_rows.hpp"
 
 namespace deeppcr::newton {
@@ -41,9 +41,6 @@ constexpr index most_shots = 12;
 constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, whose cost would show in shorter ones
 constexpr double enough_shrinking = 0.5;       // of the largest mismatch, per shot, or the method is given up
 constexpr double enough_met = 0.5;             // of the chunks, in the first repair, or the method is given up
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 /// What earlier evaluations of a cell of about the same size have shown.
 struct Experience {
@@ -76,8 +73,11 @@ public:
           width_(recurrence.shape().width),
           threads_(device::thread_count(options.execution)) {
         report_.sequences.resize(std::size_t(recurrence.shape().batch));
-        for (Report::Sequence& sequence : report_.sequences) sequence.confirmed = recurrence.shape().steps;
-        report_.lyapunov = std::numeric_limits<double>::quiet_NaN();
+        for (Report::Sequence& sequence : report_.sequences) {
+            sequence.confirmed = recurrence.shape().steps;
+            sequence.error = std::numeric_limits<double>::quiet_NaN();
+        }
+        report_.lyapunov = report_.error = std::numeric_limits<double>::quiet_NaN();
     }
 
     Report run() {
@@ -96,7 +96,6 @@ public:
             report_.status = std::max(report_.status, sequence.status);
             report_.residual = std::max(report_.residual, sequence.residual);
             report_.relative_residual = std::max(report_.relative_residual, sequence.relative_residual);
-            report_.error = std::max(report_.error, sequence.error);
         }
         report_.seconds = seconds_since(begin);
         report_.workspace_bytes = workspace_.peak_bytes();
@@ -236,7 +235,7 @@ private:
                 if (met) seen.shots = double(shots);
             }
         });
-        if (options_.estimates && longest_part() >= steps_worth_following) estimate_growth();
+        if (options_.estimates == Estimates::quick && longest_part() >= steps_worth_following) estimate_growth();
     }
 
     /// Newton's method for the chunks' starts; false where it does not converge.
@@ -439,8 +438,6 @@ private:
                 Report::Sequence& result = report_.sequences[std::size_t(chunk.sequence)];
                 result.residual = std::max(result.residual, mismatch[i]);
                 result.relative_residual = std::max(result.relative_residual, relative[i]);
-                // The states behind differ from those of exact starts by the mismatch, which shrinks from there on.
-                result.error = std::max(result.error, 2 * mismatch[i]);
             } else if (chunk.first + done + rows[i].steps == chunk.last) {
                 changed.push_back(pending[i]);
             } else {

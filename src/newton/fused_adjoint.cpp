@@ -3,7 +3,6 @@
 // the next chunk then hands over is sent through afterwards and added, until it has shrunk below rounding.
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
 #include "newton/options.hpp"
+#include "newton/stopwatch.hpp"
 #include "recurrence/cell_rows.hpp"
 
 namespace deeppcr {
@@ -21,9 +21,6 @@ namespace {
 
 constexpr index first_correction = 64;   // steps before the first look; then as many again, and again
 constexpr double enough_vanished = 0.5;  // of the chunks, in the first round, or the pass is made step after step
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 template <class T>
 class FusedAdjoint {

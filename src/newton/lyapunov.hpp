@@ -12,23 +12,26 @@
 namespace deeppcr::newton {
 
 /// Carries one vector per sequence and Jacobian block through the Jacobians and averages the logarithm of its growth
-/// (Benettin's method). Bounded work: up to 4,096 steps of a sequence, and beyond 2^18 Jacobian entries in all only
-/// 256 steps of the first, so that a few sequences stand for the others where there are many.
+/// (Benettin's method). Bounded work, unless `everything` is asked for: up to 4,096 steps of a sequence, and beyond
+/// 2^18 Jacobian entries in all only 256 steps of the first, so that a few sequences stand for the others where there
+/// are many.
 template <class T>
 class LyapunovEstimate {
 public:
-    LyapunovEstimate(index width, index block) : width_(width), block_(block) {}
+    LyapunovEstimate(index width, index block, bool everything = false)
+        : width_(width), block_(block), everything_(everything) {}
 
     /// Follows rows [0, rows) of column `column` of `jacobian`, which continue what `sequence` has followed before.
     void follow(index sequence, const Jacobian<T>& jacobian, index column, index rows) {
         auto found = paths_.find(sequence);
         if (found == paths_.end()) {
-            if (entries_ >= entry_limit) return;
+            if (entries_ >= entry_limit && !everything_) return;
             found = paths_.emplace(sequence, Path(width_, block_)).first;
         }
         Path& path = found->second;
         std::vector<double> next(static_cast<std::size_t>(block_));
-        for (index i = 0; i < rows && path.steps < step_limit && (entries_ < entry_limit || path.steps < step_minimum);
+        for (index i = 0; i < rows && (everything_ || (path.steps < step_limit &&
+                                                       (entries_ < entry_limit || path.steps < step_minimum)));
              ++i) {
             const T* entry = jacobian.at(i, column);
             for (index first = 0; first < width_; first += block_) {
@@ -68,6 +71,7 @@ private:
         index steps = 0;
     };
     index width_, block_, entries_ = 0;
+    bool everything_;
     std::map<index, Path> paths_;
 };
 

@@ -42,6 +42,11 @@ void check_options(const Options& options) {
     check_tolerance("options.tolerance", options.tolerance, false);
     check_tolerance("options.absolute_tolerance", options.absolute_tolerance, true);
     check_tolerance("options.relative_tolerance", options.relative_tolerance, true);
+    if (!std::isfinite(options.damping))
+        throw InvalidArgument("options.damping", "a finite number", std::to_string(options.damping));
+    if (options.anderson < 0 || options.anderson > most_anderson)
+        throw InvalidArgument("options.anderson", "0 to " + std::to_string(most_anderson),
+                              std::to_string(options.anderson));
     check_count("options.window", options.window);
     check_count("options.max_iterations", options.max_iterations);
     check_count("options.memory_limit", options.memory_limit);
@@ -85,8 +90,10 @@ index window_length(const Recurrence<T>& recurrence, const Options& options, ind
     // States, f of them, update and error estimate; the Jacobian; and what the reduction takes: PCR two more copies of
     // Jacobian and right side, the scan a pair of them per chunk (counted as one more per step, an upper bound).
     const double copies = options.reduction == Reduction::pcr ? 3 : options.reduction == Reduction::sequential ? 1 : 2;
+    // Anderson keeps states and updates of earlier passes.
     const double per_step =
-        double(shape.batch) * double(shape.width) * double(sizeof(T)) * (4 + double(block) * copies + (copies - 1));
+        double(shape.batch) * double(shape.width) * double(sizeof(T)) *
+        (4 + double(block) * copies + (copies - 1) + (options.anderson > 0 ? 2 * double(options.anderson) + 2 : 0));
     const index wanted = options.window > 0 ? std::min(options.window, shape.steps) : 1;
     if (per_step * double(wanted) > double(limit))
         throw OutOfMemory((options.window > 0 ? "a window of " + std::to_string(wanted) + " steps" : "one step") +

@@ -10,6 +10,8 @@
 
 namespace deeppcr::newton {
 
+constexpr index most_anderson = 16;
+
 /// Throws InvalidArgument for an option that is out of its range.
 void check_options(const Options& options);
 

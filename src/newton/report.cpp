@@ -52,6 +52,7 @@ std::ostream& operator<<(std::ostream& out, const Report& report) {
     if (report.sequential_steps > 0 && report.iterations > 0)
         text << ", " << report.sequential_steps << " steps finished sequentially";
     if (report.window_shrinks > 0) text << ", window shortened " << report.window_shrinks << " times";
+    if (report.damped_passes > 0) text << ", " << report.damped_passes << " damped passes";
     if (report.non_finite_resets > 0) text << ", " << report.non_finite_resets << " non-finite states reset";
     text << ", " << duration(report.seconds);
     return out << text.str();

@@ -1,6 +1,7 @@
 // The two sweeps of a Newton pass over its window's states: test the residual, apply the update.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include <deeppcr/array.hpp>
@@ -14,6 +15,8 @@ struct Progress {
     double residual = 0;           ///< maximum over the confirmed rows of the whole trajectory
     double relative_residual = 0;  ///< likewise, as a fraction of the tolerance
     double worst = 0;              ///< largest relative residual of the rows not confirmed, this pass
+    double damping = 0;            ///< Levenberg-Marquardt's, of this pass
+    double merit = std::numeric_limits<double>::infinity();  ///< sum of the squared residuals of the last damped pass
 };
 
 /// What the test of one range of rows found of one sequence.

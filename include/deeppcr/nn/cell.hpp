@@ -31,7 +31,8 @@ CellSizes sizes_of(CellKind kind);
 /// float or all double, on the CPU. Returns [steps, batch, channels * states], a channel's states side by side; row t
 /// belongs to row t of the gates, also where `reversed`. report: receives what the evaluation did, where not null. A
 /// trajectory that does not converge follows evaluation.on_failure; one that is not right has no gradient: backward
-/// throws InvalidArgument. Deterministic as `evaluate`. Throws InvalidArgument, OutOfMemory, NotConverged.
+/// throws InvalidArgument. Deterministic as `evaluate`: for the same bits in every call, give method and chunk. Throws
+/// InvalidArgument, OutOfMemory, NotConverged.
 at::Tensor cell(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters, const at::Tensor& initial = {},
                 const CellOptions& options = {}, Report* report = nullptr);
 

@@ -20,7 +20,7 @@ struct TrainingOptions {
     Activation activation = Activation::tanh;
     /// How its trunk is evaluated, in training and in validation. The guess `given` starts each step from what the
     /// last one predicts. execution.threads are the trunk's; LibTorch gets one.
-    Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = false};
+    Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = Estimates::none};
 
     // The data: 60,000 training images, of which `held_out` are kept for validation, and 10,000 test images.
     std::filesystem::path data = {};  ///< folder of the four files; empty: DEEPPCR_DATA, else where Debian has them
@@ -116,7 +116,7 @@ struct ValidationOptions {
     std::filesystem::path data = {};  ///< as in TrainingOptions
     bool held_out = false;            ///< validate on the images held out of the training instead of the test set
     index batch = 0;                  ///< 0: the checkpoint's
-    Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = false};
+    Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = Estimates::none};
     std::function<void(double done)> progress = {};
     /// Asked after every batch; true stops, and the result counts the images so far.
     std::function<bool()> interrupted = {};
