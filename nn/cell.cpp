@@ -34,12 +34,6 @@ std::unique_ptr<ChannelwiseRecurrence<T>> recurrence_of(CellKind kind, View<cons
     return std::make_unique<CellRecurrence<SLSTM, T>>(inputs, parameters, initial, starts);
 }
 
-/// Detached, with a contiguous last dimension, copied only where it must be.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-    const Tensor detached = tensor.detach();
-    return detached.stride(2) == 1 || detached.size(2) <= 1 ? detached : detached.contiguous();
-}
-
 template <class T>
 View<const T> view_of(const Tensor& tensor, bool reversed) {
     const View<const T> all(tensor.data_ptr<T>(), {tensor.size(0), tensor.size(1), tensor.size(2)}, tensor.stride(0),
@@ -106,13 +100,6 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
                 Tensor()};
     }
 };
-
-void require(const char* name, const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type) {
-    if (tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type && tensor.device().is_cpu()) return;
-    std::ostringstream expected;
-    expected << type << " " << sizes << " on the CPU";
-    throw InvalidArgument(name, expected.str(), describe(tensor));
-}
 
 }  // namespace
 

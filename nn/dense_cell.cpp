@@ -14,12 +14,6 @@ namespace {
 
 using at::Tensor;
 
-/// A detached tensor whose last dimension is contiguous, copied only where it must be.
-Tensor with_contiguous_rows(const Tensor& gates) {
-    const Tensor detached = gates.detach();
-    return detached.stride(2) == 1 || detached.size(2) <= 1 ? detached : detached.contiguous();
-}
-
 template <class T>
 View<const T> view_inputs(const Tensor& gates) {
     return {gates.data_ptr<T>(), {gates.size(0), gates.size(1), gates.size(2)}, gates.stride(0), gates.stride(1)};
@@ -107,13 +101,6 @@ struct DenseCellFunction : torch::autograd::Function<DenseCellFunction<T>> {
                 Tensor()};
     }
 };
-
-void require(const char* name, const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type) {
-    if (tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type && tensor.device().is_cpu()) return;
-    std::ostringstream expected;
-    expected << type << " " << sizes << " on the CPU";
-    throw InvalidArgument(name, expected.str(), describe(tensor));
-}
 
 }  // namespace
 

@@ -30,6 +30,20 @@ View<T> view(const at::Tensor& tensor) {
     return View<T>(tensor.data_ptr<std::remove_const_t<T>>(), shape);
 }
 
+/// Detached, with a contiguous last dimension, copied only where it must be.
+inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
+    const at::Tensor detached = tensor.detach();
+    return detached.stride(-1) == 1 || detached.size(-1) <= 1 ? detached : detached.contiguous();
+}
+
+/// Throws InvalidArgument unless `tensor` has this shape and type, on the CPU.
+inline void require(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type) {
+    if (tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type && tensor.device().is_cpu()) return;
+    std::ostringstream expected;
+    expected << type << " " << sizes << " on the CPU";
+    throw InvalidArgument(name, expected.str(), describe(tensor));
+}
+
 /// A tensor that owns the buffer from here on: nothing is copied.
 template <class T>
 at::Tensor adopt(Buffer<T>& buffer, at::IntArrayRef sizes, const at::TensorOptions& options) {

@@ -4,6 +4,7 @@
 #include <deeppcr/nn/cell.hpp>
 #include <deeppcr/nn/dense_cell.hpp>
 #include <deeppcr/nn/names.hpp>
+#include <deeppcr/nn/recurrent.hpp>
 
 namespace {
 
@@ -14,6 +15,11 @@ constexpr Names<deeppcr::DenseCellKind, 4> dense_names{{{"elman_tanh", deeppcr::
                                                         {"elman_relu", deeppcr::DenseCellKind::elman_relu},
                                                         {"gru", deeppcr::DenseCellKind::gru},
                                                         {"lstm", deeppcr::DenseCellKind::lstm}}};
+
+constexpr Names<CellKind, 4> cell_names{{{"para_gru", CellKind::para_gru},
+                                         {"para_lstm", CellKind::para_lstm},
+                                         {"diagonal_elman", CellKind::diagonal_elman},
+                                         {"slstm", CellKind::slstm}}};
 
 template <CellKind kind>
 Tensor cell_op(const Tensor& gates, const Tensor& parameters, const c10::optional<Tensor>& initial, bool reversed) {
@@ -27,6 +33,18 @@ Tensor dense_op(const std::string& kind, const Tensor& gates, const Tensor& weig
     DenseCellOptions options;
     options.evaluation.method = deeppcr::Method::sequential;
     return dense_cell(choice_of(dense_names, "kind", kind), gates, weight_hh, bias_hh, initial, options);
+}
+
+std::tuple<Tensor, Tensor> recurrent_op(const std::string& cell, const Tensor& input,
+                                        const std::vector<Tensor>& weights, const c10::optional<Tensor>& initial,
+                                        const c10::optional<Tensor>& batch_sizes, bool bidirectional, bool batch_first,
+                                        double dropout) {
+    RecurrentCall call;
+    call.bidirectional = bidirectional;
+    call.batch_first = batch_first;
+    call.batch_sizes = batch_sizes.value_or(Tensor());
+    call.dropout = dropout;
+    return recurrent(choice_of(cell_names, "cell", cell), input, weights, initial.value_or(Tensor()), call);
 }
 
 }  // namespace
@@ -43,4 +61,13 @@ TORCH_LIBRARY(deeppcr, library) {
                 cell_op<CellKind::slstm>);
     library.def("dense_cell(str kind, Tensor gates, Tensor weight_hh, Tensor bias_hh, Tensor initial) -> Tensor",
                 dense_op);
+    // Whole layers, as torch's own _VF.gru: see `recurrent` in include/deeppcr/nn/recurrent.hpp.
+    library.def(
+        "recurrent(str cell, Tensor input, Tensor[] weights, Tensor? initial=None, Tensor? batch_sizes=None, "
+        "bool bidirectional=False, bool batch_first=True, float dropout=0.0) -> (Tensor output, Tensor last)",
+        [](const std::string& cell, const Tensor& input, const c10::List<Tensor>& weights,
+           const c10::optional<Tensor>& initial, const c10::optional<Tensor>& batch_sizes, bool bidirectional,
+           bool batch_first, double dropout) {
+            return recurrent_op(cell, input, weights.vec(), initial, batch_sizes, bidirectional, batch_first, dropout);
+        });
 }

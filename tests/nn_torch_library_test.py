@@ -4,6 +4,7 @@ Called with the path of libdeeppcr_nn.so and the version of the LibTorch that it
 skipped) where this Python has no torch, or another one.
 """
 import sys
+from typing import List, Optional
 
 try:
     import torch
@@ -63,12 +64,70 @@ ours = torch.ops.deeppcr.dense_cell("gru", projected, gru.weight_hh_l0, gru.bias
                                     torch.zeros(2, 6, dtype=torch.double))
 assert torch.allclose(ours, gru(x)[0], atol=1e-12)
 
+# Whole layers: two of them, both directions, two heads, packed; a script may call them.
+inputs, hidden, heads = 4, 6, 2
+layers = []
+for layer in range(2):
+    for direction in range(2):
+        width = (inputs if layer == 0 else 2 * hidden) // heads
+        layers += [torch.randn(3 * hidden, width, dtype=torch.double), torch.randn(3 * hidden, dtype=torch.double),
+                   torch.randn(3, hidden, dtype=torch.double) / 2]
+layers = [tensor.requires_grad_() for tensor in layers]
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor, weights: List[torch.Tensor], sizes: Optional[torch.Tensor]):
+    return torch.ops.deeppcr.recurrent("para_gru", x, weights, None, sizes, True)
+
+
+def plain(x):
+    """One sequence [steps,inputs] through all layers, by their equations."""
+    last = []
+    for layer in range(2):
+        outputs = []
+        for direction in range(2):
+            w, b, p = layers[(layer * 2 + direction) * 3:][:3]
+            full = torch.zeros(3, hidden, x.shape[1], dtype=torch.double)
+            for head in range(heads):
+                rows = slice(head * hidden // heads, (head + 1) * hidden // heads)
+                columns = slice(head * x.shape[1] // heads, (head + 1) * x.shape[1] // heads)
+                full[:, rows, columns] = w.view(3, hidden, -1)[:, rows]
+            u = (x if direction == 0 else x.flip(0)) @ full.view(3 * hidden, -1).T + b
+            h, rows = torch.zeros(hidden, dtype=torch.double), []
+            for t in range(x.shape[0]):
+                h = para_gru(h, u[t].chunk(3, -1), p)
+                rows.append(h)
+            outputs.append(torch.stack(rows) if direction == 0 else torch.stack(rows).flip(0))
+            last.append(h)
+        x = torch.cat(outputs, 1)
+    return x, torch.stack(last)
+
+
+sequences = [torch.randn(length, inputs, dtype=torch.double, requires_grad=True) for length in (7, 1, 4)]
+packed = torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+output, last = scripted(packed.data, layers, packed.batch_sizes)
+output = torch.nn.utils.rnn.PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+output, lengths = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
+last = last[:, packed.unsorted_indices]
+loss = ours = 0
+for j, sequence in enumerate(sequences):
+    expected, end = plain(sequence)
+    assert torch.allclose(output[j, :lengths[j]], expected, atol=1e-11)
+    assert torch.allclose(last[:, j], end, atol=1e-11)
+    alone = torch.ops.deeppcr.recurrent("para_gru", sequence[None], layers, bidirectional=True)
+    assert torch.allclose(alone[0][0], expected, atol=1e-11) and torch.allclose(alone[1][:, 0], end, atol=1e-11)
+    loss, ours = loss + (expected**2).sum() + end.sum(), ours + (output[j, :lengths[j]]**2).sum() + last[:, j].sum()
+for a, b in zip(torch.autograd.grad(ours, layers + sequences), torch.autograd.grad(loss, layers + sequences)):
+    assert torch.allclose(a, b, atol=1e-9), (a - b).abs().max()
+
 for call in (lambda: torch.ops.deeppcr.para_gru(gates, parameters[:2]),
+             lambda: torch.ops.deeppcr.recurrent("no such cell", x, layers),
+             lambda: torch.ops.deeppcr.recurrent("slstm", x, layers),
              lambda: torch.ops.deeppcr.dense_cell("no such cell", projected, gru.weight_hh_l0, gru.bias_hh_l0, x[0])):
     try:
         call()
     except RuntimeError as error:
-        assert "parameters" in str(error) or "kind" in str(error), error
+        assert any(name in str(error) for name in ("parameters", "kind", "cell", "weights")), error
     else:
         raise AssertionError("no error")
 print("torch.ops.deeppcr: all as expected")

@@ -305,10 +305,12 @@ struct Loops {
                     for (int k = 0; k < K; ++k) block.state[k * lanes + l] = result[std::size_t(k)];
                     for (int g = 0; g < G; ++g) {
                         T& entry = input_gradient[g * here.input_gate + l];
-                        entry = correcting ? entry + result[std::size_t(K + g)] : result[std::size_t(K + g)];
+                        entry = correcting ? entry + result[std::size_t(K) + std::size_t(g)]
+                                           : result[std::size_t(K) + std::size_t(g)];
                     }
                     for (int q = 0; q < P; ++q)
-                        block.parameter_gradient[q * lanes + l] += result[std::size_t(K + G + q)];
+                        block.parameter_gradient[q * lanes + l] +=
+                            result[std::size_t(K) + std::size_t(G) + std::size_t(q)];
                 }
             }
     }
