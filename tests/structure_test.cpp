@@ -39,7 +39,7 @@ const std::vector<Room> rooms = {
     {"files/", {headers + "array.hpp", headers + "error.hpp"}},
     {"nn/", {headers, nn_headers, "files/"}},
     {"cli/", {headers, nn_headers, "files/"}},
-    {"examples/", {headers}},
+    {"examples/", {headers, nn_headers}},
 };
 
 /// Libraries that only some places may see: where the prefix of an include names one, the file must be in one of those.
@@ -49,7 +49,7 @@ struct Library {
 };
 const std::vector<Library> libraries = {
     {"LibTorch", std::regex("(torch|ATen|c10|caffe2)/.*"),
-     std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/nn_.*")},
+     std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/nn_.*|examples/long_series.cpp")},
     {"Highway", std::regex("hwy/.*"), std::regex("src/.*")},
     {"CLI11", std::regex("CLI/.*"), std::regex("cli/.*|nn/.*|benchmarks/.*")},
     {"GoogleTest", std::regex("(gtest|gmock|rapidcheck)[/.].*"), std::regex("tests/.*")},
