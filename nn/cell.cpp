@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -59,6 +60,7 @@ struct Forward : torch::CustomClassHolder {
     Tensor gates, parameters, initial;  // detached: the recurrence's views point into them
     CellOptions options;
     std::unique_ptr<ChannelwiseRecurrence<T>> recurrence;
+    Buffer<T> boundaries;  // where the states are recomputed
     Report report;
 };
 
@@ -69,11 +71,23 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
         auto pass = c10::make_intrusive<Forward<T>>(kind, gates, parameters, initial, options);
         const Shape shape = pass->recurrence->shape();
         Tensor states = at::empty({shape.steps, shape.batch, shape.width}, pass->parameters.options());
-        const View<T> whole(states.data_ptr<T>(), shape);
-        pass->report =
-            evaluate(*pass->recurrence, options.reversed ? whole.reversed() : whole, pass->options.evaluation);
+        const View<T> all(states.data_ptr<T>(), shape), whole = options.reversed ? all.reversed() : all;
+        if (const index segment = options.recompute; segment > 0) {
+            pass->boundaries =
+                Buffer<T>::uninitialised({(shape.steps + segment - 1) / segment, shape.batch, shape.width});
+            pass->report =
+                evaluate_boundaries<T>(*pass->recurrence, segment, pass->boundaries, pass->options.evaluation,
+                                       [&](index first, View<const T> rows) {
+                                           for (index i = 0; i < rows.steps(); ++i)
+                                               for (index j = 0; j < rows.batch(); ++j)
+                                                   std::copy_n(rows.at(i, j), rows.width(), whole.at(first + i, j));
+                                       });
+            context->save_for_backward({gates, parameters, initial});
+        } else {
+            pass->report = evaluate(*pass->recurrence, whole, pass->options.evaluation);
+            context->save_for_backward({gates, parameters, initial, states});
+        }
         if (report != nullptr) *report = pass->report;
-        context->save_for_backward({gates, parameters, initial, states});
         context->saved_data["pass"] = c10::IValue::make_capsule(pass);
         return states;
     }
@@ -83,13 +97,17 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
         if (at::GradMode::is_enabled())
             throw InvalidArgument("backward of cell", "first derivatives only", "create_graph");
         // Reading the saved variables is also what notices that one was changed in place since.
-        const Tensor states = context->get_saved_variables()[3];
+        const auto saved = context->get_saved_variables();
         const auto pass = c10::static_intrusive_pointer_cast<Forward<T>>(context->saved_data["pass"].toCapsule());
         const bool reversed = pass->options.reversed;
         const Tensor output_gradient = with_contiguous_rows(output_gradients[0]);
-        auto gradients = adjoint(*pass->recurrence, view_of<T>(states, reversed), pass->report,
-                                 view_of<T>(output_gradient, reversed), pass->options.evaluation);
-        const auto options = states.options();
+        const View<const T> outputs = view_of<T>(output_gradient, reversed);
+        auto gradients = pass->options.recompute > 0
+                             ? adjoint_from_boundaries(*pass->recurrence, pass->options.recompute, pass->boundaries,
+                                                       pass->report, outputs, pass->options.evaluation)
+                             : adjoint(*pass->recurrence, view_of<T>(saved[3], reversed), pass->report, outputs,
+                                       pass->options.evaluation);
+        const auto options = pass->parameters.options();
         Tensor inputs = adopt(gradients.inputs, pass->gates.sizes(), options);
         if (reversed) inputs = inputs.flip(0);
         return {inputs,
@@ -120,6 +138,7 @@ CellSizes sizes_of(CellKind kind) {
 Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
             const CellOptions& options, Report* report) {
     const CellSizes sizes = sizes_of(kind);
+    if (options.recompute < 0) throw InvalidArgument("recompute", "0 or more", std::to_string(options.recompute));
     if (!gates.defined() || gates.dim() != 3 || gates.size(2) < sizes.inputs || gates.size(2) % sizes.inputs != 0 ||
         (gates.scalar_type() != at::kFloat && gates.scalar_type() != at::kDouble) || !gates.device().is_cpu())
         throw InvalidArgument(

@@ -320,6 +320,66 @@ TYPED_TEST(CellTest, RandomProblemsAreRightOrSayThatTheyAreNot) {
     }
 }
 
+/// Backward from boundary states alone, for segments of every kind, against the backward pass from all states.
+TYPED_TEST(CellTest, RecomputedGradientsEqualThoseFromAllStates) {
+    const std::vector<SequenceStart> starts{{0, 7}, {1, 20}, {1, 24}};
+    for (const index channels : {1, 5, 17}) {
+        Problem<TypeParam, double> problem({40, 2, channels}, 31, 0.5, Layout::steps_first, starts);
+        const auto& recurrence = problem.recurrence;
+        const Buffer<double> weights = Buffer<double>::random(recurrence.shape(), 5);
+        const Options options{.method = Method::sequential};
+        const auto [trajectory, report] = evaluate(recurrence, options);
+        const auto expected = adjoint(recurrence, trajectory, report, weights, options);
+        for (const index segment : {1, 3, 8, 20, 39, 40, 100})
+            for (const Method method : {Method::sequential, Method::overlap}) {
+                const Options again{.method = method, .chunk = 5, .tolerance = 1e-14};
+                const index count = (40 + segment - 1) / segment;
+                Buffer<double> boundaries({count, 2, recurrence.shape().width});
+                Buffer<double> seen(recurrence.shape());
+                const Report kept = evaluate_boundaries<double>(
+                    recurrence, segment, boundaries, again, [&](index first, View<const double> states) {
+                        std::copy_n(states.data(), states.shape().count(), seen.view().at(first, 0));
+                    });
+                EXPECT_TRUE(kept.ok());
+                EXPECT_LE(largest_difference<double>(seen, trajectory), method == Method::sequential ? 0 : 1e-11);
+                for (index s = 1; s < count; ++s)
+                    EXPECT_TRUE(same_bits<double>(boundaries.view().steps(s, s + 1),
+                                                  seen.view().steps(s * segment - 1, s * segment)));
+                const auto found = adjoint_from_boundaries(recurrence, segment, boundaries, kept, weights, again);
+                EXPECT_LE(largest_difference<double>(found.inputs, expected.inputs), 1e-10) << segment;
+                EXPECT_LE(largest_difference<double>(found.parameters, expected.parameters), 1e-9) << segment;
+                EXPECT_LE(largest_difference<double>(found.initial, expected.initial), 1e-10) << segment;
+            }
+    }
+}
+
+TEST(CellSegments, TakeMemoryOfOneSegment) {
+    const Problem<ParaGRU, float> problem({4096, 1, 64}, 3);
+    const Buffer<float> weights = Buffer<float>::random(problem.recurrence.shape(), 5);
+    Buffer<float> boundaries({64, 1, 64});
+    const Options options{.method = Method::sequential};
+    const Report report = evaluate_boundaries<float>(problem.recurrence, 64, boundaries, options);
+    const auto gradients = adjoint_from_boundaries(problem.recurrence, 64, boundaries, report, weights, options);
+    // The trajectory alone would be 1 MiB.
+    EXPECT_LE(report.workspace_bytes, 64 << 10);
+    EXPECT_LE(gradients.report.workspace_bytes, 256 << 10);
+}
+
+TEST(CellSegments, RefuseWhatDoesNotFit) {
+    const Problem<ParaGRU, float> problem({10, 1, 2}, 3);
+    Buffer<float> boundaries({4, 1, 2}), output_gradient(problem.recurrence.shape());
+    const Report report = evaluate_boundaries<float>(problem.recurrence, 3, boundaries);
+    EXPECT_THROW(evaluate_boundaries<float>(problem.recurrence, 0, boundaries), InvalidArgument);
+    EXPECT_THROW(evaluate_boundaries<float>(problem.recurrence, 2, boundaries), InvalidArgument);
+    EXPECT_THROW(adjoint_from_boundaries(problem.recurrence, 4, boundaries, report, output_gradient), InvalidArgument);
+    EXPECT_THROW(adjoint_from_boundaries(problem.recurrence, 3, boundaries, report, boundaries), InvalidArgument);
+    Report bad = report;
+    bad.status = Status::max_iterations;
+    EXPECT_THROW(adjoint_from_boundaries(problem.recurrence, 3, boundaries, bad, output_gradient), InvalidArgument);
+    EXPECT_THROW(problem.recurrence.segment(5, 5, boundaries.view().steps(0, 1)), InvalidArgument);
+    EXPECT_THROW(problem.recurrence.segment(0, 5, boundaries), InvalidArgument);
+}
+
 TEST(CellArguments, SayWhatIsWrong) {
     const Buffer<float> inputs({5, 2, 9}), parameters({3, 1, 3}), odd({5, 2, 10}), states({1, 2, 3});
     const auto message = [](const auto& make) -> std::string {

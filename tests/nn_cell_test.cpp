@@ -93,6 +93,28 @@ TEST(Cell, StepsOneAtATimeContinueAState) {
     }
 }
 
+TEST(Cell, RecomputedBackwardEqualsTheOther) {
+    for (const bool reversed : {false, true}) {
+        const std::vector<Tensor> arguments{normal({30, 2, 3 * 5}, 1).requires_grad_(),
+                                            normal({5, 5}, 2).mul(0.5).requires_grad_(),
+                                            normal({3, 10}, 3).requires_grad_()};
+        CellOptions options;
+        options.evaluation.method = Method::sequential;
+        options.reversed = reversed;
+        options.starts = {{1, 13}};
+        const Tensor kept = cell(CellKind::para_lstm, arguments[0], arguments[1], arguments[2], options);
+        const auto expected = torch::autograd::grad({kept.square().sum()}, arguments);
+        for (const index segment : {1, 7, 30, 1000}) {
+            options.recompute = segment;
+            const Tensor states = cell(CellKind::para_lstm, arguments[0], arguments[1], arguments[2], options);
+            EXPECT_TRUE(at::equal(states, kept)) << segment;
+            const auto found = torch::autograd::grad({states.square().sum()}, arguments);
+            for (std::size_t i = 0; i < found.size(); ++i)
+                EXPECT_LE((found[i] - expected[i]).abs().max().item<double>(), 1e-11) << segment << " " << i;
+        }
+    }
+}
+
 TEST(Cell, ErrorsNameTheArgument) {
     const Tensor gates = normal({5, 2, 9}, 1), parameters = normal({3, 3}, 2);
     const auto message = [](const auto& call) -> std::string {

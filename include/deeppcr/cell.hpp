@@ -3,6 +3,7 @@
 #pragma once
 
 #include <concepts>
+#include <memory>
 #include <vector>
 
 #include <deeppcr/cell_kernels.hpp>
@@ -61,6 +62,11 @@ public:
     const std::vector<SequencePart>& parts() const { return parts_; }
     /// x_0 of a part, [C*K].
     const T* initial_state(index part) const { return initial_.at(0, part); }
+
+    /// The recurrence of steps first+1 .. last alone, 0 <= first < last <= steps, on the same inputs and parameters.
+    /// before: x_first of every row of the batch, [1,batch,width], in, copied; a sequence that begins after it has its
+    /// own initial state.
+    std::unique_ptr<ChannelwiseRecurrence> segment(index first, index last, View<const T> before) const;
 
     /// The last state of every part, [1, parts, C*K]; its initial state where it has no steps.
     Buffer<T> final_states(View<const T> trajectory) const;

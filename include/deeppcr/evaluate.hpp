@@ -228,4 +228,24 @@ CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const 
                          const Report& report, View<const std::type_identity_t<T>> output_gradient,
                          const Options& options = {});
 
+/// Evaluates a cell segment after segment of `segment` steps and keeps only the states before each: memory for one
+/// segment's states instead of all. boundaries: [ceil(steps / segment), batch, width], out; row s is x_{s * segment}.
+/// visit, where given, sees each segment's states x_{first+1}.. [rows,batch,width] before they are overwritten.
+/// Every segment is evaluated as by `evaluate` with `options` (guess `given` counts as initial_state); the Report is of
+/// them all. Where a segment does not converge, those after it are not evaluated. Deterministic as `evaluate`. Throws
+/// InvalidArgument, OutOfMemory, NotConverged.
+template <class T>
+Report evaluate_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment,
+                           View<std::type_identity_t<T>> boundaries, const Options& options = {},
+                           const std::function<void(index first, View<const T> states)>& visit = {});
+
+/// `adjoint` of a cell from what evaluate_boundaries kept: computes each segment's states again, the last segment
+/// first, so that the whole trajectory is never in memory. The same gradients to rounding; the parameters' are sums
+/// over the segments, in double. Otherwise as `adjoint`.
+template <class T>
+CellGradients<T> adjoint_from_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment,
+                                         View<const std::type_identity_t<T>> boundaries, const Report& report,
+                                         View<const std::type_identity_t<T>> output_gradient,
+                                         const Options& options = {});
+
 }  // namespace deeppcr

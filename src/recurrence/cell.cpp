@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "device/simd.hpp"
 #include "device/threads.hpp"
@@ -72,8 +73,7 @@ ChannelwiseRecurrence<T>::ChannelwiseRecurrence(const cell::Kernels<T>& kernels,
         throw InvalidArgument("parameters", "a contiguous array of shape " + to_string(expected),
                               to_string(parameters.shape()));
     const Shape states{1, index(parts_.size()), this->shape().width};
-    if (initial.data() == nullptr &&
-        (initial.shape() == Shape{0, 0, 0} || initial.shape() == Shape{0, 1, 1} || initial.shape().count() == 0)) {
+    if (initial.data() == nullptr && initial.shape().count() == 0) {
         zeros_ = Buffer<T>(states);
         initial_ = zeros_.view();
     } else if (initial.shape() != states || initial.data() == nullptr) {
@@ -82,6 +82,44 @@ ChannelwiseRecurrence<T>::ChannelwiseRecurrence(const cell::Kernels<T>& kernels,
     }
     for (index part = 0; part < index(parts_.size()); ++part)
         if (parts_[std::size_t(part)].first == 0) first_part_.push_back(part);
+}
+
+namespace {
+
+/// A segment's recurrence, which keeps the states that it starts from.
+template <class T>
+class Segment final : public ChannelwiseRecurrence<T> {
+public:
+    Segment(const cell::Kernels<T>& kernels, View<const T> inputs, View<const T> parameters, Buffer<T> initial,
+            const std::vector<SequenceStart>& starts)
+        : ChannelwiseRecurrence<T>(kernels, inputs, parameters, initial.view(), starts), initial_(std::move(initial)) {}
+
+private:
+    Buffer<T> initial_;
+};
+
+}  // namespace
+
+template <class T>
+std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(index first, index last,
+                                                                            View<const T> before) const {
+    const Shape& shape = this->shape();
+    if (first < 0 || first >= last || last > shape.steps)
+        throw InvalidArgument("segment", "0 <= first < last <= " + std::to_string(shape.steps),
+                              std::to_string(first) + " and " + std::to_string(last));
+    if (before.shape() != Shape{1, shape.batch, shape.width} || before.data() == nullptr)
+        throw InvalidArgument("before", to_string(Shape{1, shape.batch, shape.width}), to_string(before.shape()));
+    std::vector<SequenceStart> starts;
+    std::vector<const T*> states;
+    for (index p = 0; p < index(parts_.size()); ++p) {
+        const SequencePart& part = parts_[std::size_t(p)];
+        if (part.last <= first || part.first >= last) continue;
+        states.push_back(part.first >= first ? initial_state(p) : before.at(0, part.sequence));
+        if (part.first > first) starts.push_back({part.sequence, part.first - first});
+    }
+    Buffer<T> initial = Buffer<T>::uninitialised({1, index(states.size()), shape.width});
+    for (std::size_t p = 0; p < states.size(); ++p) std::copy_n(states[p], shape.width, initial.view().at(0, index(p)));
+    return std::make_unique<Segment<T>>(kernels_, inputs_.steps(first, last), parameters_, std::move(initial), starts);
 }
 
 template <class T>

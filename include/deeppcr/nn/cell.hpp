@@ -16,6 +16,9 @@ struct CellOptions {
     Options evaluation = {};            ///< method, tolerance and the rest; guess `given` counts as initial_state
     std::vector<SequenceStart> starts;  ///< where new sequences begin within rows of the batch
     bool reversed = false;              ///< from the last step to the first
+    /// Steps per segment of which backward keeps only the first state and computes the others again; 0: keep all. Saves
+    /// memory where nothing else keeps the returned states.
+    index recompute = 0;
 };
 
 /// Numbers per state and channel, gates, and parameters per channel of a cell.

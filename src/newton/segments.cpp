@@ -1,0 +1,195 @@
+// Recomputation: only the states before each segment of steps are kept; the backward pass evaluates the segments again.
+
+#include <deeppcr/evaluate.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "newton/options.hpp"
+#include "newton/stopwatch.hpp"
+
+namespace deeppcr {
+namespace newton {
+namespace {
+
+index segment_count(index steps, index segment) { return (steps + segment - 1) / segment; }
+
+template <class T>
+void check_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, View<const T> boundaries) {
+    if (segment < 1) throw InvalidArgument("segment", "at least 1 step", std::to_string(segment));
+    const auto [steps, batch, width] = recurrence.shape();
+    const Shape expected{segment_count(steps, segment), batch, width};
+    if (boundaries.shape() != expected || (boundaries.data() == nullptr && expected.count() > 0))
+        throw InvalidArgument("boundaries", "memory of shape " + to_string(expected), to_string(boundaries.shape()));
+}
+
+double larger(double a, double b) { return std::isnan(a) || std::isnan(b) ? std::nan("") : std::max(a, b); }
+
+void add(Report::Stage& sum, const Report::Stage& stage) {
+    sum.seconds += stage.seconds;
+    sum.bytes += stage.bytes;
+}
+
+/// Adds the next segment's report to that of the segments before it.
+void append(Report& all, const Report& next, bool first) {
+    if (first) {
+        all = next;
+        return;
+    }
+    all.status = std::max(all.status, next.status);
+    for (std::size_t j = 0; j < all.sequences.size(); ++j) {
+        Report::Sequence& sequence = all.sequences[j];
+        const Report::Sequence& more = next.sequences[j];
+        sequence.status = std::max(sequence.status, more.status);
+        sequence.iterations += more.iterations;
+        sequence.confirmed += more.confirmed;
+        sequence.residual = std::max(sequence.residual, more.residual);
+        sequence.relative_residual = std::max(sequence.relative_residual, more.relative_residual);
+        sequence.error = std::nan("");  // of a segment that starts from exact states: not of the whole
+    }
+    all.iterations += next.iterations;
+    all.residual = std::max(all.residual, next.residual);
+    all.relative_residual = std::max(all.relative_residual, next.relative_residual);
+    all.error = std::nan("");
+    all.lyapunov = larger(all.lyapunov, next.lyapunov);
+    add(all.linearise, next.linearise);
+    add(all.reduce, next.reduce);
+    add(all.update, next.update);
+    add(all.sequential, next.sequential);
+    add(all.estimate, next.estimate);
+    all.workspace_bytes = std::max(all.workspace_bytes, next.workspace_bytes);
+    all.window_shrinks += next.window_shrinks;
+    all.damped_passes += next.damped_passes;
+    all.non_finite_resets += next.non_finite_resets;
+    all.sequential_steps += next.sequential_steps;
+}
+
+template <class T>
+Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, View<T> boundaries,
+                    const Options& options, const std::function<void(index first, View<const T> states)>& visit) {
+    const Clock::time_point begin = Clock::now();
+    check_options(options);
+    check_segments<T>(recurrence, segment, boundaries);
+    const auto [steps, batch, width] = recurrence.shape();
+    Report report;
+    report.method = to_string(options.method);
+    report.sequences.resize(std::size_t(batch));
+    if (recurrence.shape().count() == 0) return report;
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const Workspace::Scope scope(workspace);
+    const View<T> memory = workspace.take_states<T>({std::min(segment, steps), batch, width});
+    std::vector<index> sequences(std::size_t(batch), 0);
+    for (index j = 0; j < batch; ++j) sequences[std::size_t(j)] = j;
+    recurrence.initial({0, 0, sequences, options.execution}, boundaries.steps(0, 1));
+    const index count = segment_count(steps, segment);
+    for (index s = 0; s < count; ++s) {
+        const index first = s * segment, last = std::min(steps, first + segment);
+        Options here = options;
+        here.workspace = &workspace;
+        if (here.guess == Guess::given) here.guess = Guess::initial_state;
+        if (options.progress)
+            here.progress = [&](index confirmed, index, index iterations) {
+                return options.progress(first + confirmed, steps, report.iterations + iterations);
+            };
+        const View<T> states = memory.steps(0, last - first);
+        append(report,
+               evaluate(*recurrence.segment(first, last, View<const T>(boundaries.steps(s, s + 1))), states, here),
+               s == 0);
+        if (visit) visit(first, View<const T>(states));
+        if (!report.ok()) break;
+        for (index j = 0; s + 1 < count && j < batch; ++j)
+            std::copy_n(states.at(last - first - 1, j), width, boundaries.at(s + 1, j));
+    }
+    if (count > 1) report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
+    report.seconds = seconds_since(begin);
+    return report;
+}
+
+template <class T>
+CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, View<const T> boundaries,
+                                  const Report& report, View<const T> output_gradient, const Options& options) {
+    const Clock::time_point begin = Clock::now();
+    check_segments<T>(recurrence, segment, boundaries);
+    check_adjoint_arguments<T>(recurrence, output_gradient, report, output_gradient, options);
+    const auto [steps, batch, width] = recurrence.shape();
+    const std::vector<SequencePart>& parts = recurrence.parts();
+    CellGradients<T> result{Buffer<T>::uninitialised(recurrence.inputs().shape()),
+                            Buffer<T>(recurrence.parameters().shape()),
+                            Buffer<T>({1, index(parts.size()), width}),
+                            {}};
+    result.report.sequences.resize(std::size_t(batch));
+    if (recurrence.shape().count() == 0) return result;
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const Workspace::Scope scope(workspace);
+    const Shape most{std::min(segment, steps), batch, width};
+    const View<T> states_memory = workspace.take_states<T>(most), gradient_memory = workspace.take_states<T>(most);
+    const View<T> carried = workspace.take_states<T>({1, batch, width});  // dL/dx at the segment's end, from behind
+    std::fill_n(carried.data(), batch * width, T(0));
+    std::vector<double> parameters(std::size_t(result.parameters.size()), 0.0);
+    Options here = options;
+    here.workspace = &workspace;
+    here.progress = {};
+    if (here.guess == Guess::given) here.guess = Guess::initial_state;
+    const index count = segment_count(steps, segment);
+    for (index s = count - 1; s >= 0; --s) {
+        const index first = s * segment, last = std::min(steps, first + segment);
+        const auto part_recurrence = recurrence.segment(first, last, boundaries.steps(s, s + 1));
+        const View<T> states = states_memory.steps(0, last - first), gradient = gradient_memory.steps(0, last - first);
+        const Report again = evaluate(*part_recurrence, states, here);
+        for (index i = 0; i < last - first; ++i)
+            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(first + i, j), width, gradient.at(i, j));
+        for (index j = 0; j < batch; ++j)
+            for (index k = 0; k < width; ++k) gradient(last - first - 1, j, k) += carried(0, j, k);
+        CellGradients<T> found = adjoint(*part_recurrence, View<const T>(states), again, View<const T>(gradient), here);
+        std::copy_n(found.inputs.data(), found.inputs.size(), result.inputs.view().at(first, 0));
+        for (std::size_t k = 0; k < parameters.size(); ++k) parameters[k] += double(found.parameters.data()[k]);
+        index piece = 0;  // the segment's sequences, in the order of `parts`
+        std::fill_n(carried.data(), batch * width, T(0));
+        for (index p = 0; p < index(parts.size()); ++p) {
+            const SequencePart& part = parts[std::size_t(p)];
+            if (part.last <= first || part.first >= last) continue;
+            T* const to = part.first >= first ? result.initial.view().at(0, p) : carried.at(0, part.sequence);
+            std::copy_n(found.initial.view().at(0, piece++), width, to);
+        }
+        append(result.report, found.report, s == count - 1);
+    }
+    std::copy(parameters.begin(), parameters.end(), result.parameters.data());
+    if (count > 1)
+        result.report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
+    result.report.workspace_bytes = workspace.peak_bytes();
+    result.report.seconds = seconds_since(begin);
+    return result;
+}
+
+}  // namespace
+}  // namespace newton
+
+template <>
+Report evaluate_boundaries(const ChannelwiseRecurrence<float>& recurrence, index segment, View<float> boundaries,
+                           const Options& options, const std::function<void(index, View<const float>)>& visit) {
+    return newton::run_segments<float>(recurrence, segment, boundaries, options, visit);
+}
+template <>
+Report evaluate_boundaries(const ChannelwiseRecurrence<double>& recurrence, index segment, View<double> boundaries,
+                           const Options& options, const std::function<void(index, View<const double>)>& visit) {
+    return newton::run_segments<double>(recurrence, segment, boundaries, options, visit);
+}
+template <>
+CellGradients<float> adjoint_from_boundaries(const ChannelwiseRecurrence<float>& recurrence, index segment,
+                                             View<const float> boundaries, const Report& report,
+                                             View<const float> output_gradient, const Options& options) {
+    return newton::adjoint_segments<float>(recurrence, segment, boundaries, report, output_gradient, options);
+}
+template <>
+CellGradients<double> adjoint_from_boundaries(const ChannelwiseRecurrence<double>& recurrence, index segment,
+                                              View<const double> boundaries, const Report& report,
+                                              View<const double> output_gradient, const Options& options) {
+    return newton::adjoint_segments<double>(recurrence, segment, boundaries, report, output_gradient, options);
+}
+
+}  // namespace deeppcr
