@@ -9,6 +9,8 @@
 
 #include <deeppcr/deeppcr.hpp>
 
+#include "tests/compare.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -49,26 +51,6 @@ struct Problem {
     Buffer<T> inputs, parameters, initial;
     CellRecurrence<C, T> recurrence;
 };
-
-template <class T>
-double largest_difference(View<const T> a, View<const T> b) {
-    double largest = 0;
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            for (index k = 0; k < a.width(); ++k) {
-                const double difference = std::abs(double(a(i, j, k)) - double(b(i, j, k)));
-                if (!(difference <= largest)) largest = difference;
-            }
-    return largest;
-}
-
-template <class T>
-bool same_bits(View<const T> a, View<const T> b) {
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            if (!std::equal(a.at(i, j), a.at(i, j) + a.width(), b.at(i, j))) return false;
-    return true;
-}
 
 template <class C>
 class CellTest : public testing::Test {};
@@ -242,6 +224,11 @@ TYPED_TEST(CellTest, OverlapAndShootingEqualSequential) {
                     const auto expected = evaluate(problem.recurrence, {.method = Method::sequential});
                     const auto found = evaluate(problem.recurrence, {.method = method, .chunk = chunk});
                     EXPECT_TRUE(found.report.ok()) << found.report;
+                    if (method != Method::automatic) {
+                        EXPECT_TRUE(found.report.method.starts_with(to_string(method)) &&
+                                    found.report.method.find("chunks") != std::string::npos)
+                            << found.report.method;
+                    }
                     double size = 1;
                     for (index i = 0; i < expected.trajectory.size(); ++i)
                         size = std::max(size, std::abs(double(expected.trajectory.data()[i])));

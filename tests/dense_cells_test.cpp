@@ -15,6 +15,8 @@
 #include <deeppcr/dense_cells.hpp>
 #include <deeppcr/evaluate.hpp>
 
+#include "tests/compare.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -42,42 +44,6 @@ constexpr Size hidden_sizes[] = {{1, "scalar"},
                                  {37, "prime"}};
 constexpr Size batches[] = {
     {0, "none"}, {1, "one sequence"}, {3, "odd, less than a tile"}, {17, "prime, more than two tiles"}};
-
-std::vector<index> all(index batch) {
-    std::vector<index> sequences(static_cast<std::size_t>(batch));
-    std::iota(sequences.begin(), sequences.end(), 0);
-    return sequences;
-}
-
-template <class T>
-::testing::AssertionResult same_bits(const View<const T>& a, const View<const T>& b) {
-    if (a.shape() != b.shape()) return ::testing::AssertionFailure() << "shapes differ";
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            for (index k = 0; k < a.width(); ++k)
-                if (std::memcmp(&a(i, j, k), &b(i, j, k), sizeof(T)) != 0)
-                    return ::testing::AssertionFailure() << "step " << i << ", sequence " << j << ", element " << k
-                                                         << ": " << a(i, j, k) << " and " << b(i, j, k);
-    return ::testing::AssertionSuccess();
-}
-template <class T>
-::testing::AssertionResult same_bits(const Buffer<T>& a, const Buffer<T>& b) {
-    return same_bits<T>(a.view(), b.view());
-}
-
-/// |a - b| <= tolerance max(1, |b|), everywhere.
-template <class T, class U>
-::testing::AssertionResult near(const Buffer<T>& a, const Buffer<U>& b, double tolerance) {
-    if (a.shape() != b.shape())
-        return ::testing::AssertionFailure() << to_string(a.shape()) << " and " << to_string(b.shape());
-    for (index i = 0; i < a.size(); ++i) {
-        const double x = double(a.data()[i]), y = double(b.data()[i]);
-        if (!(std::abs(x - y) <= tolerance * std::max(1.0, std::abs(y))))
-            return ::testing::AssertionFailure() << "element " << i << " of " << to_string(a.shape()) << ": " << x
-                                                 << ", expected " << y << " within " << tolerance;
-    }
-    return ::testing::AssertionSuccess();
-}
 
 using Numbers = std::vector<long double>;
 

@@ -13,6 +13,8 @@
 
 #include <deeppcr/dense_chain.hpp>
 
+#include "tests/compare.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -47,42 +49,6 @@ constexpr Size widths[] = {{1, "scalar"},
                            {37, "prime"}};
 constexpr Size batches[] = {
     {1, "one sequence"}, {2, "two"}, {5, "odd, less than a tile"}, {19, "prime, more than two tiles"}};
-
-std::vector<index> all(index batch) {
-    std::vector<index> sequences(batch);
-    std::iota(sequences.begin(), sequences.end(), 0);
-    return sequences;
-}
-
-template <class T>
-::testing::AssertionResult same_bits(const View<const T>& a, const View<const T>& b) {
-    if (a.shape() != b.shape()) return ::testing::AssertionFailure() << "shapes differ";
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            if (std::memcmp(a.at(i, j), b.at(i, j), std::size_t(a.width()) * sizeof(T)) != 0)
-                for (index k = 0; k < a.width(); ++k)
-                    if (std::memcmp(&a(i, j, k), &b(i, j, k), sizeof(T)) != 0)
-                        return ::testing::AssertionFailure() << "step " << i << ", sequence " << j << ", element " << k
-                                                             << ": " << a(i, j, k) << " and " << b(i, j, k);
-    return ::testing::AssertionSuccess();
-}
-template <class T>
-::testing::AssertionResult same_bits(const Buffer<T>& a, const Buffer<T>& b) {
-    return same_bits<T>(a.view(), b.view());
-}
-
-/// |a - b| <= tolerance max(1, |b|), everywhere.
-template <class T, class U>
-::testing::AssertionResult near(const Buffer<T>& a, const Buffer<U>& b, double tolerance) {
-    if (a.shape() != b.shape()) return ::testing::AssertionFailure() << "shapes differ";
-    for (index i = 0; i < a.size(); ++i) {
-        const double x = double(a.data()[i]), y = double(b.data()[i]);
-        if (!(std::abs(x - y) <= tolerance * std::max(1.0, std::abs(y))))
-            return ::testing::AssertionFailure() << "element " << i << " of " << to_string(a.shape()) << ": " << x
-                                                 << ", expected " << y << " within " << tolerance;
-    }
-    return ::testing::AssertionSuccess();
-}
 
 long double activate(Activation activation, long double z) {
     switch (activation) {

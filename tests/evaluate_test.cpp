@@ -9,6 +9,8 @@
 #include <numbers>
 #include <sstream>
 
+#include "tests/compare.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -82,26 +84,6 @@ public:
 private:
     T r_;
 };
-
-template <class T>
-double largest_difference(View<const T> a, View<const T> b) {
-    double largest = 0;
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            for (index k = 0; k < a.width(); ++k) {
-                const double difference = std::abs(double(a(i, j, k)) - double(b(i, j, k)));
-                if (!(difference <= largest)) largest = difference;
-            }
-    return largest;
-}
-
-template <class T>
-bool same_bits(View<const T> a, View<const T> b) {
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            if (std::memcmp(a.at(i, j), b.at(i, j), std::size_t(a.width()) * sizeof(T)) != 0) return false;
-    return true;
-}
 
 template <class T>
 double residual(const Recurrence<T>& recurrence, View<const T> trajectory) {

@@ -13,6 +13,7 @@
 
 #include "newton/options.hpp"
 #include "reduce/damped.hpp"
+#include "tests/compare.hpp"
 
 namespace deeppcr {
 namespace {
@@ -27,15 +28,6 @@ Buffer<float> random(const Shape& shape, std::uint64_t seed, double scale) {
     Buffer<float> result = Buffer<float>::random(shape, seed);
     for (index k = 0; k < result.size(); ++k) result.data()[k] *= float(scale);
     return result;
-}
-
-double largest_difference(View<const float> a, View<const double> b) {
-    double largest = 0;
-    for (index i = 0; i < a.steps(); ++i)
-        for (index j = 0; j < a.batch(); ++j)
-            for (index k = 0; k < a.width(); ++k)
-                largest = std::max(largest, std::abs(double(a(i, j, k)) - b(i, j, k)));
-    return largest;
 }
 
 /// A recurrence in float and the same in double, with the arrays that they look at.
@@ -82,8 +74,7 @@ struct Problem {
 double largest_residual(const Problem& problem, View<const float> trajectory) {
     const auto [steps, batch, width] = trajectory.shape();
     Buffer<double> before({steps, batch, width}), after({steps, batch, width});
-    std::vector<index> sequences;
-    for (index j = 0; j < batch; ++j) sequences.push_back(j);
+    const std::vector<index> sequences = all(batch);
     const Section section{0, steps, sequences};
     problem.exact->initial(section, before.view().steps(0, 1));
     for (index i = 1; i < steps; ++i)
@@ -189,7 +180,7 @@ TEST(HardDynamics, EveryRowOfTheTableIsRight) {
             options.reduction = Reduction::scan;
             options.estimates = Estimates::full;
             const auto [trajectory, report] = evaluate(*problem.recurrence, options);
-            const double error = largest_difference(trajectory, truth.trajectory);
+            const double error = largest_difference<float, double>(trajectory, truth.trajectory);
             std::string method = report.method.substr(8);
             method = method.substr(0, method.find(','));
             if (options.damping >= 0) method += options.damping > 0 ? ", damped" : ", never damped";
@@ -450,7 +441,7 @@ TEST(Estimates, ErrorOfAThousandRandomRecurrences) {
         Options options{.method = methods[draw() % (cell ? 5 : 3)], .estimates = Estimates::full};
         if (draw() % 2 == 0) options.tolerance = 1e-5;
         const auto [trajectory, report] = evaluate(*problem.recurrence, options);
-        const double error = largest_difference(trajectory, problem.truth().trajectory);
+        const double error = largest_difference<float, double>(trajectory, problem.truth().trajectory);
         const double tolerance = newton::tolerance_of<float>(options).relative;
         if (!report.ok() || !(largest_residual(problem, trajectory) <= tolerance + 2e-6)) ++unreported;
         covered += index(report.error >= error / 10);
@@ -478,7 +469,7 @@ void check_accuracy(double weight) {
          {Method::automatic, Method::sequential, Method::overlap, Method::shooting, Method::newton}) {
         const auto [trajectory, report] =
             evaluate(*problem.recurrence, {.method = method, .estimates = Estimates::full});
-        const double error = largest_difference(trajectory, truth) / size;
+        const double error = largest_difference<float, double>(trajectory, truth) / size;
         std::printf("%s, coefficients N(0, %g), %-10s: error %.1e, estimate %.1e, Lyapunov exponent %.3f, %s\n",
                     C::name, weight * weight, to_string(method).c_str(), error, report.error / size, report.lyapunov,
                     to_string(report.status).c_str());

@@ -132,11 +132,8 @@ public:
         allocate();
         for (std::size_t i = 0; i < units_.size(); ++i) enter(i);
         const bool backwards = work_ == Work::backward || work_ == Work::correct;
-        const index longest = std::max_element(units_.begin(), units_.end(), [](const Unit& a, const Unit& b) {
-                                  return a.steps < b.steps;
-                              })->steps;
         // Backwards, a unit of fewer steps waits until the others have come down to its own last step.
-        std::vector<index> stops{0, longest};
+        std::vector<index> stops{0};
         for (const Unit& unit : units_) stops.push_back(unit.steps);
         std::sort(stops.begin(), stops.end());
         stops.erase(std::unique(stops.begin(), stops.end()), stops.end());

@@ -1,4 +1,6 @@
 // Uses deeppcr as a stranger would: a system with a known solution, and a recurrence that has a closed form.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -20,6 +22,46 @@ struct Halving : Recurrence<double> {
     }
 };
 
+/// A cell of one's own: x_t = (1 - a) x_{t-1} + a tanh(w x_{t-1} + u_t).
+struct LeakyTanh {
+    static constexpr int states = 1, inputs = 1, parameters = 2;
+    template <class S>
+    static std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 2> p) {
+        auto [a, w] = p;
+        return {(S(1) - a) * x[0] + a * tanh(w * x[0] + u[0])};
+    }
+};
+
+/// Least seconds of several sequential evaluations.
+template <class C>
+static double seconds_of(const Buffer<float>& u, const Buffer<float>& p) {
+    const CellRecurrence<C> recurrence(u, p);
+    Buffer<float> trajectory(recurrence.shape());
+    double least = 1e9;
+    for (int i = 0; i < 10; ++i)
+        least = std::min(least, evaluate(recurrence, trajectory, {.method = Method::sequential}).seconds);
+    return least;
+}
+
+/// The user's cell in chunks side by side, and as fast as the library's own, however this program is compiled.
+static bool cell_is_right_and_fast() {
+    const auto u = Buffer<float>::random({.steps = 5000, .batch = 1, .width = 256}, 1);
+    const Buffer<float> p({2, 1, 256});
+    for (index k = 0; k < p.size(); ++k) p.data()[k] = k < 256 ? 0.5F : 0.8F;
+    const CellRecurrence<LeakyTanh> recurrence(u, p);
+    const auto expected = evaluate(recurrence, {.method = Method::sequential}),
+               found = evaluate(recurrence, {.method = Method::overlap, .chunk = 500});
+    double largest = 0;
+    for (index k = 0; k < expected.trajectory.size(); ++k)
+        largest =
+            std::max(largest, std::abs(double(expected.trajectory.data()[k]) - double(found.trajectory.data()[k])));
+    const double own = seconds_of<LeakyTanh>(u, p), built_in = seconds_of<DiagonalElman>(u, Buffer<float>({1, 1, 256}));
+    std::printf("own cell %.0f us, built-in cell %.0f us, difference %.1e\n", own * 1e6, built_in * 1e6, largest);
+    if (found.report.ok() && largest <= 1e-4 && own <= 4 * built_in) return true;
+    std::fprintf(stderr, "a cell of one's own: wrong, or more than 4 times slower than the built-in one\n");
+    return false;
+}
+
 static bool same(const char* what, double actual, double expected) {
     if (std::abs(actual - expected) <= 1e-12 * std::abs(expected)) return true;
     std::fprintf(stderr, "%s: expected %.17g, got %.17g\n", what, expected, actual);
@@ -40,6 +82,8 @@ int main() {
     const auto [trajectory, report] = evaluate(Halving());
     right &= report.status == Status::converged;
     for (int t = 1; t <= 30; ++t) right &= same("evaluate", trajectory(t - 1, 0, 0), 2 - std::exp2(1 - t));
+
+    right &= cell_is_right_and_fast();
 
     if (right) std::printf("deeppcr %s\n", version().c_str());
     return right ? 0 : 1;
