@@ -113,6 +113,7 @@ void warn_about_slow_blas(Output& output);
 void add_reproduce(Program& program);
 void add_train(Program& program);
 void add_validate(Program& program);
+void add_analyse(Program& program);
 void add_solve(Program& program);
 void add_check(Program& program);
 void add_info(Program& program);

@@ -7,6 +7,7 @@ int main(int argc, char** argv) {
     add_reproduce(program);
     add_train(program);
     add_validate(program);
+    add_analyse(program);
     add_solve(program);
     add_check(program);
     add_info(program);

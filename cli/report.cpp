@@ -307,6 +307,11 @@ std::string percent_text(double fraction, int decimals) {
     return std::isfinite(fraction) ? format("%.*f %%", decimals, fraction * 100) : "-";
 }
 
+std::string speed_text(double ratio) {
+    if (!std::isfinite(ratio) || ratio <= 0) return "-";
+    return ratio >= 1 ? number_text(ratio) + "x faster" : number_text(1 / ratio) + "x slower";
+}
+
 std::string svg(const Plot& plot) {
     constexpr double width = 540, left = 62, right = 16, row = 20, height_of_area = 250;
     std::vector<const std::vector<double>*> across_data, up_data;

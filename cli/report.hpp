@@ -15,6 +15,8 @@ std::string number_text(double value, int digits = 3);
 std::string seconds_text(double seconds);
 std::string scientific_text(double value);
 std::string percent_text(double fraction, int decimals = 1);
+/// What sequential / parallel seconds say: "1.38x faster", "13.5x slower"; "-" where not finite.
+std::string speed_text(double ratio);
 
 enum class Unit { number, seconds, percent };
 

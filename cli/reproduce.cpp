@@ -249,11 +249,6 @@ Quartiles quartiles(std::vector<double> sample) {
     return {at(0.25), at(0.5), at(0.75)};
 }
 
-std::string speed_text(double ratio) {
-    if (!std::isfinite(ratio) || ratio <= 0) return "-";
-    return ratio >= 1 ? number_text(ratio) + "x faster" : number_text(1 / ratio) + "x slower";
-}
-
 void add_reproduce(Program& program) {
     auto arguments = std::make_shared<Arguments>();
     CLI::App& command =

@@ -45,9 +45,6 @@ struct Quartiles {
 };
 Quartiles quartiles(std::vector<double> sample);
 
-/// What sequential / parallel seconds say: "1.38x faster", "13.5x slower"; "-" where not finite.
-std::string speed_text(double ratio);
-
 /// A number of results.json, NaN where it is null: not measured.
 inline double number(const Json& value) { return value.is_number() ? value.get<double>() : std::nan(""); }
 

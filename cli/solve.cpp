@@ -13,6 +13,7 @@
 #include <files/write.hpp>
 
 #include "command.hpp"
+#include "jacobian_file.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -34,21 +35,6 @@ struct Arguments {
     bool transposed = false;
 };
 
-struct Problem {
-    Shape states;
-    index block = 1;
-};
-
-/// The sizes that A has room for: [T,B,D] diagonal, [T,B,D,D] dense, [T,B,D/K,K,K] block-diagonal.
-Problem shape_of_problem(const std::string& file, const std::vector<index>& shape) {
-    const std::size_t dimensions = shape.size();
-    const bool square = dimensions < 4 || shape[dimensions - 1] == shape[dimensions - 2];
-    if (dimensions < 3 || dimensions > 5 || !square)
-        throw FileError(file, "shape [T,B,D], [T,B,D,D] or [T,B,D/K,K,K]", files::to_string(shape));
-    if (dimensions == 5) return {{shape[0], shape[1], shape[2] * shape[3]}, shape[3]};
-    return {{shape[0], shape[1], shape[2]}, dimensions == 4 ? shape[2] : 1};
-}
-
 /// Refuses what the machine has no room for: both inputs, the solution, and what the solver works with.
 void refuse_if_too_large(const NpyHeader& subdiagonal, const NpyHeader& right_side, const std::string& method) {
     // A file in Fortran order is twice in memory while it is converted. PCR keeps two copies of A and b.
@@ -62,17 +48,6 @@ void refuse_if_too_large(const NpyHeader& subdiagonal, const NpyHeader& right_si
     if (const index available = available_memory(); bytes > available)
         throw OutOfMemory("solving this needs " + std::to_string(bytes) + " bytes of memory, and " +
                           std::to_string(available) + " are available");
-}
-
-template <class T>
-void refuse_if_not_finite(const std::string& file, const std::vector<T>& values, const std::vector<index>& shape) {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-        if (std::isfinite(values[i])) continue;
-        std::vector<index> position(shape.size());
-        for (std::size_t d = shape.size(), rest = i; d-- > 0; rest /= std::size_t(shape[d]))
-            position[d] = index(rest % std::size_t(shape[d]));
-        throw FileError(file, "finite numbers", std::to_string(values[i]) + " at " + files::to_string(position));
-    }
 }
 
 struct Residual {
@@ -120,7 +95,7 @@ std::string number(double value) {
 }
 
 template <class T>
-Exit solve_files(const Arguments& arguments, const Problem& problem, Output& output) {
+Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& output) {
     const Tensor subdiagonal_file = files::read_npy(arguments.subdiagonal);
     const Tensor right_side_file = files::read_npy(arguments.right_side);
     const auto& subdiagonal = std::get<std::vector<T>>(subdiagonal_file.values);
@@ -193,7 +168,7 @@ Exit run_solve(const Arguments& arguments, Output& output) {
     const NpyHeader subdiagonal = files::read_npy_header(arguments.subdiagonal);
     const NpyHeader right_side = files::read_npy_header(arguments.right_side);
 
-    const Problem problem = shape_of_problem(arguments.subdiagonal, subdiagonal.shape);
+    const BlockShape problem = block_shape_of(arguments.subdiagonal, subdiagonal.shape);
     if (const Shape& states = problem.states;
         right_side.shape != std::vector<index>{states.steps, states.batch, states.width})
         throw Error(arguments.right_side + " has shape " + files::to_string(right_side.shape) + ", expected " +

@@ -1,6 +1,7 @@
 // deeppcr: sequential computations evaluated in parallel. Everything public, in one include.
 #pragma once
 
+#include <deeppcr/analyse.hpp>
 #include <deeppcr/array.hpp>
 #include <deeppcr/bidiagonal.hpp>
 #include <deeppcr/cell.hpp>

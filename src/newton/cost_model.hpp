@@ -37,4 +37,9 @@ struct Plan {
 Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels, index repeated, double sweeps,
                  int threads);
 
+/// Whether so many channels, of all rows together, fill the lanes of all threads: then chunks have nothing to gain.
+inline bool lanes_are_full(index rows, index channels, int threads) {
+    return double(rows) * double(channels) >= double(cell::lanes * 16 * threads);
+}
+
 }  // namespace deeppcr::newton

@@ -136,9 +136,8 @@ private:
         // Below this not even two lanes' worth of chunks would pay for the bookkeeping, on any machine.
         if (options_.method == Method::automatic && steps < 128) return {Method::sequential, 0};
         const index rows = index(recurrence_.parts().size()), channels = recurrence_.channels();
-        if (options_.method == Method::automatic &&
-            double(rows) * double(channels) >= double(cell::lanes * 16 * threads_))
-            return {Method::sequential, 0};  // the lanes are full without chunks
+        if (options_.method == Method::automatic && lanes_are_full(rows, channels, threads_))
+            return {Method::sequential, 0};
         if (options_.chunk > 0 && options_.method != Method::automatic)
             return {options_.method, std::min(options_.chunk, steps)};
         const StepCosts& costs = step_costs(recurrence_, threads_);

@@ -53,6 +53,13 @@ public:
         }
     }
 
+    /// Sums of log(growth) so far, of every sequence and block that was followed.
+    std::vector<double> growths() const {
+        std::vector<double> all;
+        for (const auto& [sequence, path] : paths_) all.insert(all.end(), path.growth.begin(), path.growth.end());
+        return all;
+    }
+
     /// The largest of the sequences and blocks, per step; NaN where nothing was followed.
     double exponent() const {
         double largest = std::numeric_limits<double>::quiet_NaN();

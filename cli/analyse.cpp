@@ -1,0 +1,419 @@
+// deeppcr analyse: can a recurrence be evaluated in parallel, by which method, and does that pay on this machine?
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+
+#include <deeppcr/analyse.hpp>
+#include <deeppcr/bidiagonal.hpp>
+#include <files/npy.hpp>
+
+#include "command.hpp"
+#include "jacobian_file.hpp"
+#include "model_file.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+struct Arguments {
+    std::string file, inputs, module;
+    index steps = 4096, batch = 1, heads = 1;
+    std::uint64_t seed = 1;
+    double tolerance = 0, seconds = 10;
+    int threads = 0;
+    bool relu = false;
+};
+
+/// x_t = A_t x_{t-1} + b_t, from 0 on.
+template <class T>
+class LinearRecurrence : public Recurrence<T> {
+public:
+    explicit LinearRecurrence(const BidiagonalSystem<T>& system)
+        : Recurrence<T>(system.right_side.shape(), system.subdiagonal.block()), system_(system) {}
+
+    void step(const Section& section, View<const T> before, View<T> after) const override {
+        const index width = before.width(), block = this->block();
+        for (index i = 0; i < section.steps(); ++i)
+            for (index j = 0; j < section.batch(); ++j) {
+                const index t = section.first + i, sequence = section.sequences[std::size_t(j)];
+                const T* matrix = system_.subdiagonal.at(t, sequence);
+                for (index row = 0; row < width; ++row, matrix += block) {
+                    T sum = system_.right_side(t, sequence, row);
+                    const T* const x = before.at(i, j) + row - row % block;
+                    for (index k = 0; k < block; ++k) sum += matrix[k] * x[k];
+                    after(i, j, row) = sum;
+                }
+            }
+    }
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override {
+        step(section, before, after);
+        for (index i = 0; i < section.steps(); ++i)
+            for (index j = 0; j < section.batch(); ++j)
+                std::copy_n(system_.subdiagonal.at(section.first + i, section.sequences[std::size_t(j)]),
+                            before.width() * this->block(), jacobian.at(i, j));
+    }
+
+private:
+    BidiagonalSystem<T> system_;
+};
+
+/// "per step: contractive; a disturbance halves every 3.3 steps"
+std::string nature(const Analysis& analysis) {
+    const double exponent = analysis.lyapunov;
+    if (std::isnan(exponent)) return "unknown";
+    if (std::isinf(exponent)) return "the past is forgotten at once";
+    const double uncertain = std::isnan(analysis.lyapunov_error) ? 0 : 2 * analysis.lyapunov_error;
+    if (std::abs(exponent) <= uncertain) return "at the edge between contractive and chaotic";
+    const std::string steps = number_text(std::log(2.0) / std::abs(exponent), 2) + " steps";
+    return exponent < 0 ? "contractive; a disturbance halves every " + steps
+                        : "chaotic; a disturbance doubles every " + steps +
+                              ", so that no two precisions give the same trajectory: only its residual can be promised";
+}
+
+std::string signed_text(double value) { return (value < 0 ? "-" : "") + number_text(std::abs(value), 2); }
+
+std::vector<std::string> findings(const Analysis& analysis) {
+    std::vector<std::string> lines;
+    std::string exponent = "Lyapunov exponent ";
+    if (std::isinf(analysis.lyapunov))
+        exponent += "-infinity";
+    else
+        exponent += signed_text(analysis.lyapunov) +
+                    (std::isnan(analysis.lyapunov_error) ? "" : " ± " + number_text(analysis.lyapunov_error, 1)) +
+                    " per step";
+    lines.push_back(exponent + ": " + nature(analysis) + ".");
+    const std::string within = "within " + scientific_text(analysis.tolerance);
+    if (analysis.places > 0)
+        lines.push_back(analysis.forgetting >= 0
+                            ? "A wrong state is forgotten after " + count_text(analysis.forgetting) + " steps (" +
+                                  within + ", the most of " + count_text(analysis.places) + " starts)."
+                            : "A wrong state is not forgotten within " + count_text(analysis.forgetting_looked) +
+                                  " steps (" + within + "): chunks cannot start from a guess.");
+    if (analysis.longest_window > 0)
+        lines.push_back("Window: products of Jacobians have no digits left after " +
+                        count_text(analysis.longest_window) + " steps; longer windows bring Newton's method nothing.");
+    return lines;
+}
+
+std::string name_of(const Trial& trial) {
+    const std::string name = to_string(trial.method);
+    if (trial.method != Method::newton) return name;
+    return name + (trial.surrogate == Surrogate::diagonal ? ", diagonal of the Jacobian" : ", full Jacobian");
+}
+
+/// What the Report's own words add to the method's name: "64 chunks of 2048 steps, 96 steps repeated".
+std::string details(const Trial& trial) {
+    if (trial.method == Method::newton || trial.method == Method::sequential) return "";
+    const std::string& method = trial.report.method;
+    if (trial.method == Method::automatic) return method;
+    return method.substr(std::min(method.size(), method.find(", ") + 2));
+}
+
+Table trials_table(const Analysis& analysis, index steps) {
+    Table table{.title = {},
+                .caption = {},
+                .columns = {{"method", false},
+                            {"passes"},
+                            {"outcome", false},
+                            {"time"},
+                            {"against sequential"},
+                            {"differs by"},
+                            {"", false}},
+                .rows = {}};
+    if (analysis.steps_tried < steps)
+        table.caption = "Tried on the first " + count_text(analysis.steps_tried) + " steps.";
+    const double baseline = analysis.trials.front().seconds;
+    for (const Trial& trial : analysis.trials) {
+        const bool first = &trial == &analysis.trials.front();
+        table.rows.push_back({name_of(trial), first ? "" : count_text(trial.report.iterations),
+                              trial.out_of_time ? "out of time" : to_string(trial.report.status),
+                              seconds_text(trial.seconds),
+                              first || trial.out_of_time ? "" : speed_text(baseline / trial.seconds),
+                              first ? "" : scientific_text(trial.difference), details(trial)});
+    }
+    return table;
+}
+
+std::string verdict(const Analysis& analysis) {
+    const Trial& best = analysis.fastest();
+    const Trial *newton = nullptr, *automatic = nullptr;
+    for (const Trial& trial : analysis.trials) {
+        if (trial.method == Method::newton && newton == nullptr) newton = &trial;
+        if (trial.method == Method::automatic) automatic = &trial;
+    }
+    std::string text;
+    if (newton != nullptr) {
+        const Report& report = newton->report;
+        text += newton->out_of_time ? "Newton's method was stopped after " + count_text(report.iterations) + " passes. "
+                : report.status == Status::converged
+                    ? "Newton's method needs " + count_text(report.iterations) +
+                          (report.iterations == 1 ? " pass. " : " passes. ")
+                    : "Newton's method made too little progress in " + count_text(report.iterations) +
+                          " passes, and the rest was finished sequentially. ";
+    }
+    if (best.method == Method::sequential || (best.method == Method::automatic && best.report.method == "sequential"))
+        text += "On this machine: evaluate it sequentially.";
+    else
+        text += "On this machine: " + (best.method == Method::automatic ? best.report.method : name_of(best)) + ", " +
+                number_text(analysis.trials.front().seconds / best.seconds) + "x faster than sequentially.";
+    if (automatic != nullptr) {
+        const std::string& chosen = automatic->report.method;
+        text += " (`automatic` chooses " + chosen.substr(0, chosen.find(',')) + ".)";
+    }
+    if (analysis.channels_that_pay == 0)
+        text += " Chunks side by side do not pay for any number of channels of this length.";
+    if (analysis.channels_that_pay > 0)
+        text += " By the measured costs of a step, chunks side by side pay up to " +
+                count_text(analysis.channels_that_pay) + (analysis.channels_that_pay == 1 ? " channel" : " channels") +
+                " of this length, all sequences together.";
+    return text;
+}
+
+Json finite(double value) { return std::isfinite(value) ? Json(value) : Json(); }
+
+template <class T>
+Json to_json(const std::string& description, const Shape& shape, const Analysis& analysis) {
+    Json result{{"recurrence", description},
+                {"steps", shape.steps},
+                {"batch", shape.batch},
+                {"width", shape.width},
+                {"element_type", sizeof(T) == 8 ? "float64" : "float32"},
+                {"tolerance", analysis.tolerance},
+                {"lyapunov", finite(analysis.lyapunov)},
+                {"lyapunov_error", finite(analysis.lyapunov_error)},
+                {"forgetting_steps", analysis.forgetting >= 0 ? Json(analysis.forgetting) : Json()},
+                {"forgetting_looked", analysis.forgetting_looked},
+                {"longest_window", analysis.longest_window > 0 ? Json(analysis.longest_window) : Json()}};
+    if (analysis.trials.empty()) return result;
+    result["steps_tried"] = analysis.steps_tried;
+    result["channels_that_pay"] = analysis.channels_that_pay >= 0 ? Json(analysis.channels_that_pay) : Json();
+    for (const Trial& trial : analysis.trials)
+        result["trials"].push_back({{"method", to_string(trial.method)},
+                                    {"surrogate", trial.surrogate == Surrogate::diagonal ? "diagonal" : "full"},
+                                    {"what_it_did", trial.report.method},
+                                    {"iterations", trial.report.iterations},
+                                    {"status", to_string(trial.report.status)},
+                                    {"out_of_time", trial.out_of_time},
+                                    {"seconds", trial.seconds},
+                                    {"sequential_over_this", analysis.trials.front().seconds / trial.seconds},
+                                    {"difference", finite(trial.difference)}});
+    result["fastest"] = to_string(analysis.fastest().method);
+    return result;
+}
+
+template <class T>
+Analysis analyse_with_progress(const Recurrence<T>& recurrence, const std::string& title, const Arguments& arguments,
+                               bool trials) {
+    Progress progress(title, 1);
+    AnalysisOptions options{
+        .evaluation = {.tolerance = arguments.tolerance, .execution = {.threads = arguments.threads}},
+        .trials = trials,
+        .seconds = arguments.seconds};
+    options.progress = [&](double done) {
+        progress.update(done);
+        return !interrupted();
+    };
+    try {
+        return analyse(recurrence, options);
+    } catch (const NotConverged&) {
+        if (interrupted()) throw Interrupted();
+        throw;
+    }
+}
+
+std::string shape_text(const Shape& shape, bool float64) {
+    return count_text(shape.steps) + (shape.steps == 1 ? " step, " : " steps, ") + count_text(shape.batch) +
+           (shape.batch == 1 ? " sequence of " : " sequences of ") + count_text(shape.width) +
+           (shape.width == 1 ? " number, " : " numbers, ") + (float64 ? "double" : "float");
+}
+
+/// Normal numbers, or those of a file; of the type that the model has.
+template <class T>
+Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
+    const index width = model.inputs() * (model.recurrent() ? arguments.heads : 1);
+    if (arguments.inputs.empty())
+        return Buffer<T>::random({model.recurrent() ? arguments.steps : 1, arguments.batch, width}, arguments.seed);
+    const files::Tensor tensor = files::read_npy(arguments.inputs);
+    std::vector<index> shape = tensor.shape;
+    const std::size_t dimensions = model.recurrent() ? 3 : 2;
+    if (shape.size() + 1 == dimensions) shape.insert(shape.end() - 1, 1);  // a single sequence
+    if (!model.recurrent()) shape.insert(shape.begin(), 1);
+    const bool fits = shape.size() == 3 && shape[0] > 0 && shape[1] > 0 &&
+                      (model.recurrent() && arguments.heads == 1 ? shape[2] > 0 && shape[2] % model.inputs() == 0
+                                                                 : shape[2] == width);
+    if (!fits)
+        throw FileError(arguments.inputs,
+                        model.recurrent() ? "shape [steps,sequences," + std::to_string(width) + "]"
+                                          : "first states of shape [sequences," + std::to_string(width) + "]",
+                        files::to_string(tensor.shape));
+    Buffer<T> result({shape[0], shape[1], shape[2]});
+    std::visit(
+        [&]<class U>(const std::vector<U>& values) {
+            if constexpr (std::is_floating_point_v<U>) {
+                refuse_if_not_finite(arguments.inputs, values, tensor.shape);
+                std::transform(values.begin(), values.end(), result.data(), [](U value) { return T(value); });
+            }
+        },
+        tensor.values);
+    return result;
+}
+
+template <class T>
+void analyse_model(const Arguments& arguments, const ModelFile& model, Output& output) {
+    Buffer<T> input = inputs_of<T>(arguments, model);
+    for (index layer = 0; layer < model.layers(); ++layer) {
+        Buffer<T> next;
+        for (index direction = 0; direction < model.directions(); ++direction) {
+            const LayerRecurrence<T> found = model.layer<T>(layer, direction, input, arguments.relu);
+            const Recurrence<T>& recurrence = *found.recurrence;
+            const Analysis analysis = analyse_with_progress(recurrence, found.description, arguments, true);
+            output.line(found.description + ": " + shape_text(recurrence.shape(), model.float64()));
+            for (const std::string& line : findings(analysis)) output.line("  " + line);
+            output.line("\n" + text(trials_table(analysis, recurrence.shape().steps)));
+            output.line("  " + verdict(analysis) + "\n");
+            output.result["recurrences"].push_back(to_json<T>(found.description, recurrence.shape(), analysis));
+            if (layer + 1 == model.layers()) continue;
+            const auto states = evaluate(recurrence, {.method = Method::sequential}).trajectory;
+            const auto [steps, batch, width] = recurrence.shape();
+            if (direction == 0) next = Buffer<T>({steps, batch, found.outputs * model.directions()});
+            for (index t = 0; t < steps; ++t)
+                for (index j = 0; j < batch; ++j)
+                    for (index c = 0; c < found.outputs; ++c)
+                        next(found.reversed ? steps - 1 - t : t, j, direction * found.outputs + c) =
+                            states(t, j, found.first_output + c * found.output_stride);
+        }
+        input = std::move(next);
+    }
+}
+
+/// Jacobians of a file: how they make errors grow, and how their linear recurrence is solved fastest.
+template <class T>
+void analyse_jacobians(const Arguments& arguments, Output& output) {
+    const files::Tensor file = files::read_npy(arguments.file);
+    const auto& values = std::get<std::vector<T>>(file.values);
+    refuse_if_not_finite(arguments.file, values, file.shape);
+    const auto [shape, block] = block_shape_of(arguments.file, file.shape);
+    Buffer<T> right_side;
+    if (arguments.inputs.empty()) {
+        right_side = Buffer<T>::random(shape, arguments.seed);
+    } else {
+        const files::Tensor b = files::read_npy(arguments.inputs);
+        if (b.shape != std::vector<index>{shape.steps, shape.batch, shape.width} ||
+            !std::holds_alternative<std::vector<T>>(b.values))
+            throw FileError(
+                arguments.inputs,
+                "shape " + to_string(shape) + " of " + files::element_type(file) + " to match " + arguments.file,
+                files::to_string(b.shape) + " of " + files::element_type(b));
+        refuse_if_not_finite(arguments.inputs, std::get<std::vector<T>>(b.values), b.shape);
+        right_side = Buffer<T>(shape);
+        std::copy_n(std::get<std::vector<T>>(b.values).data(), right_side.size(), right_side.data());
+    }
+    const BidiagonalSystem<T> system{.subdiagonal = {values.data(), shape, block}, .right_side = right_side};
+    const std::string description = block == 1 ? "diagonal Jacobians"
+                                               : (block == shape.width ? "dense" : "block-diagonal") +
+                                                     std::string(" Jacobians, blocks of ") + std::to_string(block) +
+                                                     " x " + std::to_string(block);
+    const LinearRecurrence<T> recurrence(system);
+    const Analysis analysis = analyse_with_progress(recurrence, arguments.file, arguments, false);
+
+    output.line(arguments.file + ", " + description + ": " + shape_text(shape, sizeof(T) == 8));
+    for (const std::string& line : findings(analysis)) output.line("  " + line);
+    Json result = to_json<T>(description, shape, analysis);
+    Table table{.title = {},
+                .caption = {},
+                .columns = {{"solution of x_t = A_t x_{t-1} + b_t", false}, {"time"}, {"against substitution"}},
+                .rows = {}};
+    Workspace workspace;
+    double baseline = 0, least = std::numeric_limits<double>::infinity();
+    std::string best;
+    for (const auto& [reduction, name] :
+         {std::pair{Reduction::sequential, "substitution"}, std::pair{Reduction::scan, "scan"},
+          std::pair{Reduction::pcr, "parallel cyclic reduction"}, std::pair{Reduction::automatic, "automatic"}}) {
+        std::vector<double> seconds;
+        Buffer<T> x(shape);
+        for (int run = 0; run < 4; ++run) {
+            if (interrupted()) throw Interrupted();
+            const auto begin = std::chrono::steady_clock::now();
+            solve(system, x, {reduction, {.threads = arguments.threads}, 0, &workspace});
+            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+            if (seconds.back() > arguments.seconds) break;
+        }
+        if (seconds.size() > 1) seconds.erase(seconds.begin());
+        std::sort(seconds.begin(), seconds.end());
+        const double median = seconds[seconds.size() / 2];
+        const bool first = reduction == Reduction::sequential;
+        if (first) baseline = median;
+        table.rows.push_back({name, seconds_text(median), first ? "" : speed_text(baseline / median)});
+        result["solutions"].push_back(
+            {{"method", name}, {"seconds", median}, {"substitution_over_this", baseline / median}});
+        if (reduction != Reduction::automatic && median < least) {
+            least = median;
+            best = name;
+        }
+    }
+    result["fastest"] = best;
+    output.line("\n" + text(table));
+    output.line("  A linear recurrence: one pass of Newton's method solves it. On this machine: by " + best + ".");
+    output.result["recurrences"].push_back(result);
+}
+
+Exit run_analyse(const Arguments& arguments, Output& output) {
+    if (!(arguments.tolerance >= 0 && std::isfinite(arguments.tolerance)))
+        throw InvalidArgument("--tolerance", "a finite number of 0 or more", std::to_string(arguments.tolerance));
+    if (arguments.file.ends_with(".npy")) {
+        if (files::read_npy_header(arguments.file).float64)
+            analyse_jacobians<double>(arguments, output);
+        else
+            analyse_jacobians<float>(arguments, output);
+        return Exit::done;
+    }
+    const ModelFile model(arguments.file, arguments.module);
+    if (model.float64())
+        analyse_model<double>(arguments, model, output);
+    else
+        analyse_model<float>(arguments, model, output);
+    return Exit::done;
+}
+
+}  // namespace
+
+void add_analyse(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add(
+        "analyse", "Tell whether a recurrence can be evaluated in parallel, how, and whether that pays here",
+        "  deeppcr analyse model.safetensors --inputs u.npy\n"
+        "  deeppcr analyse jacobians.npy --json",
+        [arguments](Output& output) { return run_analyse(*arguments, output); });
+    command
+        .add_option("file", arguments->file,
+                    "Weights (.safetensors): of torch.nn.RNN, GRU, LSTM, of this library's recurrent modules, or of\n"
+                    "deeppcr train; or Jacobians (.npy): [T,B,D] diagonal, [T,B,D,D] dense, [T,B,D/K,K,K] blocks")
+        ->required();
+    command.add_option("--inputs", arguments->inputs,
+                       "Inputs [steps,sequences,features] (.npy); of a deep network its first states\n"
+                       "[sequences,width]; of Jacobians the right side [T,B,D]. Default: normal numbers");
+    command.add_option("--module", arguments->module, "Which module of the file, where there are several: a prefix");
+    const auto sizes = CLI::Range(index(1), std::numeric_limits<index>::max());
+    command.add_option("--steps", arguments->steps, "Steps, without --inputs")->check(sizes)->capture_default_str();
+    command.add_option("--batch", arguments->batch, "Sequences, without --inputs")->check(sizes)->capture_default_str();
+    command.add_option("--heads", arguments->heads, "Heads of this library's modules, without --inputs")
+        ->check(sizes)
+        ->capture_default_str();
+    command.add_option("--seed", arguments->seed, "Of the normal numbers")
+        ->check(without_sign())
+        ->capture_default_str();
+    command.add_flag("--relu", arguments->relu, "A torch.nn.RNN with nonlinearity relu");
+    command.add_option("--tolerance", arguments->tolerance, "Of the residual; 0: 64 machine epsilons")
+        ->capture_default_str();
+    command.add_option("--seconds", arguments->seconds, "A method is stopped after about so many")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    command.add_option("--threads", arguments->threads, "Threads; 0: as many as there are processors")
+        ->check(CLI::Range(0, 4096))
+        ->capture_default_str();
+}
+
+}  // namespace deeppcr::program
