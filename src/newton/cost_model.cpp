@@ -115,22 +115,53 @@ std::string processor() {
     return "unknown";
 }
 
-/// One line per cell and machine: its key, a tab, and the numbers of StepCosts. A line that is not whole is ignored.
-bool read_line(const std::string& line, const std::string& key, StepCosts& costs) {
-    const std::size_t tab = line.find('\t');
-    if (tab == std::string::npos || line.substr(0, tab) != key) return false;
-    std::istringstream numbers(line.substr(tab + 1));
-    StepCosts read;
-    for (auto* list : {&read.direct, &read.grouped, &read.product})
-        for (double& number : *list)
-            if (!(numbers >> number) || !(number > 0 && number < 1)) return false;
-    for (double* number : {&read.synchronise, &read.fixed})
-        if (!(numbers >> *number) || !(*number >= 0 && *number < 1)) return false;
-    costs = read;
-    return true;
+constexpr int enough_measurements = 8;
+
+/// What the file knows of a key: one line per cell and machine, its key, a tab, the numbers of StepCosts, and how many
+/// measurements they are the least of. A line that is not whole counts as none.
+struct Known {
+    StepCosts costs;
+    int measurements = 0;
+};
+
+bool is_of(const std::string& line, const std::string& key) {
+    return line.size() > key.size() && line.starts_with(key) && line[key.size()] == '\t';
 }
 
-void write_line(const std::string& key, const StepCosts& costs) {
+Known read_line(const std::string& line, const std::string& key) {
+    std::istringstream numbers(line.substr(key.size() + 1));
+    Known read;
+    for (auto* list : {&read.costs.direct, &read.costs.grouped, &read.costs.product})
+        for (double& number : *list)
+            if (!(numbers >> number) || !(number > 0 && number < 1)) return {};
+    for (double* number : {&read.costs.synchronise, &read.costs.fixed})
+        if (!(numbers >> *number) || !(*number >= 0 && *number < 1)) return {};
+    if (!(numbers >> read.measurements) || read.measurements < 1) return {};
+    return read;
+}
+
+/// A machine that was busy while it measured would believe in wrong costs for ever: the least of several processes'
+/// measurements counts.
+StepCosts least_of(StepCosts a, const StepCosts& b) {
+    const auto lower = [](double& number, double other) { number = std::min(number, other); };
+    for (std::size_t i = 0; i < StepCosts::blocks.size(); ++i) {
+        lower(a.direct[i], b.direct[i]);
+        lower(a.grouped[i], b.grouped[i]);
+        lower(a.product[i], b.product[i]);
+    }
+    lower(a.synchronise, b.synchronise);
+    lower(a.fixed, b.fixed);
+    return a;
+}
+
+Known read_file(const std::string& key) {
+    std::ifstream file(cache_file());
+    for (std::string line; std::getline(file, line);)
+        if (is_of(line, key)) return read_line(line, key);
+    return {};
+}
+
+void write_file(const std::string& key, const Known& known) {
     const std::filesystem::path path = cache_file();
     if (path.empty()) return;
     std::error_code error;
@@ -138,13 +169,12 @@ void write_line(const std::string& key, const StepCosts& costs) {
     // The whole file anew under another name, then renamed: no reader sees half of it.
     std::ostringstream text;
     std::ifstream old(path);
-    StepCosts ignored;
     for (std::string line; std::getline(old, line);)
-        if (!read_line(line, key, ignored)) text << line << '\n';
+        if (!is_of(line, key)) text << line << '\n';
     text << key << '\t';
-    for (const auto* list : {&costs.direct, &costs.grouped, &costs.product})
+    for (const auto* list : {&known.costs.direct, &known.costs.grouped, &known.costs.product})
         for (const double number : *list) text << number << ' ';
-    text << costs.synchronise << ' ' << costs.fixed << '\n';
+    text << known.costs.synchronise << ' ' << known.costs.fixed << ' ' << known.measurements << '\n';
     const std::filesystem::path temporary = path.string() + "." + std::to_string(getpid());
     std::ofstream file(temporary);
     file << text.str();
@@ -176,15 +206,14 @@ const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int thre
     if (const auto found = known.find({&kernels, threads}); found != known.end()) return found->second;
     const std::string key = version() + "|" + processor() + "|" + simd_target() + "|" + std::to_string(threads) + "|" +
                             std::to_string(sizeof(T)) + "|" + kernels.name;
-    StepCosts costs;
-    bool found = false;
-    std::ifstream file(cache_file());
-    for (std::string line; !found && std::getline(file, line);) found = read_line(line, key, costs);
-    if (!found) {
-        costs = measure(kernels, threads);
-        write_line(key, costs);
+    Known found = read_file(key);
+    if (found.measurements < enough_measurements) {
+        const StepCosts measured = measure(kernels, threads);
+        found.costs = found.measurements > 0 ? least_of(measured, found.costs) : measured;
+        ++found.measurements;
+        write_file(key, found);
     }
-    return known.emplace(std::pair<const void*, int>{&kernels, threads}, costs).first->second;
+    return known.emplace(std::pair<const void*, int>{&kernels, threads}, found.costs).first->second;
 }
 template const StepCosts& step_costs(const ChannelwiseRecurrence<float>&, int);
 template const StepCosts& step_costs(const ChannelwiseRecurrence<double>&, int);

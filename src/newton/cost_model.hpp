@@ -19,9 +19,10 @@ struct StepCosts {
     double step(const std::array<double, 5>& costs, double count) const;
 };
 
-/// The costs of a cell for this machine, instruction set and thread count. From memory, else from the file
-/// `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, else measured, in a few milliseconds,
-/// and written there; a cache that cannot be read or written is no error.
+/// The costs of a cell for this machine, instruction set and thread count. From memory, else measured, in some
+/// milliseconds, and kept in the file `costs.txt` in $DEEPPCR_CACHE, $XDG_CACHE_HOME/deeppcr or ~/.cache/deeppcr, where
+/// the least of the first eight processes' measurements counts; after those it is only read. A cache that cannot be
+/// read or written is no error.
 template <class T>
 const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
 
