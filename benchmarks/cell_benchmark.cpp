@@ -1,5 +1,6 @@
-// Cells: every method over steps x channels, verified against step after step first. All methods of a case take turns
-// within each measurement, and medians are compared, so that a ratio does not depend on when it was taken.
+// Cells: every method over steps x channels, verified against step after step first. All methods of a case take turns,
+// at least seven times after one turn to warm up, and medians are compared, so that a ratio does not depend on when it
+// was taken.
 //
 //   DEEPPCR_BENCHMARK_ELEMENTS  steps x channels of the largest cases (default 4 Mi)
 //   DEEPPCR_THREADS             threads
@@ -28,6 +29,9 @@ index case_elements() {
     return text ? std::max<index>(1, std::atoll(text)) : index(4) << 20;
 }
 
+constexpr int least_turns = 7;
+constexpr double least_seconds = 0.3;  // of all turns of a case
+
 double median(std::vector<double> values) {
     std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
     return values[values.size() / 2];
@@ -55,21 +59,25 @@ void run_methods(benchmark::State& state, index steps, index channels, float sca
     }
     std::vector<std::vector<double>> seconds(methods.size());
     const auto gradient = Buffer<float>::random(recurrence.shape(), 3);
+    const auto run = [&](Method method) {
+        const auto begin = std::chrono::steady_clock::now();
+        if (backward)
+            benchmark::DoNotOptimize(
+                adjoint(recurrence, expected.trajectory.view(), expected.report, gradient.view(), {.method = method}));
+        else
+            benchmark::DoNotOptimize(evaluate(recurrence, trajectory.view(), {.method = method, .tolerance = 1e-5}));
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    for (const Method method : methods) run(method);
     for (auto iteration : state) {
         (void)iteration;
         double total = 0;
-        for (std::size_t m = 0; m < methods.size(); ++m) {
-            const auto begin = std::chrono::steady_clock::now();
-            if (backward)
-                benchmark::DoNotOptimize(adjoint(recurrence, expected.trajectory.view(), expected.report,
-                                                 gradient.view(), {.method = methods[m]}));
-            else
-                benchmark::DoNotOptimize(
-                    evaluate(recurrence, trajectory.view(), {.method = methods[m], .tolerance = 1e-5}));
-            seconds[m].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-            total += seconds[m].back();
-        }
-        state.SetIterationTime(total);
+        for (int turn = 0; turn < least_turns || total < least_seconds; ++turn)
+            for (std::size_t m = 0; m < methods.size(); ++m) {
+                seconds[m].push_back(run(methods[m]));
+                total += seconds[m].back();
+            }
+        state.SetIterationTime(total / double(seconds[0].size()));
     }
     std::vector<double> medians;
     for (const auto& of_method : seconds) medians.push_back(median(of_method));
@@ -78,6 +86,7 @@ void run_methods(benchmark::State& state, index steps, index channels, float sca
         state.counters["ns_" + to_string(methods[m])] = medians[m] / elements * 1e9;
         if (m > 0) state.counters["x_" + to_string(methods[m])] = medians[0] / medians[m];
     }
+    state.counters["turns"] = double(seconds[0].size());
     state.counters["best_over_automatic"] = *std::min_element(medians.begin(), medians.end() - 1) / medians.back();
 }
 
@@ -90,6 +99,7 @@ void add(index steps, index channels, float scale = 0.5F, bool backward = false)
     benchmark::RegisterBenchmark(
         name.c_str(), [=](benchmark::State& state) { run_methods<C>(state, steps, channels, scale, backward); })
         ->UseManualTime()
+        ->Iterations(1)
         ->Unit(benchmark::kMicrosecond);
 }
 

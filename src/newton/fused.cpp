@@ -42,13 +42,29 @@ constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, who
 constexpr double enough_shrinking = 0.5;       // of the largest mismatch, per shot, or the method is given up
 constexpr double enough_met = 0.5;             // of the chunks, in the first repair, or the method is given up
 
+constexpr double untried = 0.75;  // a method that was not tried twice is taken for so much faster than predicted
+
+/// The least seconds per number of the trajectory, and of how many evaluations.
+struct Observed {
+    double seconds = std::numeric_limits<double>::infinity();
+    int count = 0;
+
+    void add(double more) {
+        seconds = std::min(seconds, more);
+        ++count;
+    }
+    double expect(double predicted) const { return count >= 2 ? seconds : untried * std::min(predicted, seconds); }
+};
+
 /// What earlier evaluations of a cell of about the same size have shown.
 struct Experience {
     index repeated = 64;  // steps until repairs met
     double shots = 2;     // Newton sweeps of shooting
     bool overlap_works = true, shooting_works = true;
+    std::map<Method, Observed> observed = {};
 };
-using ExperienceKey = std::tuple<const void*, int, int>;  // kernels, and the magnitudes of T and B*D
+/// Kernels, threads, and the magnitudes of T, B*D and the tolerance.
+using ExperienceKey = std::tuple<const void*, int, int, int, int>;
 std::mutex experience_mutex;
 std::map<ExperienceKey, Experience>& experiences() {
     static std::map<ExperienceKey, Experience> all;
@@ -91,6 +107,10 @@ public:
             else
                 run_chunks(method, chunk);
             find_non_finite();
+            if (options_.chunk == 0)
+                learn([&, used = method](Experience& seen) {
+                    seen.observed[used].add(seconds_since(begin) / elements());
+                });
         }
         for (const Report::Sequence& sequence : report_.sequences) {
             report_.status = std::max(report_.status, sequence.status);
@@ -110,8 +130,9 @@ private:
     }
 
     ExperienceKey key() const {
-        return {&recurrence_.kernels(), std::ilogb(double(longest_part())),
-                std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels()))};
+        return {&recurrence_.kernels(), threads_, std::ilogb(double(longest_part())),
+                std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels())),
+                std::ilogb(tolerance_.relative) / 4};
     }
     Experience experience() const {
         const std::lock_guard lock(experience_mutex);
@@ -151,12 +172,22 @@ private:
         };
         if (options_.method == Method::overlap) return {Method::overlap, length(overlap)};
         if (options_.method == Method::shooting) return {Method::shooting, length(shooting)};
-        if (seen.overlap_works && overlap.chunk > 0 &&
-            (overlap.seconds <= shooting.seconds || !seen.shooting_works || shooting.chunk == 0))
-            return {Method::overlap, length(overlap)};
-        if (seen.shooting_works && shooting.chunk > 0) return {Method::shooting, length(shooting)};
-        return {Method::sequential, 0};
+        Choice best{Method::sequential, 0};
+        double least = std::numeric_limits<double>::infinity();
+        const auto consider = [&](Method method, double predicted, index chunk) {
+            const auto found = seen.observed.find(method);
+            predicted /= elements();
+            const double expected = (found == seen.observed.end() ? Observed() : found->second).expect(predicted);
+            if (expected < least) best = {method, chunk};
+            least = std::min(least, expected);
+        };
+        consider(Method::sequential, overlap.sequential_seconds, 0);
+        if (seen.overlap_works && overlap.chunk > 0) consider(Method::overlap, overlap.seconds, length(overlap));
+        if (seen.shooting_works && shooting.chunk > 0) consider(Method::shooting, shooting.seconds, length(shooting));
+        return best;
     }
+
+    double elements() const { return double(recurrence_.shape().count()); }
 
     void run_sequentially() {
         const Clock::time_point begin = Clock::now();
