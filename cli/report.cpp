@@ -253,6 +253,9 @@ svg .halo { paint-order: stroke; stroke: var(--page); stroke-width: 4; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); }
 svg .reference { stroke: var(--text); stroke-dasharray: 2 4; }
 svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg .square { fill-opacity: .3; stroke-width: 1; }
+svg .empty { fill: var(--shade); }
+svg .strong { font-weight: 600; } svg .note { font-size: 9.5px; }
 svg .wide { stroke-width: 5; opacity: .45; } svg .dashed { stroke-dasharray: 6 4; }
 svg .s0 { stroke: var(--s0); } svg .s1 { stroke: var(--s1); } svg .s2 { stroke: var(--s2); }
 svg .s3 { stroke: var(--s3); } svg .s4 { stroke: var(--s4); } svg .s5 { stroke: var(--s5); }
@@ -373,6 +376,52 @@ std::string svg(const Plot& plot) {
     return result + "</svg>\n";
 }
 
+std::string svg(const Map& map) {
+    constexpr double width = 540, left = 62, right = 4, row = 20, square_height = 36, gap = 2;
+    std::string legend;
+    double x = 4;
+    for (std::size_t i = 0; i < map.legend.size(); ++i) {
+        legend += format("<rect class=\"square s%d f%d\" x=\"%.1f\" y=\"3\" width=\"14\" height=\"14\"/>", int(i),
+                         int(i), x) +
+                  format("<text x=\"%.1f\" y=\"14\">", x + 20) + escape(map.legend[i]) + "</text>";
+        x += 20 + 6.7 * length(map.legend[i]) + 20;
+    }
+    const double top = 2 * row + 20, square_width = (width - left - right) / std::max(1.0, double(map.columns.size()));
+    const double bottom = top + square_height * double(map.rows.size()), height = bottom + 44;
+    std::string result = format("<svg viewBox=\"0 0 %.0f %.0f\" role=\"img\"><title>", width, height) +
+                         escape(map.title) + "</title>" + legend + format("<text x=\"4\" y=\"%.1f\">", top - 10) +
+                         escape(map.up) + "</text>";
+    for (std::size_t i = 0; i < map.rows.size(); ++i) {
+        const double y = bottom - square_height * double(i + 1), middle = y + square_height / 2;
+        result += format("<text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"end\">", left - 8, middle + 4) +
+                  escape(map.rows[i]) + "</text>";
+        for (std::size_t j = 0; j < std::min(map.columns.size(), map.squares[i].size()); ++j) {
+            const Map::Square& square = map.squares[i][j];
+            const double place = left + square_width * double(j), centre = place + square_width / 2;
+            result += "<g><title>" + escape(square.details) + "</title>" +
+                      (square.colour < 0 ? std::string("<rect class=\"empty\"")
+                                         : format("<rect class=\"square s%d f%d\"", square.colour, square.colour)) +
+                      format(" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\"/>", place + gap / 2, y + gap / 2,
+                             square_width - gap, square_height - gap) +
+                      format("<text class=\"strong\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">", centre,
+                             square.note.empty() ? middle + 4 : middle - 1) +
+                      escape(square.text) + "</text>";
+            if (!square.note.empty())
+                result +=
+                    format("<text class=\"note\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">", centre, middle + 12) +
+                    escape(square.note) + "</text>";
+            result += "</g>";
+        }
+    }
+    for (std::size_t j = 0; j < map.columns.size(); ++j)
+        result += format("<text class=\"tick\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">",
+                         left + square_width * (double(j) + 0.5), bottom + 16) +
+                  escape(map.columns[j]) + "</text>";
+    return result +
+           format("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"middle\">", (left + width - right) / 2, bottom + 36) +
+           escape(map.across) + "</text></svg>\n";
+}
+
 std::string text(const Table& table) {
     std::vector<int> widths;
     for (const Table::Column& column : table.columns) widths.push_back(length(column.heading));
@@ -429,15 +478,20 @@ void Page::table(const Table& table) {
     body_ += "</div>\n";
 }
 
-void Page::plots(const std::vector<Plot>& plots) {
+template <class Picture>
+void Page::figures(const std::vector<Picture>& pictures) {
     body_ += "<div class=\"plots\">\n";
-    for (const Plot& plot : plots) {
-        body_ += "<figure><h3>" + escape(plot.title) + "</h3>" + svg(plot);
-        if (!plot.caption.empty()) body_ += "<figcaption>" + escape(plot.caption) + "</figcaption>";
+    for (const Picture& picture : pictures) {
+        body_ += "<figure><h3>" + escape(picture.title) + "</h3>" + svg(picture);
+        if (!picture.caption.empty()) body_ += "<figcaption>" + escape(picture.caption) + "</figcaption>";
         body_ += "</figure>\n";
     }
     body_ += "</div>\n";
 }
+
+void Page::plots(const std::vector<Plot>& plots) { figures(plots); }
+
+void Page::maps(const std::vector<Map>& maps) { figures(maps); }
 
 std::string Page::html() const {
     return "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"

@@ -1,4 +1,4 @@
-// A report as one self-contained HTML page: prose, tables and line plots, the plots inline as SVG.
+// A report as one self-contained HTML page: prose, tables, line plots and maps, the pictures inline as SVG.
 #pragma once
 
 #include <optional>
@@ -50,6 +50,24 @@ struct Plot {
 /// The plot as an <svg> element; its colours are defined by the page's style.
 std::string svg(const Plot& plot);
 
+/// A grid of squares, coloured by which of the `legend` they belong to.
+struct Map {
+    struct Square {
+        int colour = -1;              ///< position in the legend; -1: nothing here
+        std::string text, note = {};  ///< what it says, and in smaller letters below
+        std::string details = {};     ///< what it tells when pointed at
+    };
+
+    std::string title, caption;
+    std::string across, up;                    ///< what the axes mean
+    std::vector<std::string> columns, rows;    ///< their values; the first row is the lowest
+    std::vector<std::string> legend;           ///< at most as many as the palette has colours, 6
+    std::vector<std::vector<Square>> squares;  ///< [rows][columns]
+};
+
+/// The map as an <svg> element.
+std::string svg(const Map& map);
+
 struct Table {
     enum class Tone { plain, good, bad };
     struct Column {
@@ -86,10 +104,14 @@ public:
     void table(const Table& table);
     /// Plots side by side, as many as fit.
     void plots(const std::vector<Plot>& plots);
+    void maps(const std::vector<Map>& maps);
 
     std::string html() const;
 
 private:
+    template <class Picture>
+    void figures(const std::vector<Picture>& pictures);
+
     std::string title_, body_;
 };
 

@@ -1,4 +1,5 @@
-// deeppcr reproduce: the paper's two experiments on this machine, as a summary, a page to read and a file of numbers.
+// deeppcr reproduce: the paper's two experiments and recurrent cells on this machine, as a summary, a page to read and
+// a file of numbers.
 #include "reproduce.hpp"
 
 #include <sys/utsname.h>
@@ -102,7 +103,24 @@ Json schema() {
         {"resnet.seconds_ratio", "median seconds per training step, sequential / deeppcr"},
         {"resnet.same_parameters[]",
          "both methods on one batch with the same parameters, after so many training steps: differences of the logits "
-         "and of the gradients, the largest and by parameter"}};
+         "and of the gradients, the largest and by parameter"},
+        {"rnn.training[]",
+         "cell, how it was trained, loss on sequences kept apart before and after, lyapunov: the exponent of each "
+         "channel, channel: the one measured, counted from 0"},
+        {"rnn.single[]",
+         "one channel: cell, weights (initialised, trained), steps, lyapunov, repetitions, methods: of each method as "
+         "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), ratio and "
+         "difference; a method whose status is neither converged nor finished_sequentially has no numbers beyond "
+         "iterations; where lyapunov is not below 0 differences do not count"},
+        {"rnn.map[]",
+         "the same by steps and channels, weights as initialised, without Newton's method; winner: the fastest of "
+         "sequential, overlap and shooting; best_ratio: the larger of the ratios of overlap and shooting; "
+         "best_over_automatic: seconds of the winner / of automatic; lyapunov only where a difference exceeds the "
+         "tolerance"},
+        {"rnn.accuracy[]",
+         "cell, variance of the recurrent coefficients, name of the method, error: largest difference from the double "
+         "sequential result over the largest value, estimate: the Report's own, relative likewise, null where "
+         "infinite, good: the error is at most 2e-6 or twice the estimate"}};
 }
 
 std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
@@ -126,7 +144,8 @@ std::string report_page(const Json& results) {
         "A network evaluated in parallel over its layers (DeepPCR, arXiv 2309.16318) computes what layer-by-layer "
         "evaluation computes: Newton's method over all layers at once, each iteration one block bidiagonal system "
         "solved by parallel cyclic reduction (PCR) or by a work-efficient scan. This page compares both on this "
-        "machine. The baseline is the fastest sequential method here, a fused kernel, not a loop over layers.");
+        "machine, over the layers of networks and over the time steps of recurrent cells. The baseline is the fastest "
+        "sequential method here, a fused kernel, not a loop over layers.");
 
     Table facts{.title = {}, .caption = {}, .columns = {{"This run", false}, {"", false}}, .rows = {}};
     const Json& machine = results["machine"];
@@ -145,6 +164,7 @@ std::string report_page(const Json& results) {
     page.table(facts);
     if (results.contains("mlp")) describe_mlp(results["mlp"], page);
     if (results.contains("resnet")) describe_resnet(results["resnet"], page);
+    if (results.contains("rnn")) describe_rnn(results["rnn"], page);
     return page.html();
 }
 
@@ -203,6 +223,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
     std::vector<Part> parts;
     if (arguments.wants("mlp")) parts.push_back({"mlp", "MLP", run_mlp, summarise_mlp});
     if (arguments.wants("resnet")) parts.push_back({"resnet", "ResNet", run_resnet, summarise_resnet});
+    if (arguments.wants("rnn")) parts.push_back({"rnn", "RNN", run_rnn, summarise_rnn});
 
     bool complete = true, agreement = true;
     for (std::size_t i = 0; i < parts.size() && complete; ++i) {
@@ -255,8 +276,8 @@ void add_reproduce(Program& program) {
         program.add("reproduce", "Compare parallel with sequential evaluation on this machine and write a report",
                     "  deeppcr reproduce mlp --output report",
                     [arguments](Output& output) { return reproduce(*arguments, output); });
-    command.add_option("part", arguments->part, "mlp (about 1 minute), resnet (about 4), or all")
-        ->check(CLI::IsMember({"mlp", "resnet", "all"}))
+    command.add_option("part", arguments->part, "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), or all")
+        ->check(CLI::IsMember({"mlp", "resnet", "rnn", "all"}))
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
         ->capture_default_str();

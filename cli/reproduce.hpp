@@ -1,4 +1,4 @@
-// What the two experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
+// What the three experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
 // read nothing but that JSON: a section of the report, a summary for the terminal.
 #pragma once
 
@@ -38,6 +38,12 @@ void check_resnet_data(const Experiment& experiment);
 Json run_resnet(const Experiment& experiment);
 void describe_resnet(const Json& resnet, Page& page);
 std::string summarise_resnet(const Json& resnet);
+
+/// Recurrent cells over time: every method against the fused sequential one on one long sequence, with weights as
+/// initialised and as trained; which method is fastest over steps and channels; the results against double.
+Json run_rnn(const Experiment& experiment);
+void describe_rnn(const Json& rnn, Page& page);
+std::string summarise_rnn(const Json& rnn);
 
 /// The three quartiles of a sample that is not empty.
 struct Quartiles {

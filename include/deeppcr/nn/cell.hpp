@@ -7,10 +7,9 @@
 
 #include <deeppcr/cell.hpp>
 #include <deeppcr/evaluate.hpp>
+#include <deeppcr/nn/cell_kind.hpp>
 
 namespace deeppcr::nn {
-
-enum class CellKind { para_gru, para_lstm, diagonal_elman, slstm };
 
 struct CellOptions {
     Options evaluation = {};            ///< method, tolerance and the rest; guess `given` counts as initial_state
