@@ -55,10 +55,10 @@ protected:
         std::ofstream stream(file());
         for (const std::string& line : text) stream << line << '\n';
     }
-    /// A line of the file with the same key: 17 times `number`, then `measurements`.
+    /// A line of the file with the same key: 18 times `number`, then `measurements`.
     static std::string with(const std::string& line, const std::string& number, int measurements) {
         std::string changed = line.substr(0, line.find('\t') + 1);
-        for (int i = 0; i < 17; ++i) changed += number + ' ';
+        for (int i = 0; i < 18; ++i) changed += number + ' ';
         return changed + std::to_string(measurements);
     }
 

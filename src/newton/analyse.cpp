@@ -291,7 +291,7 @@ private:
         const StepCosts& costs = step_costs(cell, threads);
         const auto pays = [&](index channels) {
             const Plan plan = plan_chunks(costs, shape().steps, 1, channels, result_.forgetting, 0, threads);
-            return !lanes_are_full(1, channels, threads) && plan.chunk > 0;
+            return !lanes_are_full(1, channels, threads) && plan.pays();
         };
         for (index channels = 1; pays(channels); ++channels) result_.channels_that_pay = channels;
     }

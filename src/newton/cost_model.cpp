@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -41,47 +42,79 @@ struct Smallest : ChannelwiseRecurrence<T> {
         : ChannelwiseRecurrence<T>(kernels, inputs, parameters, {}, {}) {}
 };
 
+/// A bundle of one thread: `blocks` blocks of 16 neighbouring channels, or of 16 rows of one channel.
+template <class T>
+class Bundle {
+public:
+    static constexpr index steps = 192;
+
+    Bundle(const cell::Kernels<T>& kernels, index blocks, bool grouped)
+        : kernels_(kernels),
+          channels_(grouped ? 1 : blocks * cell::lanes),
+          rows_(std::size_t(grouped ? blocks * cell::lanes : 1)),
+          inputs_(Buffer<T>::random({index(rows_.size()), steps, channels_ * kernels.inputs}, 1)),
+          parameters_(Buffer<T>::random({kernels.parameters, 1, channels_}, 2)),
+          after_({index(rows_.size()), steps, channels_ * kernels.states}),
+          start_({index(rows_.size()), 1, channels_ * kernels.states}),
+          end_(start_.shape()),
+          product_({index(rows_.size()), channels_, kernels.states * kernels.states}) {
+        for (index r = 0; r < index(rows_.size()); ++r) {
+            cell::Row<T>& row = rows_[std::size_t(r)];
+            row.steps = steps;
+            row.inputs = inputs_.view().at(r, 0);
+            row.start = start_.view().at(r, 0);
+            row.end = end_.view().at(r, 0);
+            row.product = product_.view().at(r, 0);
+        }
+    }
+    void advance() {
+        for (index r = 0; r < index(rows_.size()); ++r) rows_[std::size_t(r)].after = after_.view().at(r, 0);
+        run(cell::Work::advance);
+    }
+    void multiply() {
+        for (cell::Row<T>& row : rows_) row.after = nullptr;
+        run(cell::Work::multiply);
+    }
+
+private:
+    void run(cell::Work work) {
+        cell::run_rows<T>(kernels_, work, channels_, parameters_.data(), rows_,
+                          {.inputs = channels_ * kernels_.inputs, .after = channels_ * kernels_.states}, 1);
+    }
+
+    const cell::Kernels<T>& kernels_;
+    index channels_;
+    std::vector<cell::Row<T>> rows_;
+    Buffer<T> inputs_, parameters_, after_, start_, end_, product_;
+};
+
 template <class T>
 StepCosts measure(const cell::Kernels<T>& kernels, int threads) {
     StepCosts costs;
-    constexpr index steps = 192;
     const index K = kernels.states, G = kernels.inputs;
-    for (std::size_t i = 0; i < StepCosts::blocks.size(); ++i) {
-        const index blocks = StepCosts::blocks[i];
+    if (threads > 1) costs.synchronise = seconds_of([&] { device::run_together(threads, [](int) {}); }, 20);
+    for (std::size_t i = 0; i < StepCosts::blocks.size(); ++i)
         for (const bool grouped : {false, true}) {
-            const index channels = grouped ? 1 : blocks * cell::lanes, rows = grouped ? blocks * cell::lanes : 1;
-            const Buffer<T> inputs = Buffer<T>::random({rows, steps, channels * G}, 1);
-            const Buffer<T> parameters = Buffer<T>::random({kernels.parameters, 1, channels}, 2);
-            const Buffer<T> after({rows, steps, channels * K}), start({rows, 1, channels * K});
-            const Buffer<T> end({rows, 1, channels * K}), product({rows, channels, K * K});
-            std::vector<cell::Row<T>> list(static_cast<std::size_t>(rows));
-            for (index r = 0; r < rows; ++r) {
-                cell::Row<T>& row = list[std::size_t(r)];
-                row.steps = steps;
-                row.inputs = inputs.view().at(r, 0);
-                row.start = start.view().at(r, 0);
-                row.end = end.view().at(r, 0);
-                row.after = after.view().at(r, 0);
-                row.product = product.view().at(r, 0);
-            }
-            const cell::RowStrides strides{.inputs = channels * G, .after = channels * K};
-            const auto run = [&](cell::Work work) {
-                return seconds_of(
-                           [&] { cell::run_rows<T>(kernels, work, channels, parameters.data(), list, strides, 1); },
-                           8) /
-                       double(steps);
+            std::vector<Bundle<T>> bundles;
+            for (int t = 0; t < threads; ++t) bundles.emplace_back(kernels, StepCosts::blocks[i], grouped);
+            const auto together = [&](void (Bundle<T>::*work)()) {
+                const double seconds = seconds_of(
+                    [&] {
+                        if (threads == 1) return (bundles[0].*work)();
+                        device::run_together(threads, [&](int t) { (bundles[std::size_t(t)].*work)(); });
+                    },
+                    8);
+                return std::max(0.5 * seconds, seconds - costs.synchronise) / double(Bundle<T>::steps);
             };
-            (grouped ? costs.grouped : costs.direct)[i] = run(cell::Work::advance);
-            if (grouped) {
-                for (cell::Row<T>& row : list) row.after = nullptr;
-                costs.product[i] = run(cell::Work::multiply);
-            }
+            (grouped ? costs.grouped : costs.direct)[i] = together(&Bundle<T>::advance);
+            if (grouped) costs.product[i] = together(&Bundle<T>::multiply);
+            if (i == 0 && !grouped)
+                costs.alone = seconds_of([&] { bundles[0].advance(); }, 8) / double(Bundle<T>::steps);
         }
-    }
     // What is done beside more blocks cannot take longer than without them: such a number was disturbed.
     for (auto* list : {&costs.direct, &costs.grouped, &costs.product})
         for (std::size_t i = list->size() - 1; i > 0; --i) (*list)[i - 1] = std::min((*list)[i - 1], (*list)[i]);
-    if (threads > 1) costs.synchronise = seconds_of([&] { device::run_together(threads, [](int) {}); }, 20);
+    costs.alone = std::min(costs.alone, costs.direct[0]);
     // A whole evaluation of little more than nothing.
     const Buffer<T> inputs = Buffer<T>::random({32, 1, G}, 1);
     const Buffer<T> parameters = Buffer<T>::random({kernels.parameters, 1, 1}, 2);
@@ -134,7 +167,7 @@ Known read_line(const std::string& line, const std::string& key) {
     for (auto* list : {&read.costs.direct, &read.costs.grouped, &read.costs.product})
         for (double& number : *list)
             if (!(numbers >> number) || !(number > 0 && number < 1)) return {};
-    for (double* number : {&read.costs.synchronise, &read.costs.fixed})
+    for (double* number : {&read.costs.alone, &read.costs.synchronise, &read.costs.fixed})
         if (!(numbers >> *number) || !(*number >= 0 && *number < 1)) return {};
     if (!(numbers >> read.measurements) || read.measurements < 1) return {};
     return read;
@@ -149,6 +182,7 @@ StepCosts least_of(StepCosts a, const StepCosts& b) {
         lower(a.grouped[i], b.grouped[i]);
         lower(a.product[i], b.product[i]);
     }
+    lower(a.alone, b.alone);
     lower(a.synchronise, b.synchronise);
     lower(a.fixed, b.fixed);
     return a;
@@ -174,7 +208,8 @@ void write_file(const std::string& key, const Known& known) {
     text << key << '\t';
     for (const auto* list : {&known.costs.direct, &known.costs.grouped, &known.costs.product})
         for (const double number : *list) text << number << ' ';
-    text << known.costs.synchronise << ' ' << known.costs.fixed << ' ' << known.measurements << '\n';
+    text << known.costs.alone << ' ' << known.costs.synchronise << ' ' << known.costs.fixed << ' ' << known.measurements
+         << '\n';
     const std::filesystem::path temporary = path.string() + "." + std::to_string(getpid());
     std::ofstream file(temporary);
     file << text.str();
@@ -227,7 +262,9 @@ Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels
                              : count == 1 ? 1
                                           : channels * ((count + cell::lanes - 1) / cell::lanes);
         const double share = std::ceil(double(blocks) / threads);
-        const double plain = costs.step(direct || count == 1 ? costs.direct : costs.grouped, share);
+        const bool in_place = direct || count == 1;
+        const double plain =
+            in_place && blocks < threads ? costs.alone : costs.step(in_place ? costs.direct : costs.grouped, share);
         if (!with_product) return plain;
         return plain * costs.step(costs.product, share) / costs.step(costs.grouped, share);
     };
@@ -235,7 +272,8 @@ Plan plan_chunks(const StepCosts& costs, index steps, index rows, index channels
         return direct || count * channels > cell::lanes ? costs.synchronise : 0.0;
     };
     Plan best;
-    best.seconds = best.sequential_seconds = double(steps) * step(rows, false) + synchronise(rows);
+    best.sequential_seconds = double(steps) * step(rows, false) + synchronise(rows);
+    best.seconds = std::numeric_limits<double>::infinity();
     const index least = std::max<index>(16, repeated);
     // 16 chunks fill the lanes where there are fewer channels than that.
     const auto next = [](index chunks) {

@@ -7,12 +7,14 @@
 
 namespace deeppcr::newton {
 
-/// Seconds per step of a bundle of 1, 2, 4, 8 and 16 blocks of 16 lanes on one thread.
+/// Seconds per step of a bundle of 1, 2, 4, 8 and 16 blocks of 16 lanes on each thread, all threads at work: they may
+/// share a core's units.
 struct StepCosts {
     static constexpr std::array<index, 5> blocks{1, 2, 4, 8, 16};
     std::array<double, 5> direct{};   ///< blocks of neighbouring channels
     std::array<double, 5> grouped{};  ///< one channel, 16 rows to a block
     std::array<double, 5> product{};  ///< as grouped, carrying the product of Jacobians
+    double alone = 0;                 ///< one direct block while the other threads rest
     double synchronise = 0;           ///< seconds for all threads to start and finish a piece of work
     double fixed = 0;                 ///< seconds of an evaluation in two chunks, whatever its size
 
@@ -26,11 +28,14 @@ struct StepCosts {
 template <class T>
 const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads);
 
-/// How to evaluate `rows` sequences of `steps` steps: chunks of `chunk` steps each, or step after step (chunk 0).
+/// How to evaluate `rows` sequences of `steps` steps in chunks of `chunk` steps each; 0: they are too short.
 struct Plan {
     index chunk = 0;
     double seconds = 0;             ///< predicted
     double sequential_seconds = 0;  ///< predicted for step after step
+
+    /// Whether chunks are clearly faster, by what is predicted.
+    bool pays() const { return chunk > 0 && seconds < 0.9 * sequential_seconds; }
 };
 
 /// The cheapest plan for chunks of which `repeated` steps are run twice and which are swept `sweeps` times with

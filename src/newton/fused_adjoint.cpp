@@ -70,7 +70,7 @@ private:
         if (steps < 256) return 0;
         const Plan plan = plan_chunks(step_costs(recurrence_, threads_), steps, index(recurrence_.parts().size()),
                                       recurrence_.channels(), 2 * first_correction, 0, threads_);
-        return plan.chunk;
+        return plan.pays() ? plan.chunk : 0;
     }
 
     /// Rows of one chunk's steps; all steps have their predecessors in the trajectory but the first of a part.
