@@ -164,6 +164,69 @@ TEST_F(ReproduceTest, ResNet) {
     expect_page(contents(folder / "deeppcr-report" / "report.html"), resnet_plots);
 }
 
+void expect_methods(const Json& entry) {
+    const Json& methods = entry["methods"];
+    EXPECT_EQ(methods.begin().key(), "sequential") << "the baseline";
+    EXPECT_FALSE(methods["sequential"].contains("ratio"));
+    for (const auto& [name, method] : methods.items()) {
+        if (!method.contains("seconds")) {
+            EXPECT_EQ(method["status"], "not converged") << name;
+            continue;
+        }
+        EXPECT_GE(method["runs"], 3) << name;
+        EXPECT_LE(method["quartiles"][0], method["seconds"]) << name;
+        EXPECT_GE(method["quartiles"][1], method["seconds"]) << name;
+        if (name == "sequential") continue;
+        const double expected = methods["sequential"]["seconds"].get<double>() / method["seconds"].get<double>();
+        EXPECT_NEAR(method["ratio"].get<double>(), expected, 1e-9 * expected) << name;
+    }
+}
+
+void expect_rnn(const Json& rnn) {
+    EXPECT_EQ(rnn["complete"], true);
+    EXPECT_EQ(rnn["agreement"], true);
+    EXPECT_NE(rnn["baseline"].get<std::string>().find("fused"), std::string::npos);
+    ASSERT_EQ(rnn["training"].size(), 2U);
+    for (const Json& training : rnn["training"]) {
+        EXPECT_LT(training["last_loss"], training["first_loss"]);
+        const auto exponents = training["lyapunov"].get<std::vector<double>>();
+        EXPECT_EQ(exponents.at(training["channel"]), *std::max_element(exponents.begin(), exponents.end()));
+    }
+    ASSERT_EQ(rnn["single"].size(), 18U);  // 3 lengths, 4 cells, 2 of them trained too
+    for (const Json& entry : rnn["single"]) {
+        EXPECT_EQ(entry["methods"].size(), 5U);
+        expect_methods(entry);
+    }
+    ASSERT_EQ(rnn["map"].size(), 12U);  // 2 cells, 3 lengths, 2 numbers of channels, but not the largest of both
+    for (const Json& point : rnn["map"]) {
+        expect_methods(point);
+        const std::string winner = point["winner"];
+        double least = INFINITY;
+        for (const char* method : {"sequential", "overlap", "shooting"})
+            least = std::min(least, point["methods"][method].value("seconds", INFINITY));
+        EXPECT_EQ(point["methods"][winner]["seconds"], least);
+        EXPECT_NEAR(point["best_over_automatic"].get<double>(),
+                    least / point["methods"]["automatic"]["seconds"].get<double>(), 1e-9);
+    }
+    ASSERT_EQ(rnn["accuracy"].size(), 30U);  // 2 cells, 3 variances, 5 methods
+    for (const Json& row : rnn["accuracy"]) EXPECT_EQ(row["good"], true) << row;
+}
+
+constexpr std::size_t rnn_pictures = 3 + 6 + 2;
+
+TEST_F(ReproduceTest, Rnn) {
+    const Outcome outcome = reproduce("rnn --quick");
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    for (const char* expected : {"against fused sequential", "the fastest method", "Automatic reaches", "trained"})
+        EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
+    const Json found = results();
+    expect_header(found);
+    expect_rnn(found["rnn"]);
+    const std::string page = contents(folder / "deeppcr-report" / "report.html");
+    expect_page(page, rnn_pictures);
+    EXPECT_NE(page.find("sequences × channels"), std::string::npos) << "the map";
+}
+
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
@@ -171,7 +234,8 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_header(found);
     expect_mlp(found["mlp"]);
     expect_resnet(found["resnet"]);
-    expect_page(contents(folder / "deeppcr-report" / "report.html"), mlp_plots + resnet_plots);
+    expect_rnn(found["rnn"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), mlp_plots + resnet_plots + rnn_pictures);
 }
 
 TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
@@ -230,7 +294,7 @@ TEST_F(ReproduceTest, AnOutputFolderThatCannotBeWrittenIsRefusedAtOnce) {
 }
 
 TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
-    for (const char* arguments : {"rnn", "mlp resnet", "mlp --seed -1", "mlp --seed one", "mlp --quick=perhaps",
+    for (const char* arguments : {"gan", "mlp resnet", "mlp --seed -1", "mlp --seed one", "mlp --quick=perhaps",
                                   "--fast", "mlp --tolerance 0", "mlp --tolerance nan", "mlp --output"}) {
         const Outcome outcome = reproduce(std::string("--quick ") + arguments);
         EXPECT_EQ(outcome.exit_code, 1) << arguments;
@@ -243,18 +307,20 @@ TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
     for (const char* expected :
-         {"mlp", "resnet", "all", "--output", "--quick", "--seed", "Example", "deeppcr reproduce"})
+         {"mlp", "resnet", "rnn", "all", "--output", "--quick", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 
 TEST_F(ReproduceTest, AnInterruptedRunWritesWhatIsFinished) {
     // In the foreground, `timeout` signals the program once; otherwise twice, and the second signal ends it at once.
-    const Outcome outcome = reproduce("mlp", "timeout --foreground --preserve-status --signal=INT 5");
-    EXPECT_EQ(outcome.exit_code, 130) << outcome.errors;
-    const Json found = results();
-    EXPECT_EQ(found["complete"], false);
-    EXPECT_EQ(found["mlp"]["complete"], false);
-    EXPECT_NE(contents(folder / "deeppcr-report" / "report.html").find("Incomplete"), std::string::npos);
+    for (const std::string part : {"mlp", "rnn"}) {
+        const Outcome outcome = reproduce(part, "timeout --foreground --preserve-status --signal=INT 5");
+        EXPECT_EQ(outcome.exit_code, 130) << outcome.errors;
+        const Json found = results();
+        EXPECT_EQ(found["complete"], false);
+        EXPECT_EQ(found[part]["complete"], false);
+        EXPECT_NE(contents(folder / "deeppcr-report" / "report.html").find("Incomplete"), std::string::npos);
+    }
 }
 
 }  // namespace

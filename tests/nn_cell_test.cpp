@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <cstring>
 #include <vector>
 
 #include <deeppcr/nn/cell.hpp>
+#include <deeppcr/nn/trained_cell.hpp>
 
 namespace deeppcr::nn {
 namespace {
@@ -130,6 +132,39 @@ TEST(Cell, ErrorsNameTheArgument) {
     EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters.to(at::kFloat)); }), HasSubstr("parameters"));
     EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, normal({1, 3}, 3)); }), HasSubstr("initial"));
     EXPECT_THAT(message([&] { cell(CellKind(9), gates, parameters); }), HasSubstr("kind"));
+}
+
+TEST(TrainedCell, LearnsAndIsTheSameForTheSameSeed) {
+    TrainedCellOptions options{.channels = 8, .steps = 128, .batch = 8, .updates = 150};
+    for (const CellKind kind : {CellKind::para_gru, CellKind::para_lstm}) {
+        const TrainedCell first = train_cell(kind, options), second = train_cell(kind, options);
+        EXPECT_LT(first.last_loss, 0.6 * first.first_loss);
+        EXPECT_EQ(first.weights.shape(), (Shape{3, 1, 8}));
+        EXPECT_EQ(first.parameters.shape(), (Shape{sizes_of(kind).parameters, 1, 8}));
+        EXPECT_EQ(first.last_loss, second.last_loss);
+        EXPECT_EQ(std::memcmp(first.parameters.data(), second.parameters.data(),
+                              std::size_t(first.parameters.size()) * sizeof(float)),
+                  0);
+        TrainedCellOptions other = options;
+        other.seed = 2;
+        other.updates = 5;
+        EXPECT_NE(train_cell(kind, other).first_loss, first.first_loss);
+    }
+}
+
+TEST(TrainedCell, StopsWhenToldAndRefusesWhatMakesNoSense) {
+    TrainedCellOptions options{.channels = 4, .steps = 32, .updates = 100};
+    index told = 0;
+    options.progress = [&](double) { return ++told < 3; };
+    const TrainedCell stopped = train_cell(CellKind::para_gru, options);
+    EXPECT_TRUE(stopped.interrupted);
+    EXPECT_EQ(told, 3);
+    options.progress = {};
+    options.channels = 0;
+    EXPECT_THROW(train_cell(CellKind::para_gru, options), InvalidArgument);
+    options.channels = 4;
+    options.learning_rate = -1;
+    EXPECT_THROW(train_cell(CellKind::para_gru, options), InvalidArgument);
 }
 
 }  // namespace
