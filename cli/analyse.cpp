@@ -92,9 +92,10 @@ std::vector<std::string> findings(const Analysis& analysis) {
                                   within + ", the most of " + count_text(analysis.places) + " starts)."
                             : "A wrong state is not forgotten within " + count_text(analysis.forgetting_looked) +
                                   " steps (" + within + "): chunks cannot start from a guess.");
-    if (analysis.longest_window > 0)
-        lines.push_back("Window: products of Jacobians have no digits left after " +
-                        count_text(analysis.longest_window) + " steps; longer windows bring Newton's method nothing.");
+    lines.push_back(analysis.longest_window > 0 ? "Window: products of Jacobians have no digits left after " +
+                                                      count_text(analysis.longest_window) +
+                                                      " steps; longer windows bring Newton's method nothing."
+                                                : "Window: the whole trajectory at once, if it fits the memory.");
     return lines;
 }
 

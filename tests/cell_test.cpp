@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <sstream>
 
 #include <deeppcr/deeppcr.hpp>
 
@@ -338,6 +339,29 @@ TYPED_TEST(CellTest, RecomputedGradientsEqualThoseFromAllStates) {
                 EXPECT_LE(largest_difference<double>(found.initial, expected.initial), 1e-10) << segment;
             }
     }
+}
+
+TEST(CellAutomatic, SaysWhatItWeighedAndGoesByWhatItMeasured) {
+    const auto inputs = Buffer<float>::random({6000, 1, 6}, 1), parameters = Buffer<float>::random({3, 1, 2}, 2);
+    const CellRecurrence<ParaGRU> recurrence(inputs, parameters);
+    for (int call = 0; call < 8; ++call) {
+        const Report report = evaluate(recurrence).report;
+        ASSERT_FALSE(report.candidates.empty());
+        EXPECT_TRUE(report.method.starts_with(to_string(report.candidates.front().method))) << report;
+        bool sequential = false;
+        for (const Report::Candidate& candidate : report.candidates) {
+            EXPECT_GT(candidate.seconds, 0);
+            sequential |= candidate.method == Method::sequential;
+        }
+        EXPECT_TRUE(sequential) << "the baseline is always weighed";
+        if (call >= 6) {  // two of each method
+            EXPECT_TRUE(report.candidates.front().measured) << report;
+        }
+    }
+    std::ostringstream text;
+    text << evaluate(recurrence).report;
+    EXPECT_NE(text.str().find("chosen as expected to take"), std::string::npos) << text.str();
+    EXPECT_TRUE(evaluate(recurrence, {.method = Method::overlap}).report.candidates.empty());
 }
 
 TEST(CellSegments, TakeMemoryOfOneSegment) {

@@ -108,6 +108,12 @@ struct Report {
         /// each carried along by the Jacobians. Infinite where they overflow. NaN where not computed (see Estimates).
         double error = 0;
     };
+    /// A method that `automatic` weighed.
+    struct Candidate {
+        Method method;
+        double seconds;  ///< expected of this call
+        bool measured;   ///< from earlier calls of about this size; else predicted from the costs of a step
+    };
     struct Stage {
         double seconds = 0;
         index bytes = 0;  ///< read and written by the algorithm, counted, not measured
@@ -115,6 +121,10 @@ struct Report {
 
     Status status = Status::converged;  ///< the worst of the sequences
     std::string method;                 ///< "newton, full Jacobian, scan" or "sequential"
+    /// Why `automatic` chose it: what it expected of each method, the chosen one first. Empty where another method was
+    /// asked for, and where there was nothing to weigh: no cell (Newton), fewer than 128 steps or channels that fill
+    /// all lanes (sequential).
+    std::vector<Candidate> candidates;
     std::vector<Sequence> sequences;
     index iterations = 0;                                   ///< Newton passes, all windows
     double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences

@@ -53,7 +53,8 @@ struct Observed {
         seconds = std::min(seconds, more);
         ++count;
     }
-    double expect(double predicted) const { return count >= 2 ? seconds : untried * std::min(predicted, seconds); }
+    bool trusted() const { return count >= 2; }
+    double expect(double predicted) const { return trusted() ? seconds : untried * std::min(predicted, seconds); }
 };
 
 /// What earlier evaluations of a cell of about the same size have shown.
@@ -101,7 +102,8 @@ public:
         const Workspace::Scope scope(workspace_);
         report_.method = "sequential";
         if (!trajectory_.empty()) {
-            const auto [method, chunk] = choose();
+            auto [method, chunk, candidates] = choose();
+            report_.candidates = std::move(candidates);
             if (method == Method::sequential)
                 run_sequentially();
             else
@@ -148,6 +150,7 @@ private:
     struct Choice {
         Method method;
         index chunk;
+        std::vector<Report::Candidate> candidates = {};
     };
 
     Choice choose() const {
@@ -176,10 +179,15 @@ private:
         double least = std::numeric_limits<double>::infinity();
         const auto consider = [&](Method method, double predicted, index chunk) {
             const auto found = seen.observed.find(method);
-            predicted /= elements();
-            const double expected = (found == seen.observed.end() ? Observed() : found->second).expect(predicted);
-            if (expected < least) best = {method, chunk};
-            least = std::min(least, expected);
+            const Observed observed = found == seen.observed.end() ? Observed() : found->second;
+            const double expected = observed.expect(predicted / elements());
+            best.candidates.push_back(
+                {method, observed.trusted() ? expected * elements() : predicted, observed.trusted()});
+            if (expected >= least) return;
+            least = expected;
+            best.method = method;
+            best.chunk = chunk;
+            std::swap(best.candidates.front(), best.candidates.back());
         };
         consider(Method::sequential, overlap.sequential_seconds, 0);
         if (seen.overlap_works && overlap.chunk > 0) consider(Method::overlap, overlap.seconds, length(overlap));

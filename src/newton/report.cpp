@@ -55,6 +55,12 @@ std::ostream& operator<<(std::ostream& out, const Report& report) {
     if (report.damped_passes > 0) text << ", " << report.damped_passes << " damped passes";
     if (report.non_finite_resets > 0) text << ", " << report.non_finite_resets << " non-finite states reset";
     text << ", " << duration(report.seconds);
+    for (std::size_t i = 0; i < report.candidates.size(); ++i) {
+        const Report::Candidate& candidate = report.candidates[i];
+        text << (i == 0 ? "; chosen as expected to take " : i == 1 ? ", not " : " or ");
+        if (i > 0) text << to_string(candidate.method) << ' ';
+        text << duration(candidate.seconds) << (candidate.measured ? " (measured)" : "");
+    }
     return out << text.str();
 }
 
