@@ -74,7 +74,7 @@ std::string tick_text(double value, const Axis& axis) {
         if (size < 0.99) return plain_text(value * 1e3) + " ms";
         return plain_text(value) + " s";
     }
-    if (value != 0 && (std::abs(value) < 0.99e-3 || std::abs(value) >= 0.99e6)) {
+    if (axis.logarithm != 2 && value != 0 && (std::abs(value) < 0.99e-3 || std::abs(value) >= 0.99e6)) {
         const int exponent = int(std::floor(std::log10(std::abs(value)) + 1e-9));
         const double mantissa = value / std::pow(10.0, exponent);
         const std::string power = "10" + superscript(exponent);

@@ -404,7 +404,7 @@ std::string method_text(const std::string& method) { return method == "newton" ?
 
 std::string place_text(const Json& point) {
     return point["cell"].get<std::string>() + ", " + steps_text(point) + " steps, " +
-           count_text(point["channels"].get<index>()) + " channels";
+           count_text(point["channels"].get<index>()) + (point["channels"] == 1 ? " channel" : " channels");
 }
 
 std::vector<index> values_of(const Json& list, const char* field) {
@@ -484,7 +484,9 @@ Plot ratio_plot(const Json& rnn) {
 Plot iterations_plot(const Json& rnn, const std::string& method) {
     const std::string caption =
         method == "newton"
-            ? "Passes over all steps until the residual test passes: each solves one bidiagonal system."
+            ? "Passes over all steps until the residual test passes: each solves one bidiagonal system. Nothing is "
+              "drawn where it did not pass within " +
+                  count_text(most_iterations) + " passes."
             : "Newton sweeps for the states between chunks, and the repairs that test them: one where all meet.";
     return plot_of_curves(rnn,
                           {.title = "One channel: iterations of " + method_text(method),
@@ -492,7 +494,10 @@ Plot iterations_plot(const Json& rnn, const std::string& method) {
                            .x = steps_axis,
                            .y = {.label = "iterations", .first = 0.0},
                            .series = {}},
-                          [&](const Json& entry) { return measured(entry, method, "iterations"); });
+                          [&](const Json& entry) {
+                              const bool ended = std::isfinite(measured(entry, method, "seconds"));
+                              return ended ? measured(entry, method, "iterations") : std::nan("");
+                          });
 }
 
 Plot seconds_plot(const Json& rnn, const Curve& curve) {
@@ -581,18 +586,17 @@ Table winners(const Json& rnn, const std::string& cell) {
 }
 
 Table choices(const Json& rnn, const std::string& cell) {
-    return map_table(
-        rnn, cell,
-        {.title = cell + ": seconds of the fastest method / seconds of automatic",
-         .caption = "1: automatic is as fast as the fastest of sequential, overlap and shooting. What is "
-                    "below " +
-                    number_text(good_choice, 2) + " is coloured.",
-         .columns = {},
-         .rows = {}},
-        [](const Json& point) -> Table::Cell {
-            const double reached = number(point["best_over_automatic"]);
-            return {number_text(reached, 2), reached < good_choice ? Table::Tone::bad : Table::Tone::plain};
-        });
+    return map_table(rnn, cell,
+                     {.title = cell + ": seconds of the fastest method / seconds of automatic",
+                      .caption = "1: automatic is as fast as the fastest of sequential, overlap and shooting. What is "
+                                 "below " +
+                                 number_text(good_choice, 2) + " is coloured.",
+                      .columns = {},
+                      .rows = {}},
+                     [](const Json& point) -> Table::Cell {
+                         const double reached = number(point["best_over_automatic"]);
+                         return {number_text(reached), reached < good_choice ? Table::Tone::bad : Table::Tone::plain};
+                     });
 }
 
 /// Ratio to sequential; the status in its place where the method did not end.
@@ -601,6 +605,9 @@ Table::Cell speed_cell(const Json& entry, const std::string& method) {
     if (!std::isfinite(ratio)) return entry["methods"][method]["status"].get<std::string>();
     return {speed_text(ratio), ratio > 1 ? Table::Tone::good : Table::Tone::plain};
 }
+
+/// The distribution of a row's recurrent coefficients.
+std::string coefficients_text(const Json& row) { return "N(0, " + count_text(index(number(row["variance"]))) + ")"; }
 
 std::string exponent_text(const Json& entry) { return number_text(number(entry["lyapunov"]), 2); }
 
@@ -716,7 +723,7 @@ Table accuracy_table(const Json& rnn) {
     for (const Json& row : rnn["accuracy"]) {
         const bool good = row["good"];
         table.rows.push_back({row["cell"].get<std::string>(),
-                              "N(0, " + number_text(number(row["variance"]), 1) + ")",
+                              coefficients_text(row),
                               method_text(row["name"]),
                               row["status"].get<std::string>(),
                               exponent_text(row),
@@ -790,6 +797,29 @@ void add_map_verdicts(const Json& rnn, std::vector<std::string>& sentences) {
                         ").");
 }
 
+void add_accuracy_verdict(const Json& rnn, std::vector<std::string>& sentences) {
+    const Json& rows = rnn["accuracy"];
+    index good = 0;
+    double share = INFINITY;  // of the error that was estimated, at the least
+    const Json* least = nullptr;
+    for (const Json& row : rows) {
+        if (row["good"].get<bool>()) ++good;
+        const double here = number(row["estimate"]) / number(row["error"]);
+        if (number(row["error"]) <= good_error || !(here < share)) continue;
+        share = here;
+        least = &row;
+    }
+    std::string sentence = "Against double, tolerance " + scientific_text(number(rnn["accuracy_tolerance"])) + ": in " +
+                           count_text(good) + " of " + count_text(index(rows.size())) +
+                           " evaluations the error is at most " + scientific_text(good_error) +
+                           ", or the Report says that it is not, with an estimate of at least a tenth.";
+    if (least != nullptr)
+        sentence += " Of a larger error, at the least " + number_text(share, 2) + " was estimated (" +
+                    (*least)["cell"].get<std::string>() + ", " + coefficients_text(*least) + ", " +
+                    method_text((*least)["name"]) + ").";
+    sentences.push_back(sentence);
+}
+
 std::vector<std::string> verdicts(const Json& rnn) {
     std::vector<std::string> sentences;
     for (const Json& entry : rnn["training"]) {
@@ -802,15 +832,7 @@ std::vector<std::string> verdicts(const Json& rnn) {
     }
     if (!rnn["single"].empty()) add_single_verdicts(rnn, sentences);
     add_map_verdicts(rnn, sentences);
-    const Json& rows = rnn["accuracy"];
-    if (!rows.empty()) {
-        const auto good =
-            std::count_if(rows.begin(), rows.end(), [](const Json& row) { return row["good"].get<bool>(); });
-        sentences.push_back("Against double, tolerance " + scientific_text(number(rnn["accuracy_tolerance"])) +
-                            ": in " + count_text(good) + " of " + count_text(index(rows.size())) +
-                            " evaluations the error is at most " + scientific_text(good_error) +
-                            ", or the Report says that it is not, with an estimate of at least a tenth.");
-    }
+    if (!rnn["accuracy"].empty()) add_accuracy_verdict(rnn, sentences);
     if (sentences.empty()) sentences.emplace_back("Nothing was measured.");
     return sentences;
 }
@@ -857,13 +879,6 @@ Json run_rnn(const Experiment& experiment) {
     });
     Course course(experiment, total);
 
-    std::vector<Trained> trained(examined_cells);
-    for (std::size_t c = 0; c < examined_cells; ++c) {
-        course.begin(training_seconds, std::string("training ") + cells[c].name);
-        Json training = train(cells[c], experiment, course, trained[c]);
-        if (training.is_null()) return result;
-        result["training"].push_back(std::move(training));
-    }
     const auto measure_lengths = [&](const CellType& cell, const std::string& weights, const auto& problem) {
         for (const index steps : chosen.steps) {
             course.begin(single_seconds(steps, chosen),
@@ -875,16 +890,13 @@ Json run_rnn(const Experiment& experiment) {
         }
         return true;
     };
-    for (std::size_t c = 0; c < cells.size(); ++c) {
-        if (!measure_lengths(cells[c], "initialised", [&](index steps) {
-                return random_problem(cells[c], steps, 1, initial_deviation, experiment.seed);
+    // Weights as initialised first: evaluations learn from those before them of the same cell and size, which would
+    // otherwise be of trained weights, whose chunks take longer to meet.
+    for (const CellType& cell : cells)
+        if (!measure_lengths(cell, "initialised", [&](index steps) {
+                return random_problem(cell, steps, 1, initial_deviation, experiment.seed);
             }))
             return result;
-        if (c < examined_cells && !measure_lengths(cells[c], "trained", [&](index steps) {
-                return trained_problem(cells[c], trained[c].layer, trained[c].channel, steps, experiment.seed);
-            }))
-            return result;
-    }
     const bool mapped = each_point([&](const CellType& cell, index steps, index channels) {
         course.begin(point_seconds(steps * channels, chosen), std::string(cell.name) + ", " + count_text(steps) +
                                                                   " steps, " + count_text(channels) + " channels");
@@ -896,14 +908,26 @@ Json run_rnn(const Experiment& experiment) {
         return true;
     });
     if (!mapped) return result;
-    for (std::size_t c = 0; c < examined_cells; ++c)
+    for (std::size_t c = 0; c < examined_cells; ++c) {
+        course.begin(training_seconds, std::string("training ") + cells[c].name);
+        Trained trained;
+        Json training = train(cells[c], experiment, course, trained);
+        if (training.is_null()) return result;
+        result["training"].push_back(std::move(training));
+        if (!measure_lengths(cells[c], "trained", [&](index steps) {
+                return trained_problem(cells[c], trained.layer, trained.channel, steps, experiment.seed);
+            }))
+            return result;
+    }
+    bool complete = true;
+    for (std::size_t c = 0; c < examined_cells && complete; ++c)
         for (const double variance : variances) {
             course.begin(accuracy_seconds, std::string(cells[c].name) + " against double");
-            if (!measure_accuracy(cells[c], variance, chosen, experiment.seed, course, result["accuracy"]))
-                return result;
+            complete =
+                complete && measure_accuracy(cells[c], variance, chosen, experiment.seed, course, result["accuracy"]);
         }
     for (const Json& row : result["accuracy"]) agree(row["good"].get<bool>());
-    result["complete"] = true;
+    result["complete"] = complete;
     return result;
 }
 
@@ -924,7 +948,8 @@ void describe_rnn(const Json& rnn, Page& page) {
         "timed repetitions; differences are the largest over the trajectory, relative to the largest value there. "
         "Automatic learns from evaluations of the same cell and about the same size, here also from those of overlap "
         "and "
-        "shooting. Weights as initialised: gates' inputs N(0, 1), recurrent coefficients N(0, " +
+        "shooting, and weights as initialised come first. Weights as initialised: gates' inputs N(0, 1), recurrent "
+        "coefficients N(0, " +
         number_text(initial_deviation * initial_deviation, 2) + ").");
     if (!rnn["training"].empty()) {
         const Json& training = rnn["training"][0];
