@@ -120,8 +120,7 @@ Json schema() {
         {"rnn.accuracy[]",
          "cell, variance of the recurrent coefficients, name of the method, error: largest difference from the double "
          "sequential result over the largest value, estimate: the Report's own, relative likewise, null where "
-         "infinite, good: the error is at most 2e-6, or the estimate is more than that and at least a tenth of the "
-         "error"}};
+         "infinite, good: the error is at most 2e-6, or the estimate is more than that"}};
 }
 
 std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }

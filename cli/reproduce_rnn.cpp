@@ -384,7 +384,7 @@ bool measure_accuracy(const CellType& cell, double variance, const Sizes& sizes,
                         {"lyapunov", report.lyapunov},
                         {"error", error},
                         {"estimate", std::isfinite(estimate) ? Json(estimate) : Json()},
-                        {"good", error <= good_error || (estimate > good_error && estimate >= error / 10)}});
+                        {"good", error <= good_error || estimate > good_error}});
     }
     return true;
 }
@@ -709,8 +709,7 @@ Table accuracy_table(const Json& rnn) {
                 .caption =
                     "Coefficients: their distribution. Error and the Report's own estimate (Estimates::full) are "
                     "relative to the largest value. A row is good where the error is at most " +
-                    scientific_text(good_error) +
-                    ", or the estimate says that it is not and is at least a tenth of it.",
+                    scientific_text(good_error) + ", or the estimate says that it is not.",
                 .columns = {{"cell", false},
                             {"coefficients", false},
                             {"method", false},
@@ -812,7 +811,7 @@ void add_accuracy_verdict(const Json& rnn, std::vector<std::string>& sentences) 
     std::string sentence = "Against double, tolerance " + scientific_text(number(rnn["accuracy_tolerance"])) + ": in " +
                            count_text(good) + " of " + count_text(index(rows.size())) +
                            " evaluations the error is at most " + scientific_text(good_error) +
-                           ", or the Report says that it is not, with an estimate of at least a tenth.";
+                           ", or the Report says that it is not.";
     if (least != nullptr)
         sentence += " Of a larger error, at the least " + number_text(share, 2) + " was estimated (" +
                     (*least)["cell"].get<std::string>() + ", " + coefficients_text(*least) + ", " +
