@@ -64,7 +64,7 @@ private:
 std::string nature(const Analysis& analysis) {
     const double exponent = analysis.lyapunov;
     if (std::isnan(exponent)) return "unknown";
-    if (std::isinf(exponent)) return "the past is forgotten at once";
+    if (std::isinf(exponent)) return exponent < 0 ? "the past is forgotten at once" : "its products overflow";
     const double uncertain = std::isnan(analysis.lyapunov_error) ? 0 : 2 * analysis.lyapunov_error;
     if (std::abs(exponent) <= uncertain) return "at the edge between contractive and chaotic";
     const std::string steps = number_text(std::log(2.0) / std::abs(exponent), 2) + " steps";
@@ -79,7 +79,7 @@ std::vector<std::string> findings(const Analysis& analysis) {
     std::vector<std::string> lines;
     std::string exponent = "Lyapunov exponent ";
     if (std::isinf(analysis.lyapunov))
-        exponent += "-infinity";
+        exponent += analysis.lyapunov < 0 ? "-infinity" : "infinity";
     else
         exponent += signed_text(analysis.lyapunov) +
                     (std::isnan(analysis.lyapunov_error) ? "" : " ± " + number_text(analysis.lyapunov_error, 1)) +
@@ -91,7 +91,7 @@ std::vector<std::string> findings(const Analysis& analysis) {
                             ? "A wrong state is forgotten after " + count_text(analysis.forgetting) + " steps (" +
                                   within + ", the most of " + count_text(analysis.places) + " starts)."
                             : "A wrong state is not forgotten within " + count_text(analysis.forgetting_looked) +
-                                  " steps (" + within + "): chunks cannot start from a guess.");
+                                  " steps (" + within + "): overlap's chunks cannot start from a guess.");
     lines.push_back(analysis.longest_window > 0 ? "Window: products of Jacobians have no digits left after " +
                                                       count_text(analysis.longest_window) +
                                                       " steps; longer windows bring Newton's method nothing."
@@ -110,7 +110,8 @@ std::string details(const Trial& trial) {
     if (trial.method == Method::newton || trial.method == Method::sequential) return "";
     const std::string& method = trial.report.method;
     if (trial.method == Method::automatic) return method;
-    return method.substr(std::min(method.size(), method.find(", ") + 2));
+    const std::size_t comma = method.find(", ");
+    return comma == std::string::npos ? "" : method.substr(comma + 2);
 }
 
 Table trials_table(const Analysis& analysis, index steps) {
@@ -132,7 +133,7 @@ Table trials_table(const Analysis& analysis, index steps) {
         table.rows.push_back({name_of(trial), first ? "" : count_text(trial.report.iterations),
                               trial.out_of_time ? "out of time" : to_string(trial.report.status),
                               seconds_text(trial.seconds),
-                              first || trial.out_of_time ? "" : speed_text(baseline / trial.seconds),
+                              first || !trial.right() ? "" : speed_text(baseline / trial.seconds),
                               first ? "" : scientific_text(trial.difference), details(trial)});
     }
     return table;
@@ -155,8 +156,11 @@ std::string verdict(const Analysis& analysis) {
                     : "Newton's method made too little progress in " + count_text(report.iterations) +
                           " passes, and the rest was finished sequentially. ";
     }
-    if (best.method == Method::sequential || (best.method == Method::automatic && best.report.method == "sequential"))
+    const double gain = analysis.trials.front().seconds / best.seconds;
+    if (best.method == Method::sequential || best.report.method == "sequential")
         text += "On this machine: evaluate it sequentially.";
+    else if (gain < 1.1)  // the trials' own noise
+        text += "On this machine: evaluate it sequentially; " + to_string(best.method) + " is about as fast.";
     else
         text += "On this machine: " + (best.method == Method::automatic ? best.report.method : name_of(best)) + ", " +
                 number_text(analysis.trials.front().seconds / best.seconds) + "x faster than sequentially.";
@@ -165,10 +169,10 @@ std::string verdict(const Analysis& analysis) {
         text += " (`automatic` chooses " + chosen.substr(0, chosen.find(',')) + ".)";
     }
     if (analysis.channels_that_pay == 0)
-        text += " Chunks side by side do not pay for any number of channels of this length.";
+        text += " By the measured costs of a step, overlap does not pay for any number of channels of this length.";
     if (analysis.channels_that_pay > 0)
-        text += " By the measured costs of a step, chunks side by side pay up to " +
-                count_text(analysis.channels_that_pay) + (analysis.channels_that_pay == 1 ? " channel" : " channels") +
+        text += " By the measured costs of a step, overlap pays up to " + count_text(analysis.channels_that_pay) +
+                (analysis.channels_that_pay == 1 ? " channel" : " channels") +
                 " of this length, all sequences together.";
     return text;
 }
@@ -192,15 +196,16 @@ Json to_json(const std::string& description, const Shape& shape, const Analysis&
     result["steps_tried"] = analysis.steps_tried;
     result["channels_that_pay"] = analysis.channels_that_pay >= 0 ? Json(analysis.channels_that_pay) : Json();
     for (const Trial& trial : analysis.trials)
-        result["trials"].push_back({{"method", to_string(trial.method)},
-                                    {"surrogate", trial.surrogate == Surrogate::diagonal ? "diagonal" : "full"},
-                                    {"what_it_did", trial.report.method},
-                                    {"iterations", trial.report.iterations},
-                                    {"status", to_string(trial.report.status)},
-                                    {"out_of_time", trial.out_of_time},
-                                    {"seconds", trial.seconds},
-                                    {"sequential_over_this", analysis.trials.front().seconds / trial.seconds},
-                                    {"difference", finite(trial.difference)}});
+        result["trials"].push_back(
+            {{"method", to_string(trial.method)},
+             {"surrogate", trial.surrogate == Surrogate::diagonal ? "diagonal" : "full"},
+             {"what_it_did", trial.report.method},
+             {"iterations", trial.report.iterations},
+             {"status", to_string(trial.report.status)},
+             {"out_of_time", trial.out_of_time},
+             {"seconds", trial.seconds},
+             {"sequential_over_this", trial.right() ? Json(analysis.trials.front().seconds / trial.seconds) : Json()},
+             {"difference", finite(trial.difference)}});
     result["fastest"] = to_string(analysis.fastest().method);
     return result;
 }
@@ -234,7 +239,9 @@ std::string shape_text(const Shape& shape, bool float64) {
 /// Normal numbers, or those of a file; of the type that the model has.
 template <class T>
 Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
-    const index width = model.inputs() * (model.recurrent() ? arguments.heads : 1);
+    index width = 0;
+    if (__builtin_mul_overflow(model.inputs(), model.recurrent() ? arguments.heads : 1, &width))
+        throw InvalidArgument("--heads", "a number of heads that fits the memory", std::to_string(arguments.heads));
     if (arguments.inputs.empty())
         return Buffer<T>::random({model.recurrent() ? arguments.steps : 1, arguments.batch, width}, arguments.seed);
     const files::Tensor tensor = files::read_npy(arguments.inputs);
@@ -277,7 +284,9 @@ void analyse_model(const Arguments& arguments, const ModelFile& model, Output& o
             output.line("  " + verdict(analysis) + "\n");
             output.result["recurrences"].push_back(to_json<T>(found.description, recurrence.shape(), analysis));
             if (layer + 1 == model.layers()) continue;
-            const auto states = evaluate(recurrence, {.method = Method::sequential}).trajectory;
+            const auto states =
+                evaluate(recurrence, {.method = Method::sequential, .execution = {.threads = arguments.threads}})
+                    .trajectory;
             const auto [steps, batch, width] = recurrence.shape();
             if (direction == 0) next = Buffer<T>({steps, batch, found.outputs * model.directions()});
             for (index t = 0; t < steps; ++t)

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
-#include <regex>
+#include <optional>
 #include <set>
+#include <string_view>
 #include <utility>
 #include <variant>
 
@@ -80,7 +81,19 @@ template <class T>
 constexpr std::array<CellOfFile<T>, 4> cells_of_files{cell_of_file<ParaGRU, T>(), cell_of_file<ParaLSTM, T>(),
                                                       cell_of_file<SLSTM, T>(), cell_of_file<DiagonalElman, T>()};
 
-const std::regex recurrent_name(R"((.*?)weight_ih_l(\d{1,6})(_reverse)?)"), deep_name(R"((.*?)layers\.weight)");
+/// "rnn." of "rnn.weight_ih_l0_reverse", for any layer; nothing where the name is of another form.
+std::optional<std::string> module_of_recurrent(std::string_view name) {
+    constexpr std::string_view reverse = "_reverse", weight = "weight_ih_l";
+    if (name.ends_with(reverse)) name.remove_suffix(reverse.size());
+    const std::size_t digits = name.size() - (name.find_last_not_of("0123456789") + 1);
+    if (digits < 1 || digits > 6) return {};
+    name.remove_suffix(digits);
+    if (!name.ends_with(weight)) return {};
+    return std::string(name.substr(0, name.size() - weight.size()));
+}
+
+/// A file's names may be of any length.
+std::string excerpt(const std::string& name) { return name.size() <= 60 ? name : name.substr(0, 57) + "..."; }
 
 }  // namespace
 
@@ -88,14 +101,14 @@ ModelFile::ModelFile(std::filesystem::path path, const std::string& module)
     : path_(std::move(path)), contents_(files::read_safetensors(path_)) {
     std::set<std::string> recurrent, deep;
     for (const auto& [name, tensor] : contents_.tensors) {
-        std::smatch match;
-        if (std::regex_match(name, match, recurrent_name)) recurrent.insert(match[1]);
-        if (std::regex_match(name, match, deep_name)) deep.insert(match[1]);
+        constexpr std::string_view deep_name = "layers.weight";
+        if (const auto found = module_of_recurrent(name)) recurrent.insert(*found);
+        if (name.ends_with(deep_name)) deep.insert(name.substr(0, name.size() - deep_name.size()));
     }
     std::set<std::string> modules = recurrent;
     modules.insert(deep.begin(), deep.end());
     std::string found;
-    for (const std::string& prefix : modules) found += (found.empty() ? "\"" : ", \"") + prefix + '"';
+    for (const std::string& prefix : modules) found += (found.empty() ? "\"" : ", \"") + excerpt(prefix) + '"';
     prefix_ = module.empty() || module.ends_with('.') || modules.contains(module) ? module : module + '.';
     if (module.empty() && modules.size() == 1) prefix_ = *modules.begin();
     if (!modules.contains(prefix_)) {
@@ -105,7 +118,7 @@ ModelFile::ModelFile(std::filesystem::path path, const std::string& module)
         std::string names;
         index listed = 0;
         for (const auto& [name, tensor] : contents_.tensors)
-            if (++listed <= 8) names += (names.empty() ? "" : ", ") + name;
+            if (++listed <= 8) names += (names.empty() ? "" : ", ") + excerpt(name);
         throw FileError(path_, "tensors weight_ih_l0 of a recurrent layer, or layers.weight of a deep network",
                         names.empty() ? "none" : names + (listed > 8 ? ", ..." : ""));
     }
@@ -153,14 +166,28 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
     const Tensor& weight = get("weight_ih" + suffix);
     const Tensor *const parameters = find("parameters" + suffix), *const bias = find("bias_ih" + suffix);
     const Tensor& recurrent = parameters != nullptr ? *parameters : get("weight_hh" + suffix);
-    const index rows = weight.shape.empty() ? 0 : weight.shape[0];
-    const index hidden = recurrent.shape.size() == 2 ? recurrent.shape[1] : 0;
-    const index columns = weight.shape.size() == 2 ? weight.shape[1] : 0;
-    const index gates = hidden > 0 && rows % hidden == 0 ? rows / hidden : 0;
-    const index heads = columns > 0 && input.width() % columns == 0 ? input.width() / columns : 0;
+    const auto matrix = [](const Tensor& tensor) {
+        return tensor.shape.size() == 2 && tensor.shape[0] > 0 && tensor.shape[1] > 0;
+    };
+    if (!matrix(weight) || !matrix(recurrent) || weight.shape[0] % recurrent.shape[1] != 0)
+        throw FileError(
+            path_,
+            prefix_ + "weight_ih" + suffix + " [gates * hidden, inputs], with " +
+                (parameters != nullptr ? "parameters [count, hidden]" : "weight_hh [gates * hidden, hidden]"),
+            files::to_string(weight.shape) + " and " + files::to_string(recurrent.shape));
+    const index rows = weight.shape[0], columns = weight.shape[1], hidden = recurrent.shape[1], gates = rows / hidden;
+    const index heads = input.width() % columns == 0 ? input.width() / columns : 0;
     const bool heads_fit = heads == 1 || (parameters != nullptr && heads > 1 && hidden % heads == 0);
-    require(weight, "weight_ih",
-            {gates > 0 ? rows : 3 * std::max<index>(hidden, 1), heads_fit ? columns : input.width()});
+    require(weight, "weight_ih", {rows, heads_fit ? columns : input.width()});
+    if (parameters == nullptr) require(recurrent, "weight_hh", {gates * hidden, hidden});
+    const auto* const other = directions_ == 2 ? find((parameters != nullptr ? "parameters_l" : "weight_hh_l") +
+                                                      std::to_string(layer) + (direction == 1 ? "" : "_reverse"))
+                                               : nullptr;
+    if (directions_ == 2 && (other == nullptr || !matrix(*other) || other->shape[1] != hidden))
+        throw FileError(
+            path_,
+            "both directions of layer " + std::to_string(layer) + " with " + std::to_string(hidden) + " hidden units",
+            other == nullptr ? "one alone" : "another of shape " + files::to_string(other->shape));
     if (bias != nullptr) require(*bias, "bias_ih", {rows});
 
     LayerRecurrence<T> result;
@@ -187,7 +214,6 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
     }
     if (gates != 1 && gates != 3 && gates != 4)
         throw FileError(path_, "1, 3 or 4 gates in weight_ih" + suffix + " (RNN, GRU, LSTM)", std::to_string(gates));
-    require(recurrent, "weight_hh", {gates * hidden, hidden});
     const DenseCellKind kind = gates == 4   ? DenseCellKind::lstm
                                : gates == 3 ? DenseCellKind::gru
                                : relu       ? DenseCellKind::elman_relu

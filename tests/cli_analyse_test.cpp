@@ -145,11 +145,21 @@ TEST_F(Analyse, SaysWhatIsWrong) {
     };
     EXPECT_THAT(with("weight_hh_l0", random({8, 4}, 1)), HasSubstr("a.weight_hh_l0 [12,4]"));
     EXPECT_THAT(with("weight_hh_l0", random({12}, 1)), HasSubstr("weight_ih"));
-    EXPECT_THAT(with("weight_ih_l0", random({8, 3}, 1)), HasSubstr("gates"));
+    EXPECT_THAT(with("weight_ih_l0", random({8, 3}, 1)), HasSubstr("a.weight_hh_l0 [8,4]"));
     EXPECT_THAT(with("weight_ih_l0", random({12}, 1)), HasSubstr("[gates * hidden, inputs]"));
     EXPECT_THAT(with("bias_ih_l0", random({11}, 1)), HasSubstr("a.bias_ih_l0 [12]"));
     EXPECT_THAT(with("parameters_l0", random({4, 4}, 1)), HasSubstr("ParaGRU (3, 3)"));
     EXPECT_THAT(with("weight_hr_l0", random({4, 4}, 1)), HasSubstr("weight_hr_l0"));
+    // Files made to do harm: no gates at all, directions of different width, a name that never ends.
+    write("bad.safetensors", {{"weight_ih_l0", random({3, 1}, 1)}, {"weight_hh_l0", random({9}, 2)}});
+    EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("[3,1] and [9]"));
+    write("bad.safetensors", {{"weight_ih_l0", random({3, 1}, 1)},
+                              {"weight_hh_l0", random({3, 1}, 2)},
+                              {"weight_ih_l0_reverse", random({192, 1}, 3)},
+                              {"weight_hh_l0_reverse", random({192, 64}, 4)}});
+    EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("both directions of layer 0"));
+    write("bad.safetensors", {{std::string(400000, 'a'), random({3, 1}, 1)}});
+    EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("aaa..."));
     write("good.safetensors", good);
     files::write_npy(folder / "u.npy", random({50, 1, 4}, 4));
     EXPECT_THAT(error({"good.safetensors", "--inputs", "u.npy"}),

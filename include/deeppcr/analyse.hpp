@@ -13,7 +13,7 @@ struct Trial {
     Method method;
     Surrogate surrogate;
     Report report;             ///< of the last run
-    double seconds = 0;        ///< median of up to five runs
+    double seconds = 0;        ///< median of up to five runs after one that does not count, where that one was not long
     double difference = 0;     ///< max|x - sequential x| over max|sequential x|; NaN where the trajectory is not right
     bool out_of_time = false;  ///< stopped because it took too long: iterations are those until then
 
@@ -33,8 +33,9 @@ struct Analysis {
     index longest_window = 0;
     index steps_tried = 0;      ///< of the trials: fewer than all where dense Jacobians would take too long
     std::vector<Trial> trials;  ///< the first is sequential
-    /// Cells: the most channels (of all sequences together) with which `automatic` would work in chunks, by the
-    /// measured costs of a step on this machine and `forgetting`. 0: none; -1: not a cell.
+    /// Cells: up to how many channels (of all sequences together, counted from 1) overlap is predicted to be at least a
+    /// tenth faster than sequential, by the measured costs of a step and `forgetting`. 0: for none; -1: not a cell, or
+    /// forgetting is unknown.
     index channels_that_pay = -1;
 
     /// The fastest of the trials whose trajectory is right; there must be trials.

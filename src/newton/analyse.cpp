@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
@@ -189,7 +190,6 @@ private:
                 result_.forgetting = std::max(result_.forgetting, needed);
             }
         }
-        if (result_.places == 0) result_.forgetting = -1;  // a single step
     }
 
     /// Steps from `first` on until all sequences agree with the trajectory; -1: not within `look`.
@@ -279,14 +279,16 @@ private:
         double largest = 0;
         for (index i = 0; i < found.shape().steps; ++i)
             for (index j = 0; j < shape().batch; ++j)
-                for (index k = 0; k < shape().width; ++k)
-                    largest = std::max(largest, std::abs(double(found(i, j, k)) - double(trajectory_(i, j, k))));
+                for (index k = 0; k < shape().width; ++k) {
+                    const double apart = std::abs(double(found(i, j, k)) - double(trajectory_(i, j, k)));
+                    if (!(apart <= largest)) largest = apart;  // NaN too
+                }
         return largest_ > 0 ? largest / largest_ : largest;
     }
 
     void count_channels(const ChannelwiseRecurrence<T>& cell) {
-        result_.channels_that_pay = 0;
         if (result_.forgetting < 0) return;
+        result_.channels_that_pay = 0;
         const int threads = device::thread_count(options_.execution);
         const StepCosts& costs = step_costs(cell, threads);
         const auto pays = [&](index channels) {

@@ -188,6 +188,8 @@ StepCosts least_of(StepCosts a, const StepCosts& b) {
     return a;
 }
 
+std::mutex measuring;  // of both types: one measurement, one writer of the file at a time
+
 Known read_file(const std::string& key) {
     std::ifstream file(cache_file());
     for (std::string line; std::getline(file, line);)
@@ -234,10 +236,9 @@ double StepCosts::step(const std::array<double, 5>& costs, double count) const {
 
 template <class T>
 const StepCosts& step_costs(const ChannelwiseRecurrence<T>& recurrence, int threads) {
-    static std::mutex mutex;
     static std::map<std::pair<const void*, int>, StepCosts> known;
     const cell::Kernels<T>& kernels = recurrence.kernels();
-    const std::lock_guard lock(mutex);
+    const std::lock_guard lock(measuring);
     if (const auto found = known.find({&kernels, threads}); found != known.end()) return found->second;
     const std::string key = version() + "|" + processor() + "|" + simd_target() + "|" + std::to_string(threads) + "|" +
                             std::to_string(sizeof(T)) + "|" + kernels.name;

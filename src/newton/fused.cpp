@@ -101,18 +101,16 @@ public:
         const Clock::time_point begin = Clock::now();
         const Workspace::Scope scope(workspace_);
         report_.method = "sequential";
+        Method used = Method::sequential;
         if (!trajectory_.empty()) {
             auto [method, chunk, candidates] = choose();
             report_.candidates = std::move(candidates);
+            used = method;
             if (method == Method::sequential)
                 run_sequentially();
             else
                 run_chunks(method, chunk);
             find_non_finite();
-            if (options_.chunk == 0)
-                learn([&, used = method](Experience& seen) {
-                    seen.observed[used].add(seconds_since(begin) / elements());
-                });
         }
         for (const Report::Sequence& sequence : report_.sequences) {
             report_.status = std::max(report_.status, sequence.status);
@@ -120,6 +118,9 @@ public:
             report_.relative_residual = std::max(report_.relative_residual, sequence.relative_residual);
         }
         report_.seconds = seconds_since(begin);
+        // Only what came to its end says how long a method takes.
+        if (options_.chunk == 0 && report_.ok() && !trajectory_.empty())
+            learn([&](Experience& seen) { seen.observed[used].add(report_.seconds / elements()); });
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
@@ -264,6 +265,7 @@ private:
         if (method == Method::shooting) report_.method += std::to_string(shots) + " Newton sweeps, ";
         report_.method += std::to_string(repeated_) + " steps repeated";
         report_.window = length;
+        if (stopped_) return;  // by the caller: nothing is known of the method
         learn([&](Experience& seen) {
             if (method == Method::overlap) {
                 seen.overlap_works = met;
@@ -388,6 +390,7 @@ private:
             const bool slow = round > 0 || double(changed.size()) > (1 - enough_met) * double(asked);
             if (stopped || (!changed.empty() && slow && changed.size() > 2)) {
                 report_.update.seconds += seconds_since(begin);
+                stopped_ = stopped;
                 give_up(stopped ? pending : followers(changed), stopped);
                 return false;
             }
@@ -577,6 +580,7 @@ private:
     std::vector<Chunk> chunks_;
     T *starts_ = nullptr, *ends_ = nullptr;  // [chunks, width]
     index repeated_ = 0;                     // the longest repair, in steps
+    bool stopped_ = false;                   // by max_iterations or progress
 };
 
 }  // namespace
