@@ -100,9 +100,9 @@ std::vector<std::string> findings(const Analysis& analysis) {
 }
 
 std::string name_of(const Trial& trial) {
-    const std::string name = to_string(trial.method);
-    if (trial.method != Method::newton) return name;
-    return name + (trial.surrogate == Surrogate::diagonal ? ", diagonal of the Jacobian" : ", full Jacobian");
+    if (trial.method != Method::newton) return to_string(trial.method);
+    return to_string(trial.method) +
+           (trial.surrogate == Surrogate::diagonal ? ", diagonal of the Jacobian" : ", full Jacobian");
 }
 
 /// What the Report's own words add to the method's name: "64 chunks of 2048 steps, 96 steps repeated".

@@ -150,8 +150,8 @@ private:
             double squares = 0;
             for (index s = 0; s < count; ++s) {
                 const double sum = sums[std::size_t(s)][leading] - (s > 0 ? sums[std::size_t(s - 1)][leading] : 0);
-                const auto rows = double(steps * (s + 1) / count - steps * s / count);
-                squares += std::pow(sum / rows - result_.lyapunov, 2);
+                const index rows = steps * (s + 1) / count - steps * s / count;
+                squares += std::pow(sum / double(rows) - result_.lyapunov, 2);
             }
             result_.lyapunov_error = std::sqrt(squares / double(count - 1) / double(count));
         }
