@@ -92,8 +92,8 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
         here.workspace = &workspace;
         if (here.guess == Guess::given) here.guess = Guess::initial_state;
         if (options.progress)
-            here.progress = [&](index confirmed, index, index iterations) {
-                return options.progress(first + confirmed, steps, report.iterations + iterations);
+            here.progress = [&, all = steps](index confirmed, index, index iterations) {
+                return options.progress(first + confirmed, all, report.iterations + iterations);
             };
         const View<T> states = memory.steps(0, last - first);
         append(report,
