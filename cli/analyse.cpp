@@ -4,7 +4,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
 
 #include <deeppcr/analyse.hpp>
 #include <deeppcr/bidiagonal.hpp>
@@ -163,7 +166,7 @@ std::string verdict(const Analysis& analysis) {
         text += "On this machine: evaluate it sequentially; " + to_string(best.method) + " is about as fast.";
     else
         text += "On this machine: " + (best.method == Method::automatic ? best.report.method : name_of(best)) + ", " +
-                number_text(analysis.trials.front().seconds / best.seconds) + "x faster than sequentially.";
+                number_text(gain) + "x faster than sequentially.";
     if (automatic != nullptr) {
         const std::string& chosen = automatic->report.method;
         text += " (`automatic` chooses " + chosen.substr(0, chosen.find(',')) + ".)";

@@ -2,12 +2,15 @@
 // read nothing but that JSON: a section of the report, a summary for the terminal.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <string>
 #include <vector>
+
+#include <deeppcr/array.hpp>
 
 #include "command.hpp"
 #include "report.hpp"
@@ -50,6 +53,19 @@ struct Quartiles {
     double first = 0, median = 0, third = 0;
 };
 Quartiles quartiles(std::vector<double> sample);
+
+/// Largest difference of two contiguous arrays of the same shape, relative to the largest entry of `expected`;
+/// infinite where it is not a number.
+template <class T>
+double largest_difference(View<const float> actual, View<const T> expected) {
+    double difference = 0, size = 0;
+    for (index i = 0; i < expected.shape().count(); ++i) {
+        const double distance = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
+        difference = std::isnan(distance) ? INFINITY : std::max(difference, distance);
+        size = std::max(size, std::abs(double(expected.data()[i])));
+    }
+    return size > 0 ? difference / size : difference;
+}
 
 /// A number of results.json, NaN where it is null: not measured.
 inline double number(const Json& value) { return value.is_number() ? value.get<double>() : std::nan(""); }

@@ -62,18 +62,6 @@ double seconds_of(const Call& call) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-/// Largest difference of two contiguous arrays of the same shape, relative to the largest entry of `expected`;
-/// infinite where it is not a number.
-double largest_difference(View<const float> actual, View<const float> expected) {
-    double difference = 0, size = 0;
-    for (index i = 0; i < expected.shape().count(); ++i) {
-        const double distance = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
-        difference = std::isnan(distance) ? INFINITY : std::max(difference, distance);
-        size = std::max(size, std::abs(double(expected.data()[i])));
-    }
-    return size > 0 ? difference / size : difference;
-}
-
 /// One way of computing a forward and a backward pass, with what it computed last and the seconds that it took.
 class Contender {
 public:
@@ -165,9 +153,9 @@ Json to_json(const std::vector<Contender>& contenders) {
         add_seconds("backward", contender.backward_seconds);
         if (contender.sequential()) continue;
         const auto gradient_difference = [&](const Buffer<float> DenseChainGradients<float>::*part) {
-            return largest_difference(contender.gradients().*part, baseline.gradients().*part);
+            return largest_difference<float>(contender.gradients().*part, baseline.gradients().*part);
         };
-        entry["state_difference"] = largest_difference(contender.trajectory(), baseline.trajectory());
+        entry["state_difference"] = largest_difference<float>(contender.trajectory(), baseline.trajectory());
         entry["gradient_difference"] = std::max({gradient_difference(&DenseChainGradients<float>::weights),
                                                  gradient_difference(&DenseChainGradients<float>::biases),
                                                  gradient_difference(&DenseChainGradients<float>::initial)});

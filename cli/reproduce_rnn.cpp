@@ -161,19 +161,6 @@ Options options_of(Method method) {
     return options;
 }
 
-/// Largest difference of two contiguous arrays of the same shape, relative to the largest entry of `expected`;
-/// infinite where it is not a number.
-template <class T>
-double largest_difference(View<const float> actual, View<const T> expected) {
-    double difference = 0, size = 0;
-    for (index i = 0; i < expected.shape().count(); ++i) {
-        const double distance = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
-        difference = std::isnan(distance) ? INFINITY : std::max(difference, distance);
-        size = std::max(size, std::abs(double(expected.data()[i])));
-    }
-    return size > 0 ? difference / size : difference;
-}
-
 /// Every method on one problem, sequential first; null where it is to stop.
 Json measure(const Problem& problem, const std::vector<Method>& methods, const Sizes& sizes, const Course& course) {
     using Clock = std::chrono::steady_clock;
@@ -258,7 +245,7 @@ std::string best_parallel(const Json& configuration) {
 }
 double best_ratio(const Json& configuration) { return measured(configuration, best_parallel(configuration), "ratio"); }
 
-double largest_difference(const Json& configuration) {
+double worst_difference(const Json& configuration) {
     double largest = 0;
     for (const auto& [name, method] : configuration["methods"].items())
         if (method.contains("difference")) {
@@ -280,7 +267,7 @@ double allowed_difference(const Json& configuration, double tolerance) {
     return std::max(tolerance, -2 * evaluation_tolerance / std::expm1(exponent));
 }
 bool agrees(const Json& configuration, double tolerance) {
-    return largest_difference(configuration) <= allowed_difference(configuration, tolerance);
+    return worst_difference(configuration) <= allowed_difference(configuration, tolerance);
 }
 
 // --- what is measured
@@ -345,7 +332,7 @@ Json measure_point(const CellType& cell, const Problem& problem, const Sizes& si
     result["best_ratio"] = best_ratio(result);
     result["best_over_automatic"] = measured(result, winner, "seconds") / measured(result, "automatic", "seconds");
     // Costs more than the evaluations where there are many channels, and is asked for only where it decides something.
-    if (largest_difference(result) > tolerance) result["lyapunov"] = lyapunov_exponent(problem);
+    if (worst_difference(result) > tolerance) result["lyapunov"] = lyapunov_exponent(problem);
     return result;
 }
 
@@ -630,11 +617,11 @@ Table single_table(const Json& rnn, bool only_longest) {
                             {"iterations"},
                             {"automatic"},
                             {"largest difference"},
-                            {"runs"}},
+                            {"most runs"}},
                 .rows = {}};
     for (const Json& entry : rnn["single"]) {
         if (only_longest && entry["steps"] != steps.back()) continue;
-        const double difference = largest_difference(entry);
+        const double difference = worst_difference(entry);
         table.rows.push_back({cell_text(entry),
                               steps_text(entry),
                               exponent_text(entry),
@@ -741,7 +728,7 @@ void add_single_verdicts(const Json& rnn, std::vector<std::string>& sentences) {
     for (const char* list : {"single", "map"})
         for (const Json& entry : rnn[list]) {
             if (contractive(entry))
-                largest = std::max(largest, largest_difference(entry));
+                largest = std::max(largest, worst_difference(entry));
             else
                 parting += (parting.empty() ? "" : "; ") + entry["cell"].get<std::string>() + ", " + steps_text(entry) +
                            " steps (" + exponent_text(entry) + ")";

@@ -57,7 +57,10 @@ std::ostream& operator<<(std::ostream& out, const Report& report) {
     text << ", " << duration(report.seconds);
     for (std::size_t i = 0; i < report.candidates.size(); ++i) {
         const Report::Candidate& candidate = report.candidates[i];
-        text << (i == 0 ? "; chosen as expected to take " : i == 1 ? ", not " : " or ");
+        if (i == 0)
+            text << (candidate.measured ? "; chosen as expected to take " : "; chosen to be tried, predicted to take ");
+        else
+            text << (i == 1 ? ", not " : " or ");
         if (i > 0) text << to_string(candidate.method) << ' ';
         text << duration(candidate.seconds) << (candidate.measured ? " (measured)" : "");
     }
