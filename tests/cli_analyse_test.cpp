@@ -150,6 +150,10 @@ TEST_F(Analyse, SaysWhatIsWrong) {
     EXPECT_THAT(with("bias_ih_l0", random({11}, 1)), HasSubstr("a.bias_ih_l0 [12]"));
     EXPECT_THAT(with("parameters_l0", random({4, 4}, 1)), HasSubstr("ParaGRU (3, 3)"));
     EXPECT_THAT(with("weight_hr_l0", random({4, 4}, 1)), HasSubstr("weight_hr_l0"));
+    write("bad.safetensors",
+          {{"layers.weight", random({8, 2, 2}, 1)}, {"layers.bias", {{8, 2}, std::vector<double>(16)}}},
+          {{"skip", "0"}, {"activation", "tanh"}});
+    EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("layers.bias [8,2] of float32, got [8,2] of float64"));
     // Files made to do harm: no gates at all, directions of different width, a name that never ends.
     write("bad.safetensors", {{"weight_ih_l0", random({3, 1}, 1)}, {"weight_hh_l0", random({9}, 2)}});
     EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("[3,1] and [9]"));
