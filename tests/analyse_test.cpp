@@ -131,6 +131,13 @@ TEST(Analyse, GrowthWhoseSquareIsBeyondTheRangeOfNumbers) {
     }
 }
 
+TEST(Analyse, WhereNoStartIsWrongNothingIsForgotten) {
+    const Analysis analysis = analyse(Swap(1.5), {.trials = false});  // x stays 0
+    EXPECT_EQ(analysis.places, 0);
+    EXPECT_EQ(analysis.forgetting, -1);
+    EXPECT_EQ(analysis.longest_window, index(52 * std::log(2.0) / std::log(1.5)));
+}
+
 TEST(Analyse, DenseJacobiansAreTriedOnWhatTakesSeconds) {
     // 2 * 48^3 operations per step and sequence: 4e9 are the limit.
     const index hidden = 48, steps = 60000;
