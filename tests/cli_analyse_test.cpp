@@ -13,7 +13,6 @@
 namespace deeppcr {
 namespace {
 
-using files::Safetensors;
 using files::Tensor;
 using testing::AllOf;
 using testing::HasSubstr;

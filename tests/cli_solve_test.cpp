@@ -27,7 +27,6 @@ namespace deeppcr {
 namespace {
 
 namespace fs = std::filesystem;
-using files::Tensor;
 using Json = nlohmann::json;
 using testing::AllOf;
 using testing::ElementsAre;
