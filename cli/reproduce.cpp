@@ -90,7 +90,9 @@ Json schema() {
          "absolute sequential value; accuracies are fractions; null: not measured"},
         {"complete", "false: interrupted, or failed after this was written; the lists hold what was finished"},
         {"quick", "true: tiny sizes, which show only that everything works"},
-        {"agreement", "whether every difference measured is within its tolerance; null where none was measured"},
+        {"agreement",
+         "whether every difference measured is within its tolerance and no training failed; null where none was "
+         "measured"},
         {"mlp.configurations[]",
          "width, depth (layers), batch, repetitions, and for each of sequential, pcr, scan: forward_seconds and "
          "backward_seconds (medians), *_quartiles (first and third), and of pcr and scan also status, iterations "
@@ -106,7 +108,7 @@ Json schema() {
          "and of the gradients, the largest and by parameter"},
         {"rnn.training[]",
          "cell, how it was trained, loss on sequences kept apart before and after, lyapunov: the exponent of each "
-         "channel, channel: the one measured, counted from 0"},
+         "channel, channel: the one measured, counted from 0; or failure: why the training failed"},
         {"rnn.single[]",
          "one channel: cell, weights (initialised, trained), steps, lyapunov, repetitions, methods: of each method as "
          "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), ratio and "
@@ -123,6 +125,9 @@ Json schema() {
          "infinite, good: the error is at most 2e-6, or the estimate is more than that"}};
 }
 
+constexpr const char* disagreement =
+    "Sequential and parallel disagree beyond the stated tolerances, or a training failed.";
+
 std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
 
 std::string report_page(const Json& results) {
@@ -138,7 +143,7 @@ std::string report_page(const Json& results) {
             page.notice("Sequential and parallel agree within the stated tolerances in everything measured.",
                         Table::Tone::good);
         else
-            page.notice("Sequential and parallel disagree beyond the stated tolerances.", Table::Tone::bad);
+            page.notice(disagreement, Table::Tone::bad);
     }
     page.paragraph(
         "A network evaluated in parallel over its layers (DeepPCR, arXiv 2309.16318) computes what layer-by-layer "
@@ -250,7 +255,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
         output.line(parts[i].summarise(part));
     }
     if (!complete) output.line("Interrupted: the report is incomplete.");
-    if (!agreement) output.line("Sequential and parallel disagree beyond the stated tolerances.");
+    if (!agreement) output.line(disagreement);
     output.line("Report: " + (arguments.output / "report.html").string() + " and results.json, after " +
                 clock_time(results["seconds"].get<double>()));
     output.result = std::move(results);

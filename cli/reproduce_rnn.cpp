@@ -277,28 +277,30 @@ struct Trained {
     index channel = 0;  ///< the one that forgets most slowly
 };
 
-/// Null where it is to stop.
+/// Null where it is to stop; with a "failure" where the training did not succeed.
 Json train(const CellType& cell, const Experiment& experiment, const Course& course, Trained& trained) {
     nn::TrainedCellOptions options = training_options(experiment);
     options.progress = [&](double done) { return course.going_on(done); };
-    trained.layer = nn::train_cell(cell.kind, options);
+    Json result{{"cell", cell.name},      {"channels", options.channels}, {"steps", options.steps},
+                {"batch", options.batch}, {"updates", options.updates},   {"time_constant", options.time_constant},
+                {"delay", options.delay}};
+    try {
+        trained.layer = nn::train_cell(cell.kind, options);
+    } catch (const NotConverged& error) {
+        result["failure"] = error.what();
+        return result;
+    }
     if (trained.layer.interrupted) return {};
     std::vector<double> exponents;
     for (index channel = 0; channel < options.channels; ++channel)
         exponents.push_back(
             lyapunov_exponent(trained_problem(cell, trained.layer, channel, 4096, experiment.seed + 7)));
     trained.channel = std::max_element(exponents.begin(), exponents.end()) - exponents.begin();
-    return {{"cell", cell.name},
-            {"channels", options.channels},
-            {"steps", options.steps},
-            {"batch", options.batch},
-            {"updates", options.updates},
-            {"time_constant", options.time_constant},
-            {"delay", options.delay},
-            {"first_loss", trained.layer.first_loss},
-            {"last_loss", trained.layer.last_loss},
-            {"channel", trained.channel},
-            {"lyapunov", exponents}};
+    result.update(Json{{"first_loss", trained.layer.first_loss},
+                       {"last_loss", trained.layer.last_loss},
+                       {"channel", trained.channel},
+                       {"lyapunov", exponents}});
+    return result;
 }
 
 Json measure_single(const std::string& cell, const std::string& weights, const Problem& problem, const Sizes& sizes,
@@ -681,12 +683,19 @@ Table training_table(const Json& rnn) {
                             {"of channel"}},
                 .rows = {}};
     for (const Json& entry : rnn["training"]) {
+        std::vector<Table::Cell> row{entry["cell"].get<std::string>(), count_text(entry["channels"].get<index>()),
+                                     count_text(entry["updates"].get<index>())};
+        if (entry.contains("failure")) {
+            row.insert(row.end(), {"-", {"failed", Table::Tone::bad}, "-", "-", "-"});
+            table.rows.push_back(std::move(row));
+            continue;
+        }
         const auto exponents = entry["lyapunov"].get<std::vector<double>>();
         const auto [least, most] = std::minmax_element(exponents.begin(), exponents.end());
-        table.rows.push_back({entry["cell"].get<std::string>(), count_text(entry["channels"].get<index>()),
-                              count_text(entry["updates"].get<index>()), number_text(number(entry["first_loss"])),
-                              number_text(number(entry["last_loss"])), number_text(*least, 2), number_text(*most, 2),
-                              count_text(entry["channel"].get<index>())});
+        row.insert(row.end(),
+                   {number_text(number(entry["first_loss"])), number_text(number(entry["last_loss"])),
+                    number_text(*least, 2), number_text(*most, 2), count_text(entry["channel"].get<index>())});
+        table.rows.push_back(std::move(row));
     }
     return table;
 }
@@ -809,6 +818,11 @@ void add_accuracy_verdict(const Json& rnn, std::vector<std::string>& sentences) 
 std::vector<std::string> verdicts(const Json& rnn) {
     std::vector<std::string> sentences;
     for (const Json& entry : rnn["training"]) {
+        if (entry.contains("failure")) {
+            sentences.push_back(entry["cell"].get<std::string>() +
+                                " was not measured as trained: " + entry["failure"].get<std::string>() + ".");
+            continue;
+        }
         const double exponent = number(entry["lyapunov"][entry["channel"].get<std::size_t>()]);
         sentences.push_back(entry["cell"].get<std::string>() + " trained: the loss fell from " +
                             number_text(number(entry["first_loss"])) + " to " +
@@ -899,7 +913,10 @@ Json run_rnn(const Experiment& experiment) {
         Trained trained;
         Json training = train(cells[c], experiment, course, trained);
         if (training.is_null()) return result;
+        const bool failed = training.contains("failure");
         result["training"].push_back(std::move(training));
+        agree(!failed);
+        if (failed) continue;
         if (!measure_lengths(cells[c], "trained", [&](index steps) {
                 return trained_problem(cells[c], trained.layer, trained.channel, steps, experiment.seed);
             }))
