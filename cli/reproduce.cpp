@@ -111,18 +111,19 @@ Json schema() {
          "channel, channel: the one measured, counted from 0; or failure: why the training failed"},
         {"rnn.single[]",
          "one channel: cell, weights (initialised, trained), steps, lyapunov, repetitions, methods: of each method as "
-         "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), ratio and "
-         "difference; a method whose status is neither converged nor finished_sequentially has no numbers beyond "
-         "iterations; where lyapunov is not below 0 differences do not count"},
+         "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), runs (timed), "
+         "ratio and difference; a method whose status is neither converged nor finished_sequentially has no numbers "
+         "beyond iterations; where lyapunov is not below 0 differences do not count"},
         {"rnn.map[]",
-         "the same by steps and channels, weights as initialised, without Newton's method; winner: the fastest of "
-         "sequential, overlap and shooting; best_ratio: the larger of the ratios of overlap and shooting; "
-         "best_over_automatic: seconds of the winner / of automatic; lyapunov only where a difference exceeds the "
-         "tolerance"},
+         "the same by steps and channels, weights as initialised, without Newton's method; winner: the faster of "
+         "overlap and shooting where its third quartile is below sequential's first, else sequential; best_ratio: the "
+         "larger of the ratios of overlap and shooting; best_over_automatic: seconds of the fastest of the three / of "
+         "automatic; lyapunov only where a difference exceeds the tolerance"},
         {"rnn.accuracy[]",
          "cell, variance of the recurrent coefficients, name of the method, error: largest difference from the double "
-         "sequential result over the largest value, estimate: the Report's own, relative likewise, null where "
-         "infinite, good: the error is at most 2e-6, or the estimate is more than that"}};
+         "sequential result over the largest value, estimate: the Report's own, relative likewise, \"infinite\" "
+         "where it overflows, null where it has none, good: the error is at most 2e-6, or the estimate is more than "
+         "that"}};
 }
 
 constexpr const char* disagreement =
