@@ -115,8 +115,8 @@ Json schema() {
          "ratio and difference; a method whose status is neither converged nor finished_sequentially has no numbers "
          "beyond iterations; where lyapunov is not below 0 differences do not count"},
         {"rnn.map[]",
-         "the same by steps and channels, weights as initialised, without Newton's method; winner: the faster of "
-         "overlap and shooting where its third quartile is below sequential's first, else sequential; best_ratio: the "
+         "the same by steps and channels, weights as initialised, without Newton's method; winner: overlap or "
+         "shooting, the faster whose third quartile is below sequential's first, else sequential; best_ratio: the "
          "larger of the ratios of overlap and shooting; best_over_automatic: seconds of the fastest of the three / of "
          "automatic; lyapunov only where a difference exceeds the tolerance"},
         {"rnn.accuracy[]",
@@ -264,17 +264,6 @@ Exit reproduce(const Arguments& arguments, Output& output) {
 }
 
 }  // namespace
-
-Quartiles quartiles(std::vector<double> sample) {
-    std::sort(sample.begin(), sample.end());
-    const auto at = [&](double part) {
-        const double place = part * double(sample.size() - 1);
-        const auto below = std::size_t(place);
-        const std::size_t above = std::min(below + 1, sample.size() - 1);
-        return sample[below] + (place - double(below)) * (sample[above] - sample[below]);
-    };
-    return {at(0.25), at(0.5), at(0.75)};
-}
 
 void add_reproduce(Program& program) {
     auto arguments = std::make_shared<Arguments>();

@@ -205,7 +205,6 @@ void expect_rnn(const Json& rnn) {
         for (const char* method : {"sequential", "overlap", "shooting"})
             least = std::min(least, methods[method].value("seconds", double(INFINITY)));
         if (const std::string winner = point["winner"]; winner != "sequential") {
-            EXPECT_EQ(methods[winner]["seconds"], least);
             EXPECT_LT(methods[winner]["quartiles"][1], methods["sequential"]["quartiles"][0]);
         }
         EXPECT_NEAR(point["best_over_automatic"].get<double>(), least / methods["automatic"]["seconds"].get<double>(),
