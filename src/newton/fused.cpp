@@ -36,7 +36,8 @@ namespace {
 
 constexpr index first_repair = 32;      // steps of a repair before the first look; then as many again, and again
 constexpr index first_repair_shot = 4;  // after shooting, whose starts are already close
-constexpr index warm_up = 32;           // steps before a chunk from which shooting guesses its start
+constexpr index warm_up = 32;           // steps before a chunk from which shooting guesses its start, at the least
+constexpr index warm_up_share = 64;     // or this part of a chunk: next to nothing, and it may save a Newton sweep
 constexpr index most_shots = 12;
 constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, whose cost would show in shorter ones
 constexpr double enough_shrinking = 0.5;       // of the largest mismatch, per shot, or the method is given up
@@ -289,7 +290,8 @@ private:
             for (index c = 0; c < count(); ++c) {
                 const Chunk& chunk = chunks_[std::size_t(c)];
                 if (chunk.leads) continue;
-                const index from = std::max(recurrence_.parts()[std::size_t(chunk.part)].first, chunk.first - warm_up);
+                const index steps = std::max(warm_up, (chunk.last - chunk.first) / warm_up_share);
+                const index from = std::max(recurrence_.parts()[std::size_t(chunk.part)].first, chunk.first - steps);
                 rows.push_back(row(c, from, chunk.first));
                 rows.back().start = rows.back().end = start(c);
             }

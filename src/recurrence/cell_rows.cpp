@@ -14,8 +14,10 @@
 #include <array>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
 
+#include "device/simd.hpp"
 #include "device/threads.hpp"
 
 namespace deeppcr::cell {
@@ -532,7 +534,10 @@ void run_rows(const Kernels<T>& kernels, Work work, index channels, const T* par
     const index share = (blocks + threads - 1) / threads;
     const auto parts = bundles(units, std::min(share, most_blocks));
     const int used = int(std::min<index>(threads, index(parts.size())));
+    const bool decays = work == Work::multiply || work == Work::backward || work == Work::correct;
     const auto work_on = [&](index first, index last) {
+        std::optional<device::SubnormalsAreZero> fast;
+        if (decays) fast.emplace();
         for (index i = first; i < last; ++i) {
             const auto [begin, end] = parts[std::size_t(i)];
             Bundle<T>(kernels, work, channels, parameters, rows, order, strides,

@@ -35,7 +35,8 @@ constexpr index most_blocks = 64;
 
 /// Does `work` on every row, the rows and channels shared among `threads`. Channels are taken 16 at a time where there
 /// are as many; fewer channels are filled up with 15 other rows of the same length. parameters: [P, 1, C].
-/// The same bits for any threads and any set of rows beside it.
+/// The same bits for any threads and any set of rows beside it. Products of Jacobians and adjoints below the smallest
+/// normal number are 0.
 template <class T>
 void run_rows(const Kernels<T>& kernels, Work work, index channels, const T* parameters, std::span<const Row<T>> rows,
               const RowStrides& strides, int threads);
