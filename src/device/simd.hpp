@@ -10,8 +10,9 @@ namespace deeppcr::device {
 /// Applies DEEPPCR_SIMD, once; every function that dispatches through Highway calls it first.
 void choose_simd_target();
 
-/// While it lives, this thread takes subnormal numbers for 0, where the processor can. A decaying product otherwise ends
-/// at the smallest of them, which rounding never lets go, and every operation with it takes about a hundred cycles.
+/// While it lives, this thread takes subnormal numbers for 0, where the processor can. A decaying product otherwise
+/// ends at the smallest of them, which rounding never lets go, and every operation with it takes about a hundred
+/// cycles.
 class SubnormalsAreZero {
 public:
 #if defined(__SSE2__)
