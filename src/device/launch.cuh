@@ -1,0 +1,35 @@
+// Kernel launches whose failures become exceptions.
+#pragma once
+
+#include <string>
+
+#include <deeppcr/device.cuh>
+#include <deeppcr/error.hpp>
+
+namespace deeppcr::device {
+
+/// Throws OutOfMemory, NoDevice or Error, which say what was being done.
+void check(cudaError_t error, const char* doing);
+
+/// What a launch needs besides the kernel and its arguments.
+struct Launch {
+    dim3 blocks, threads;
+    std::size_t shared_bytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
+    if (where.shared_bytes > granted_without_asking)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(where.shared_bytes)),
+              "asking for shared memory");
+    cudaLaunchConfig_t config{};
+    config.gridDim = where.blocks;
+    config.blockDim = where.threads;
+    config.dynamicSmemBytes = where.shared_bytes;
+    config.stream = where.stream;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...), "launching a kernel");
+}
+
+}  // namespace deeppcr::device
