@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -78,6 +79,18 @@ std::string nature(const Analysis& analysis) {
 
 std::string signed_text(double value) { return (value < 0 ? "-" : "") + number_text(std::abs(value), 2); }
 
+std::string steps_text(index steps) { return count_text(steps) + (steps == 1 ? " step" : " steps"); }
+
+std::string forgetting_text(const Analysis& analysis) {
+    if (analysis.places == 0) return "How soon a wrong state is forgotten was not measured: no start was wrong.";
+    const std::string within = " (within " + scientific_text(analysis.tolerance);
+    if (analysis.forgetting < 0)
+        return "A wrong state is not forgotten within " + steps_text(analysis.forgetting_looked) + within +
+               "): overlap's chunks cannot start from a guess.";
+    return "A wrong state is forgotten after " + steps_text(analysis.forgetting) + within +
+           (analysis.places == 1 ? ", from one start)." : ", the most of " + count_text(analysis.places) + " starts).");
+}
+
 std::vector<std::string> findings(const Analysis& analysis) {
     std::vector<std::string> lines;
     std::string exponent = "Lyapunov exponent ";
@@ -88,17 +101,11 @@ std::vector<std::string> findings(const Analysis& analysis) {
                     (std::isnan(analysis.lyapunov_error) ? "" : " ± " + number_text(analysis.lyapunov_error, 1)) +
                     " per step";
     lines.push_back(exponent + ": " + nature(analysis) + ".");
-    const std::string within = "within " + scientific_text(analysis.tolerance);
-    if (analysis.places > 0)
-        lines.push_back(analysis.forgetting >= 0
-                            ? "A wrong state is forgotten after " + count_text(analysis.forgetting) + " steps (" +
-                                  within + ", the most of " + count_text(analysis.places) + " starts)."
-                            : "A wrong state is not forgotten within " + count_text(analysis.forgetting_looked) +
-                                  " steps (" + within + "): overlap's chunks cannot start from a guess.");
-    lines.push_back(analysis.longest_window > 0 ? "Window: products of Jacobians have no digits left after " +
-                                                      count_text(analysis.longest_window) +
-                                                      " steps; longer windows bring Newton's method nothing."
-                                                : "Window: the whole trajectory at once, if it fits the memory.");
+    lines.push_back(forgetting_text(analysis));
+    lines.push_back(analysis.longest_window > 0
+                        ? "Window: products of Jacobians have no digits left after " +
+                              steps_text(analysis.longest_window) + "; longer windows bring Newton's method nothing."
+                        : "Window: the whole trajectory at once, if it fits the memory.");
     return lines;
 }
 
@@ -128,8 +135,7 @@ Table trials_table(const Analysis& analysis, index steps) {
                             {"differs by"},
                             {"", false}},
                 .rows = {}};
-    if (analysis.steps_tried < steps)
-        table.caption = "Tried on the first " + count_text(analysis.steps_tried) + " steps.";
+    if (analysis.steps_tried < steps) table.caption = "Tried on the first " + steps_text(analysis.steps_tried) + ".";
     const double baseline = analysis.trials.front().seconds;
     for (const Trial& trial : analysis.trials) {
         const bool first = &trial == &analysis.trials.front();
@@ -194,6 +200,7 @@ Json to_json(const std::string& description, const Shape& shape, const Analysis&
                 {"lyapunov_error", finite(analysis.lyapunov_error)},
                 {"forgetting_steps", analysis.forgetting >= 0 ? Json(analysis.forgetting) : Json()},
                 {"forgetting_looked", analysis.forgetting_looked},
+                {"forgetting_starts", analysis.places},
                 {"longest_window", analysis.longest_window > 0 ? Json(analysis.longest_window) : Json()}};
     if (analysis.trials.empty()) return result;
     result["steps_tried"] = analysis.steps_tried;
@@ -234,7 +241,7 @@ Analysis analyse_with_progress(const Recurrence<T>& recurrence, const std::strin
 }
 
 std::string shape_text(const Shape& shape, bool float64) {
-    return count_text(shape.steps) + (shape.steps == 1 ? " step, " : " steps, ") + count_text(shape.batch) +
+    return steps_text(shape.steps) + ", " + count_text(shape.batch) +
            (shape.batch == 1 ? " sequence of " : " sequences of ") + count_text(shape.width) +
            (shape.width == 1 ? " number, " : " numbers, ") + (float64 ? "double" : "float");
 }
@@ -247,8 +254,8 @@ Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
         throw InvalidArgument("--heads", "a number of heads that fits the memory", std::to_string(arguments.heads));
     if (arguments.inputs.empty())
         return Buffer<T>::random({model.recurrent() ? arguments.steps : 1, arguments.batch, width}, arguments.seed);
-    const files::Tensor tensor = files::read_npy(arguments.inputs);
-    std::vector<index> shape = tensor.shape;
+    const files::NpyHeader header = files::read_npy_header(arguments.inputs);
+    std::vector<index> shape = header.shape;
     const std::size_t dimensions = model.recurrent() ? 3 : 2;
     if (shape.size() + 1 == dimensions) shape.insert(shape.end() - 1, 1);  // a single sequence
     if (!model.recurrent()) shape.insert(shape.begin(), 1);
@@ -259,12 +266,17 @@ Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
         throw FileError(arguments.inputs,
                         model.recurrent() ? "shape [steps,sequences," + std::to_string(width) + "]"
                                           : "first states of shape [sequences," + std::to_string(width) + "]",
-                        files::to_string(tensor.shape));
-    Buffer<T> result({shape[0], shape[1], shape[2]});
+                        files::to_string(header.shape));
+    // The file, twice in memory while its order is converted, and the numbers as T.
+    const Shape sizes{shape[0], shape[1], shape[2]};
+    refuse_if_too_large("reading " + arguments.inputs,
+                        {{header.bytes, header.fortran_order ? 2 : 1}, {index(sizeof(T)), sizes.count()}});
+    const files::Tensor tensor = files::read_npy(arguments.inputs);
+    Buffer<T> result(sizes);
     std::visit(
         [&]<class U>(const std::vector<U>& values) {
             if constexpr (std::is_floating_point_v<U>) {
-                refuse_if_not_finite(arguments.inputs, values, tensor.shape);
+                refuse_if_not_finite<T>(arguments.inputs, values, tensor.shape);
                 std::transform(values.begin(), values.end(), result.data(), [](U value) { return T(value); });
             }
         },
@@ -302,85 +314,142 @@ void analyse_model(const Arguments& arguments, const ModelFile& model, Output& o
     }
 }
 
+/// Where x ceases to be finite, in the sequence where it does so first.
+struct Overflow {
+    index step, sequence;  ///< the step counts from 1
+};
+
+template <class T>
+std::optional<Overflow> overflow_of(const LinearRecurrence<T>& recurrence, int threads) {
+    const Report report =
+        evaluate(recurrence,
+                 {.method = Method::sequential, .estimates = Estimates::none, .execution = {.threads = threads}})
+            .report;
+    if (report.ok()) return {};
+    const auto first = std::min_element(report.sequences.begin(), report.sequences.end(),
+                                        [](const auto& a, const auto& b) { return a.confirmed < b.confirmed; });
+    return Overflow{first->confirmed + 1, first - report.sequences.begin()};
+}
+
+/// A way to solve a linear recurrence, tried.
+struct Solution {
+    Reduction reduction;
+    const char* name;
+    Residual residual = {};
+    double seconds = std::nan("");  ///< median; NaN where the residual is not small
+
+    std::string outcome() const {
+        if (residual.small) return "right";
+        return std::isnan(residual.relative) ? "not finite" : "relative residual " + scientific_text(residual.relative);
+    }
+};
+
+template <class T>
+std::vector<Solution> try_solutions(const BidiagonalSystem<T>& system, const Arguments& arguments) {
+    std::vector<Solution> solutions{{Reduction::sequential, "substitution"},
+                                    {Reduction::scan, "scan"},
+                                    {Reduction::pcr, "parallel cyclic reduction"},
+                                    {Reduction::automatic, "automatic"}};
+    Workspace workspace;
+    const Buffer<T> x(system.right_side.shape());
+    for (Solution& solution : solutions) {
+        std::vector<double> seconds;
+        for (int run = 0; run < 4; ++run) {
+            if (interrupted()) throw Interrupted();
+            const auto begin = std::chrono::steady_clock::now();
+            solve(system, x, {solution.reduction, {.threads = arguments.threads}, 0, &workspace});
+            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+            if (run == 0) solution.residual = residual_of<T>(system, x, false);
+            if (!solution.residual.small || seconds.back() > arguments.seconds) break;
+        }
+        if (!solution.residual.small) continue;
+        if (seconds.size() > 1) seconds.erase(seconds.begin());
+        std::sort(seconds.begin(), seconds.end());
+        solution.seconds = seconds[seconds.size() / 2];
+    }
+    return solutions;
+}
+
 /// Jacobians of a file: how they make errors grow, and how their linear recurrence is solved fastest.
 template <class T>
-void analyse_jacobians(const Arguments& arguments, Output& output) {
-    const files::Tensor file = files::read_npy(arguments.file);
-    const auto& values = std::get<std::vector<T>>(file.values);
-    refuse_if_not_finite(arguments.file, values, file.shape);
-    const auto [shape, block] = block_shape_of(arguments.file, file.shape);
-    Buffer<T> right_side;
-    if (arguments.inputs.empty()) {
-        right_side = Buffer<T>::random(shape, arguments.seed);
-    } else {
-        const files::Tensor b = files::read_npy(arguments.inputs);
-        if (b.shape != std::vector<index>{shape.steps, shape.batch, shape.width} ||
-            !std::holds_alternative<std::vector<T>>(b.values))
-            throw FileError(
-                arguments.inputs,
-                "shape " + to_string(shape) + " of " + files::element_type(file) + " to match " + arguments.file,
-                files::to_string(b.shape) + " of " + files::element_type(b));
-        refuse_if_not_finite(arguments.inputs, std::get<std::vector<T>>(b.values), b.shape);
-        right_side = Buffer<T>(shape);
-        std::copy_n(std::get<std::vector<T>>(b.values).data(), right_side.size(), right_side.data());
-    }
-    const BidiagonalSystem<T> system{.subdiagonal = {values.data(), shape, block}, .right_side = right_side};
+void analyse_jacobians(const Arguments& arguments, const BlockShape& problem, Output& output) {
+    const auto& [shape, block] = problem;
+    const std::vector<T> jacobians = read_finite<T>(arguments.file);
+    const bool random = arguments.inputs.empty();
+    const Buffer<T> numbers = random ? Buffer<T>::random(shape, arguments.seed) : Buffer<T>();
+    const std::vector<T> given = random ? std::vector<T>() : read_finite<T>(arguments.inputs);
+    const BidiagonalSystem<T> system{.subdiagonal = {jacobians.data(), shape, block},
+                                     .right_side = {random ? numbers.data() : given.data(), shape}};
     const std::string description = block == 1 ? "diagonal Jacobians"
                                                : (block == shape.width ? "dense" : "block-diagonal") +
                                                      std::string(" Jacobians, blocks of ") + std::to_string(block) +
                                                      " x " + std::to_string(block);
-    const LinearRecurrence<T> recurrence(system);
+    const auto overflow = overflow_of(LinearRecurrence<T>(system), arguments.threads);
+    // The Jacobians are the same along every trajectory: where x overflows, x = 0 shows how errors grow.
+    const Buffer<T> zeros = overflow ? Buffer<T>(shape) : Buffer<T>();
+    const LinearRecurrence<T> recurrence({system.subdiagonal, overflow ? zeros.view() : system.right_side});
     const Analysis analysis = analyse_with_progress(recurrence, arguments.file, arguments, false);
 
     output.line(arguments.file + ", " + description + ": " + shape_text(shape, sizeof(T) == 8));
+    if (overflow)
+        output.line("  x overflows from step " + count_text(overflow->step) + " of sequence " +
+                    count_text(overflow->sequence) + " on, sequentially too. Along x = 0, with the same Jacobians:");
     for (const std::string& line : findings(analysis)) output.line("  " + line);
     Json result = to_json<T>(description, shape, analysis);
+    result["overflows_from_step"] = overflow ? Json(overflow->step) : Json();
+    result["overflowing_sequence"] = overflow ? Json(overflow->sequence) : Json();
+    result["fastest"] = nullptr;
+
     Table table{.title = {},
                 .caption = {},
-                .columns = {{"solution of x_t = A_t x_{t-1} + b_t", false}, {"time"}, {"against substitution"}},
+                .columns = {{"solution of x_t = A_t x_{t-1} + b_t", false},
+                            {"outcome", false},
+                            {"time"},
+                            {"against substitution"}},
                 .rows = {}};
-    Workspace workspace;
-    double baseline = 0, least = std::numeric_limits<double>::infinity();
-    std::string best;
-    for (const auto& [reduction, name] :
-         {std::pair{Reduction::sequential, "substitution"}, std::pair{Reduction::scan, "scan"},
-          std::pair{Reduction::pcr, "parallel cyclic reduction"}, std::pair{Reduction::automatic, "automatic"}}) {
-        std::vector<double> seconds;
-        Buffer<T> x(shape);
-        for (int run = 0; run < 4; ++run) {
-            if (interrupted()) throw Interrupted();
-            const auto begin = std::chrono::steady_clock::now();
-            solve(system, x, {reduction, {.threads = arguments.threads}, 0, &workspace});
-            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-            if (seconds.back() > arguments.seconds) break;
-        }
-        if (seconds.size() > 1) seconds.erase(seconds.begin());
-        std::sort(seconds.begin(), seconds.end());
-        const double median = seconds[seconds.size() / 2];
-        const bool first = reduction == Reduction::sequential;
-        if (first) baseline = median;
-        table.rows.push_back({name, seconds_text(median), first ? "" : speed_text(baseline / median)});
-        result["solutions"].push_back(
-            {{"method", name}, {"seconds", median}, {"substitution_over_this", baseline / median}});
-        if (reduction != Reduction::automatic && median < least) {
-            least = median;
-            best = name;
-        }
+    const std::vector<Solution> solutions = try_solutions(system, arguments);
+    const Solution& substitution = solutions.front();
+    const Solution* best = nullptr;
+    for (const Solution& solution : solutions) {
+        const double ratio = substitution.seconds / solution.seconds;
+        table.rows.push_back({solution.name, solution.outcome(), seconds_text(solution.seconds),
+                              &solution == &substitution ? "" : speed_text(ratio)});
+        result["solutions"].push_back({{"method", solution.name},
+                                       {"outcome", solution.outcome()},
+                                       {"seconds", finite(solution.seconds)},
+                                       {"substitution_over_this", finite(ratio)}});
+        if (solution.residual.small && solution.reduction != Reduction::automatic &&
+            (best == nullptr || solution.seconds < best->seconds))
+            best = &solution;
     }
-    result["fastest"] = best;
+    if (best != nullptr) result["fastest"] = best->name;
     output.line("\n" + text(table));
-    output.line("  A linear recurrence: one pass of Newton's method solves it. On this machine: by " + best + ".");
+    output.line(best != nullptr ? "  A linear recurrence: one pass of Newton's method solves it. On this machine: by " +
+                                      std::string(best->name) + "."
+                                : "  A linear recurrence: no solution is right.");
     output.result["recurrences"].push_back(result);
+}
+
+void analyse_jacobian_file(const Arguments& arguments, Output& output) {
+    const files::NpyHeader header = files::read_npy_header(arguments.file);
+    const BlockShape problem = block_shape_of(arguments.file, header.shape);
+    if (problem.states.count() < 1)
+        throw FileError(arguments.file, "at least one step, sequence and number", files::to_string(header.shape));
+    if (!arguments.inputs.empty())
+        refuse_if_not_matching(arguments.inputs, files::read_npy_header(arguments.inputs), arguments.file, header);
+    // The inputs, x and zeros, and the two copies of A and b that PCR keeps.
+    refuse_if_too_large("analysing this", {{header.bytes, 3}, {header.bytes / problem.block, 5}});
+    if (header.float64)
+        analyse_jacobians<double>(arguments, problem, output);
+    else
+        analyse_jacobians<float>(arguments, problem, output);
 }
 
 Exit run_analyse(const Arguments& arguments, Output& output) {
     if (!(arguments.tolerance >= 0 && std::isfinite(arguments.tolerance)))
         throw InvalidArgument("--tolerance", "a finite number of 0 or more", std::to_string(arguments.tolerance));
     if (arguments.file.ends_with(".npy")) {
-        if (files::read_npy_header(arguments.file).float64)
-            analyse_jacobians<double>(arguments, output);
-        else
-            analyse_jacobians<float>(arguments, output);
+        analyse_jacobian_file(arguments, output);
         return Exit::done;
     }
     const ModelFile model(arguments.file, arguments.module);

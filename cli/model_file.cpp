@@ -152,17 +152,17 @@ const Tensor& ModelFile::get(const std::string& name) const {
     throw FileError(path_, "a tensor " + prefix_ + name, "none");
 }
 
+void ModelFile::require(const Tensor& tensor, const std::string& name, const std::vector<index>& shape) const {
+    const std::string type = float64_ ? "float64" : "float32";
+    if (tensor.shape != shape || files::element_type(tensor) != type)
+        throw FileError(path_, prefix_ + name + " " + files::to_string(shape) + " of " + type,
+                        files::to_string(tensor.shape) + " of " + files::element_type(tensor));
+}
+
 template <class T>
 LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> input, bool relu) const {
     if (deep_) return deep_network<T>(input);
     const std::string suffix = "_l" + std::to_string(layer) + (direction == 1 ? "_reverse" : "");
-    const auto require = [&](const Tensor& tensor, const std::string& name, const std::vector<index>& shape) {
-        if (tensor.shape != shape || !std::holds_alternative<std::vector<T>>(tensor.values))
-            throw FileError(
-                path_,
-                prefix_ + name + suffix + " " + files::to_string(shape) + " of " + (float64_ ? "float64" : "float32"),
-                files::to_string(tensor.shape) + " of " + files::element_type(tensor));
-    };
     const Tensor& weight = get("weight_ih" + suffix);
     const Tensor *const parameters = find("parameters" + suffix), *const bias = find("bias_ih" + suffix);
     const Tensor& recurrent = parameters != nullptr ? *parameters : get("weight_hh" + suffix);
@@ -178,8 +178,8 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
     const index rows = weight.shape[0], columns = weight.shape[1], hidden = recurrent.shape[1], gates = rows / hidden;
     const index heads = input.width() % columns == 0 ? input.width() / columns : 0;
     const bool heads_fit = heads == 1 || (parameters != nullptr && heads > 1 && hidden % heads == 0);
-    require(weight, "weight_ih", {rows, heads_fit ? columns : input.width()});
-    if (parameters == nullptr) require(recurrent, "weight_hh", {gates * hidden, hidden});
+    require(weight, "weight_ih" + suffix, {rows, heads_fit ? columns : input.width()});
+    if (parameters == nullptr) require(recurrent, "weight_hh" + suffix, {gates * hidden, hidden});
     const auto* const other = directions_ == 2 ? find((parameters != nullptr ? "parameters_l" : "weight_hh_l") +
                                                       std::to_string(layer) + (direction == 1 ? "" : "_reverse"))
                                                : nullptr;
@@ -188,7 +188,7 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
             path_,
             "both directions of layer " + std::to_string(layer) + " with " + std::to_string(hidden) + " hidden units",
             other == nullptr ? "one alone" : "another of shape " + files::to_string(other->shape));
-    if (bias != nullptr) require(*bias, "bias_ih", {rows});
+    if (bias != nullptr) require(*bias, "bias_ih" + suffix, {rows});
 
     LayerRecurrence<T> result;
     result.reversed = direction == 1;
@@ -199,7 +199,7 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
     if (parameters != nullptr) {
         for (const CellOfFile<T>& cell : cells_of_files<T>) {
             if (cell.gates != gates || cell.parameters != parameters->shape[0]) continue;
-            require(*parameters, "parameters", {cell.parameters, hidden});
+            require(*parameters, "parameters" + suffix, {cell.parameters, hidden});
             result.arrays.push_back(buffer<T>(*parameters, {cell.parameters, 1, hidden}));
             result.recurrence = cell.make(inputs, result.arrays[1]);
             result.first_output = cell.states - 1;
@@ -220,7 +220,7 @@ LayerRecurrence<T> ModelFile::layer(index layer, index direction, View<const T> 
                                             : DenseCellKind::elman_tanh;
     result.arrays.push_back(buffer<T>(recurrent, {gates, hidden, hidden}));
     const Tensor* const recurrent_bias = find("bias_hh" + suffix);
-    if (recurrent_bias != nullptr) require(*recurrent_bias, "bias_hh", {gates * hidden});
+    if (recurrent_bias != nullptr) require(*recurrent_bias, "bias_hh" + suffix, {gates * hidden});
     result.arrays.push_back(recurrent_bias != nullptr ? buffer<T>(*recurrent_bias, {gates, 1, hidden})
                                                       : Buffer<T>({gates, 1, hidden}));
     result.arrays.emplace_back(Shape{1, input.batch(), state_width(kind, hidden)});
@@ -238,11 +238,6 @@ template <class T>
 LayerRecurrence<T> ModelFile::deep_network(View<const T> first) const {
     const Tensor &weight = get("layers.weight"), &bias = get("layers.bias");
     const index depth = weight.shape[0], width = weight.shape[2];
-    const auto require = [&](const Tensor& tensor, const std::string& name, const std::vector<index>& shape) {
-        if (tensor.shape != shape || !std::holds_alternative<std::vector<T>>(tensor.values))
-            throw FileError(path_, prefix_ + name + " " + files::to_string(shape),
-                            files::to_string(tensor.shape) + " of " + files::element_type(tensor));
-    };
     require(weight, "layers.weight", {depth, width, width});
     require(bias, "layers.bias", {depth, width});
     typename DenseChain<T>::Options options;

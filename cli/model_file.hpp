@@ -49,6 +49,8 @@ public:
 private:
     const files::Tensor* find(const std::string& name) const;
     const files::Tensor& get(const std::string& name) const;
+    /// Throws FileError unless `tensor`, of this name, has this shape and the file's type.
+    void require(const files::Tensor& tensor, const std::string& name, const std::vector<index>& shape) const;
     template <class T>
     LayerRecurrence<T> deep_network(View<const T> first) const;
 

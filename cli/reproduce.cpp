@@ -90,7 +90,9 @@ Json schema() {
          "absolute sequential value; accuracies are fractions; null: not measured"},
         {"complete", "false: interrupted, or failed after this was written; the lists hold what was finished"},
         {"quick", "true: tiny sizes, which show only that everything works"},
-        {"agreement", "whether every difference measured is within its tolerance; null where none was measured"},
+        {"agreement",
+         "whether every difference measured is within its tolerance and no training failed; null where none was "
+         "measured"},
         {"mlp.configurations[]",
          "width, depth (layers), batch, repetitions, and for each of sequential, pcr, scan: forward_seconds and "
          "backward_seconds (medians), *_quartiles (first and third), and of pcr and scan also status, iterations "
@@ -106,22 +108,26 @@ Json schema() {
          "and of the gradients, the largest and by parameter"},
         {"rnn.training[]",
          "cell, how it was trained, loss on sequences kept apart before and after, lyapunov: the exponent of each "
-         "channel, channel: the one measured, counted from 0"},
+         "channel, channel: the one measured, counted from 0; or failure: why the training failed"},
         {"rnn.single[]",
          "one channel: cell, weights (initialised, trained), steps, lyapunov, repetitions, methods: of each method as "
-         "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), ratio and "
-         "difference; a method whose status is neither converged nor finished_sequentially has no numbers beyond "
-         "iterations; where lyapunov is not below 0 differences do not count"},
+         "the Report has it (method, status, iterations), seconds (median), quartiles (first and third), runs (timed), "
+         "ratio and difference; a method whose status is neither converged nor finished_sequentially has no numbers "
+         "beyond iterations; where lyapunov is not below 0 differences do not count"},
         {"rnn.map[]",
-         "the same by steps and channels, weights as initialised, without Newton's method; winner: the fastest of "
-         "sequential, overlap and shooting; best_ratio: the larger of the ratios of overlap and shooting; "
-         "best_over_automatic: seconds of the winner / of automatic; lyapunov only where a difference exceeds the "
-         "tolerance"},
+         "the same by steps and channels, weights as initialised, without Newton's method; winner: overlap or "
+         "shooting, the faster whose third quartile is below sequential's first, else sequential; best_ratio: the "
+         "larger of the ratios of overlap and shooting; best_over_automatic: seconds of the fastest of the three / of "
+         "automatic; lyapunov only where a difference exceeds the tolerance"},
         {"rnn.accuracy[]",
          "cell, variance of the recurrent coefficients, name of the method, error: largest difference from the double "
-         "sequential result over the largest value, estimate: the Report's own, relative likewise, null where "
-         "infinite, good: the error is at most 2e-6, or the estimate is more than that"}};
+         "sequential result over the largest value, estimate: the Report's own, relative likewise, \"infinite\" "
+         "where it overflows, null where it has none, good: the error is at most 2e-6, or the estimate is more than "
+         "that"}};
 }
+
+constexpr const char* disagreement =
+    "Sequential and parallel disagree beyond the stated tolerances, or a training failed.";
 
 std::string facts_text(const Json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
 
@@ -138,7 +144,7 @@ std::string report_page(const Json& results) {
             page.notice("Sequential and parallel agree within the stated tolerances in everything measured.",
                         Table::Tone::good);
         else
-            page.notice("Sequential and parallel disagree beyond the stated tolerances.", Table::Tone::bad);
+            page.notice(disagreement, Table::Tone::bad);
     }
     page.paragraph(
         "A network evaluated in parallel over its layers (DeepPCR, arXiv 2309.16318) computes what layer-by-layer "
@@ -250,7 +256,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
         output.line(parts[i].summarise(part));
     }
     if (!complete) output.line("Interrupted: the report is incomplete.");
-    if (!agreement) output.line("Sequential and parallel disagree beyond the stated tolerances.");
+    if (!agreement) output.line(disagreement);
     output.line("Report: " + (arguments.output / "report.html").string() + " and results.json, after " +
                 clock_time(results["seconds"].get<double>()));
     output.result = std::move(results);
@@ -258,17 +264,6 @@ Exit reproduce(const Arguments& arguments, Output& output) {
 }
 
 }  // namespace
-
-Quartiles quartiles(std::vector<double> sample) {
-    std::sort(sample.begin(), sample.end());
-    const auto at = [&](double part) {
-        const double place = part * double(sample.size() - 1);
-        const auto below = std::size_t(place);
-        const std::size_t above = std::min(below + 1, sample.size() - 1);
-        return sample[below] + (place - double(below)) * (sample[above] - sample[below]);
-    };
-    return {at(0.25), at(0.5), at(0.75)};
-}
 
 void add_reproduce(Program& program) {
     auto arguments = std::make_shared<Arguments>();

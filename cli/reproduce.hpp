@@ -52,7 +52,16 @@ std::string summarise_rnn(const Json& rnn);
 struct Quartiles {
     double first = 0, median = 0, third = 0;
 };
-Quartiles quartiles(std::vector<double> sample);
+inline Quartiles quartiles(std::vector<double> sample) {
+    std::sort(sample.begin(), sample.end());
+    const auto at = [&](double part) {
+        const double place = part * double(sample.size() - 1);
+        const auto below = std::size_t(place);
+        const std::size_t above = std::min(below + 1, sample.size() - 1);
+        return sample[below] + (place - double(below)) * (sample[above] - sample[below]);
+    };
+    return {at(0.25), at(0.5), at(0.75)};
+}
 
 /// Largest difference of two contiguous arrays of the same shape, relative to the largest entry of `expected`;
 /// infinite where it is not a number.

@@ -35,59 +35,6 @@ struct Arguments {
     bool transposed = false;
 };
 
-/// Refuses what the machine has no room for: both inputs, the solution, and what the solver works with.
-void refuse_if_too_large(const NpyHeader& subdiagonal, const NpyHeader& right_side, const std::string& method) {
-    // A file in Fortran order is twice in memory while it is converted. PCR keeps two copies of A and b.
-    const index copies_of_subdiagonal = method == "pcr" ? 3 : subdiagonal.fortran_order ? 2 : 1;
-    const index copies_of_right_side = method == "pcr" ? 4 : 2;
-    index bytes = 0, more = 0;
-    if (__builtin_mul_overflow(subdiagonal.bytes, copies_of_subdiagonal, &bytes) ||
-        __builtin_mul_overflow(right_side.bytes, copies_of_right_side, &more) ||
-        __builtin_add_overflow(bytes, more, &bytes))
-        bytes = std::numeric_limits<index>::max();
-    if (const index available = available_memory(); bytes > available)
-        throw OutOfMemory("solving this needs " + std::to_string(bytes) + " bytes of memory, and " +
-                          std::to_string(available) + " are available");
-}
-
-struct Residual {
-    double largest = 0;   ///< max |x_t - A_t x_{t-1} - b_t|
-    double relative = 0;  ///< the same, over max |x_t| + max |A_t x_{t-1}| + max |b_t| of the same step
-};
-
-/// In double, so that what is measured is the error of the solution. NaN where the solution is not finite.
-template <class T>
-Residual residual_of(const BidiagonalSystem<T>& system, View<const T> solution, bool transposed) {
-    Residual residual;
-    const index block = system.subdiagonal.block();
-    for (index step = 0; step < solution.steps(); ++step) {
-        const index before = transposed ? step + 1 : step - 1;
-        const bool coupled = before >= 0 && before < solution.steps();
-        for (index sequence = 0; sequence < solution.batch(); ++sequence) {
-            double largest = 0, scale_x = 0, scale_product = 0, scale_b = 0;
-            for (index row = 0; row < solution.width(); ++row) {
-                double product = 0;
-                const index first = row - row % block;
-                for (index column = first; coupled && column < first + block; ++column)
-                    product += double(transposed ? system.subdiagonal(before, sequence, column, row)
-                                                 : system.subdiagonal(step, sequence, row, column)) *
-                               double(solution(before, sequence, column));
-                const double x = solution(step, sequence, row), b = system.right_side(step, sequence, row);
-                const double difference = std::abs(x - product - b);
-                if (!(difference <= largest)) largest = difference;  // NaN stays
-                if (std::isnan(difference)) return {difference, difference};
-                scale_x = std::max(scale_x, std::abs(x));
-                scale_product = std::max(scale_product, std::abs(product));
-                scale_b = std::max(scale_b, std::abs(b));
-            }
-            residual.largest = std::max(residual.largest, largest);
-            if (largest > 0)
-                residual.relative = std::max(residual.relative, largest / (scale_x + scale_product + scale_b));
-        }
-    }
-    return residual;
-}
-
 std::string number(double value) {
     char text[32];
     std::snprintf(text, sizeof text, "%.2g", value);
@@ -96,17 +43,14 @@ std::string number(double value) {
 
 template <class T>
 Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& output) {
-    const Tensor subdiagonal_file = files::read_npy(arguments.subdiagonal);
-    const Tensor right_side_file = files::read_npy(arguments.right_side);
-    const auto& subdiagonal = std::get<std::vector<T>>(subdiagonal_file.values);
-    const auto& right_side = std::get<std::vector<T>>(right_side_file.values);
-    refuse_if_not_finite(arguments.subdiagonal, subdiagonal, subdiagonal_file.shape);
-    refuse_if_not_finite(arguments.right_side, right_side, right_side_file.shape);
+    const std::vector<T> subdiagonal = read_finite<T>(arguments.subdiagonal);
+    const std::vector<T> right_side = read_finite<T>(arguments.right_side);
     if (interrupted()) throw Interrupted();
 
     const BidiagonalSystem<T> system{.subdiagonal = {subdiagonal.data(), problem.states, problem.block},
                                      .right_side = {right_side.data(), problem.states}};
-    Tensor solution_file{right_side_file.shape, std::vector<T>(right_side.size())};
+    const auto [steps, batch, width] = problem.states;
+    Tensor solution_file{{steps, batch, width}, std::vector<T>(right_side.size())};
     const View<T> solution(std::get<std::vector<T>>(solution_file.values).data(), problem.states);
     SolveOptions options{.method = methods.at(arguments.method),
                          .execution = {backends.at(arguments.backend), arguments.threads},
@@ -121,14 +65,13 @@ Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& 
     Residual residual = residual_of<T>(system, solution, arguments.transposed);
 
     // Products of A may overflow, or lose all digits, where the solution itself does not.
-    const double limit = std::sqrt(double(std::numeric_limits<T>::epsilon()));
-    if (!(residual.relative <= limit) && options.method == Reduction::automatic) {
+    if (!residual.small && options.method == Reduction::automatic) {
         output.warn("the products of A grow too far for a parallel method; solved sequentially instead");
         options.method = Reduction::sequential;
         seconds += run();
         residual = residual_of<T>(system, solution, arguments.transposed);
     }
-    if (!(residual.relative <= limit)) {
+    if (!residual.small) {
         const std::string reason =
             std::isnan(residual.relative)
                 ? "the result is not finite: x, or a product of A, grows beyond the range of its element type"
@@ -169,16 +112,12 @@ Exit run_solve(const Arguments& arguments, Output& output) {
     const NpyHeader right_side = files::read_npy_header(arguments.right_side);
 
     const BlockShape problem = block_shape_of(arguments.subdiagonal, subdiagonal.shape);
-    if (const Shape& states = problem.states;
-        right_side.shape != std::vector<index>{states.steps, states.batch, states.width})
-        throw Error(arguments.right_side + " has shape " + files::to_string(right_side.shape) + ", expected " +
-                    to_string(states) + " to match " + arguments.subdiagonal + " " +
-                    files::to_string(subdiagonal.shape));
-    const auto element_type = [](const NpyHeader& header) { return header.float64 ? "float64" : "float32"; };
-    if (subdiagonal.float64 != right_side.float64)
-        throw Error(arguments.right_side + " has element type " + element_type(right_side) + ", expected " +
-                    element_type(subdiagonal) + " to match " + arguments.subdiagonal);
-    refuse_if_too_large(subdiagonal, right_side, arguments.method);
+    refuse_if_not_matching(arguments.right_side, right_side, arguments.subdiagonal, subdiagonal);
+    // Both inputs and the solution. A file in Fortran order is twice in memory while it is converted; PCR keeps two
+    // copies of A and b.
+    const bool pcr = arguments.method == "pcr";
+    const index copies_of_subdiagonal = pcr ? 3 : subdiagonal.fortran_order ? 2 : 1;
+    refuse_if_too_large("solving this", {{subdiagonal.bytes, copies_of_subdiagonal}, {right_side.bytes, pcr ? 4 : 2}});
     return subdiagonal.float64 ? solve_files<double>(arguments, problem, output)
                                : solve_files<float>(arguments, problem, output);
 }

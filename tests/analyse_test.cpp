@@ -104,6 +104,40 @@ TEST(Analyse, CellTriesEveryMethod) {
                                               Method::newton));
 }
 
+/// x_t = factor * (x_{t-1} with its two numbers swapped).
+struct Swap : Recurrence<double> {
+    explicit Swap(double factor) : Recurrence({.steps = 100, .batch = 1, .width = 2}), factor_(factor) {}
+    void step(const Section& section, View<const double> before, View<double> after) const override {
+        for (index i = 0; i < section.steps(); ++i)
+            for (index k : {0, 1}) after(i, 0, k) = factor_ * before(i, 0, 1 - k);
+    }
+    void linearise(const Section& section, View<const double> before, View<double> after,
+                   Jacobian<double> jacobian) const override {
+        step(section, before, after);
+        for (index i = 0; i < section.steps(); ++i)
+            for (index k : {0, 1}) {
+                jacobian(i, 0, k, k) = 0;
+                jacobian(i, 0, k, 1 - k) = factor_;
+            }
+    }
+    double factor_;
+};
+
+TEST(Analyse, GrowthWhoseSquareIsBeyondTheRangeOfNumbers) {
+    for (const double factor : {1e200, 1e-200}) {
+        const Analysis analysis = analyse(Swap(factor), {.trials = false});
+        EXPECT_NEAR(analysis.lyapunov, std::log(factor), 1e-9);
+        EXPECT_NEAR(analysis.lyapunov_error, 0, 1e-9);
+    }
+}
+
+TEST(Analyse, WhereNoStartIsWrongNothingIsForgotten) {
+    const Analysis analysis = analyse(Swap(1.5), {.trials = false});  // x stays 0
+    EXPECT_EQ(analysis.places, 0);
+    EXPECT_EQ(analysis.forgetting, -1);
+    EXPECT_EQ(analysis.longest_window, index(52 * std::log(2.0) / std::log(1.5)));
+}
+
 TEST(Analyse, DenseJacobiansAreTriedOnWhatTakesSeconds) {
     // 2 * 48^3 operations per step and sequence: 4e9 are the limit.
     const index hidden = 48, steps = 60000;

@@ -13,7 +13,6 @@
 namespace deeppcr {
 namespace {
 
-using files::Safetensors;
 using files::Tensor;
 using testing::AllOf;
 using testing::HasSubstr;
@@ -57,14 +56,70 @@ TEST_F(Analyse, JacobiansOfAFile) {
     EXPECT_EQ(found["steps"], 2000);
     EXPECT_GT(found["forgetting_steps"], 10);
     EXPECT_LT(found["forgetting_steps"], 30);
+    EXPECT_TRUE(found["overflows_from_step"].is_null());
     EXPECT_EQ(found["solutions"].size(), 4U);
-    for (const auto& solution : found["solutions"])
+    for (const auto& solution : found["solutions"]) {
+        EXPECT_EQ(solution["outcome"], "right");
         EXPECT_NEAR(solution["substitution_over_this"],
                     double(found["solutions"][0]["seconds"]) / double(solution["seconds"]), 1e-9);
+    }
 
     const Outcome outcome = run({"analyse", "A.npy"});
     EXPECT_THAT(outcome.output,
                 AllOf(HasSubstr("Lyapunov exponent -0.69"), HasSubstr("contractive"), HasSubstr("substitution")));
+}
+
+TEST_F(Analyse, JacobiansThatExpand) {
+    files::write_npy(folder / "A.npy", {{1000, 2, 1}, std::vector<float>(2000, 1.2F)});
+    const auto found = analyse({"A.npy"})["recurrences"][0];
+    EXPECT_NEAR(found["lyapunov"], std::log(1.2), 1e-6);
+    EXPECT_EQ(found["longest_window"], 87);              // 1.2^87 is 1 / the epsilon of float
+    EXPECT_NEAR(found["overflows_from_step"], 487, 15);  // 1.2^487 is the largest float
+    EXPECT_TRUE(found["forgetting_steps"].is_null());
+    EXPECT_EQ(found["forgetting_starts"], 0);
+    EXPECT_TRUE(found["fastest"].is_null());
+    for (const auto& solution : found["solutions"]) {
+        EXPECT_EQ(solution["outcome"], "not finite");
+        EXPECT_TRUE(solution["seconds"].is_null());
+    }
+    const Outcome outcome = run({"analyse", "A.npy"});
+    EXPECT_EQ(outcome.exit_code, 0);
+    EXPECT_THAT(outcome.output, AllOf(HasSubstr("Lyapunov exponent 0.18"), HasSubstr("x overflows from step 4"),
+                                      HasSubstr("was not measured"), HasSubstr("no solution is right")));
+}
+
+TEST_F(Analyse, SolutionsWhoseProductsOverflowAreNotRight) {
+    // The right side is 0 until the last step, and so is x; but products of more than three Jacobians overflow.
+    files::write_npy(folder / "A.npy", {{1000, 1, 1}, std::vector<float>(1000, 1e10F)});
+    std::vector<float> right_side(1000);
+    right_side.back() = 1;
+    files::write_npy(folder / "b.npy", {{1000, 1, 1}, right_side});
+    const auto found = analyse({"A.npy", "--inputs", "b.npy", "--threads", "2"})["recurrences"][0];
+    EXPECT_TRUE(found["overflows_from_step"].is_null());
+    EXPECT_TRUE(found["forgetting_steps"].is_null());
+    const auto& solutions = found["solutions"];
+    EXPECT_EQ(solutions[0]["outcome"], "right");
+    for (const std::size_t i : {1, 2}) {  // the scan and PCR
+        EXPECT_EQ(solutions[i]["outcome"], "not finite");
+        EXPECT_TRUE(solutions[i]["substitution_over_this"].is_null());
+    }
+    EXPECT_EQ(found["fastest"], "substitution");
+}
+
+TEST_F(Analyse, JacobiansThatCannotBeUsed) {
+    for (const std::vector<index>& shape : {std::vector<index>{0, 1, 2}, {5, 0, 2, 2}, {5, 1, 2, 0, 0}}) {
+        files::write_npy(folder / "A.npy", {shape, std::vector<float>()});
+        EXPECT_THAT(error({"A.npy"}), StartsWith("deeppcr: error: A.npy: expected at least one step"));
+    }
+    files::write_npy(folder / "A.npy", random({50, 1, 3}, 1));
+    files::write_npy(folder / "b.npy", random({50, 1, 4}, 1));
+    EXPECT_THAT(error({"A.npy", "--inputs", "b.npy"}), HasSubstr("b.npy has shape [50,1,4], expected [50,1,3]"));
+    // Files of 2^41 bytes, to stat: refused by their headers.
+    if (!write_sparse("A.npy", "(17179869184, 32)", std::uintmax_t(1) << 41))
+        GTEST_SKIP() << "this file system has no room for a sparse file of 2 TiB";
+    EXPECT_THAT(error({"A.npy"}), HasSubstr("A.npy: expected shape [T,B,D]"));
+    ASSERT_TRUE(write_sparse("A.npy", "(536870912, 1, 32, 32)", std::uintmax_t(1) << 41));
+    EXPECT_THAT(error({"A.npy"}), HasSubstr("analysing this needs"));
 }
 
 TEST_F(Analyse, RecurrentLayers) {
@@ -108,7 +163,8 @@ TEST_F(Analyse, ModulesOfThisLibrary) {
     }
     const Outcome outcome = run({"analyse", "model.safetensors", "--heads", "2", "--steps", "200"});
     EXPECT_EQ(outcome.exit_code, 0) << outcome.errors;
-    EXPECT_THAT(outcome.output, AllOf(HasSubstr("overlap"), HasSubstr("shooting"), HasSubstr("On this machine: ")));
+    EXPECT_THAT(outcome.output, AllOf(HasSubstr("overlap"), HasSubstr("shooting"), HasSubstr("from one start)"),
+                                      HasSubstr("On this machine: ")));
 }
 
 TEST_F(Analyse, DeepNetwork) {
@@ -150,6 +206,10 @@ TEST_F(Analyse, SaysWhatIsWrong) {
     EXPECT_THAT(with("bias_ih_l0", random({11}, 1)), HasSubstr("a.bias_ih_l0 [12]"));
     EXPECT_THAT(with("parameters_l0", random({4, 4}, 1)), HasSubstr("ParaGRU (3, 3)"));
     EXPECT_THAT(with("weight_hr_l0", random({4, 4}, 1)), HasSubstr("weight_hr_l0"));
+    write("bad.safetensors",
+          {{"layers.weight", random({8, 2, 2}, 1)}, {"layers.bias", {{8, 2}, std::vector<double>(16)}}},
+          {{"skip", "0"}, {"activation", "tanh"}});
+    EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("layers.bias [8,2] of float32, got [8,2] of float64"));
     // Files made to do harm: no gates at all, directions of different width, a name that never ends.
     write("bad.safetensors", {{"weight_ih_l0", random({3, 1}, 1)}, {"weight_hh_l0", random({9}, 2)}});
     EXPECT_THAT(error({"bad.safetensors"}), HasSubstr("[3,1] and [9]"));
@@ -168,6 +228,12 @@ TEST_F(Analyse, SaysWhatIsWrong) {
     std::get<std::vector<float>>(infinite.values)[7] = INFINITY;
     files::write_npy(folder / "u.npy", infinite);
     EXPECT_THAT(error({"good.safetensors", "--inputs", "u.npy"}), HasSubstr("finite numbers"));
+    files::write_npy(folder / "u.npy", {{2, 1, 3}, std::vector<double>{1, 1, 1, 1, 1e300, 1}});
+    EXPECT_THAT(error({"good.safetensors", "--inputs", "u.npy"}),
+                HasSubstr("u.npy: expected numbers in the range of float32, got 1e+300 at [1,0,1]"));
+    if (write_sparse("u.npy", "(183251937962, 1, 3)", std::uintmax_t(183251937962) * 12)) {
+        EXPECT_THAT(error({"good.safetensors", "--inputs", "u.npy"}), HasSubstr("reading u.npy needs"));
+    }
     EXPECT_THAT(error({"good.safetensors", "--tolerance", "-1"}), HasSubstr("--tolerance"));
     files::write_npy(folder / "bad.npy", random({50, 3}, 4));
     EXPECT_THAT(error({"bad.npy"}), HasSubstr("[T,B,D]"));

@@ -27,7 +27,6 @@ namespace deeppcr {
 namespace {
 
 namespace fs = std::filesystem;
-using files::Tensor;
 using Json = nlohmann::json;
 using testing::AllOf;
 using testing::ElementsAre;
@@ -229,17 +228,9 @@ TEST_F(Solve, AFullDiskLeavesTheOldFileAndNoTemporary) {
 }
 
 TEST_F(Solve, WhatDoesNotFitIntoMemory) {
-    // Sparse files of the right length: 2^41 bytes are claimed and, to stat, there.
-    const auto sparse = [&](const std::string& name, const std::string& shape, std::uintmax_t bytes) {
-        std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + ", }\n";
-        std::ofstream(folder / name, std::ios::binary)
-            << std::string("\x93NUMPY\x01\0", 8) << char(header.size()) << '\0' << header;
-        std::error_code error;
-        fs::resize_file(folder / name, fs::file_size(folder / name) + bytes, error);
-        return !error;
-    };
-    if (!sparse("A.npy", "(536870912, 1, 32, 32)", std::uintmax_t(1) << 41) ||
-        !sparse("b.npy", "(536870912, 1, 32)", std::uintmax_t(1) << 36))
+    // 2^41 bytes are claimed and, to stat, there.
+    if (!write_sparse("A.npy", "(536870912, 1, 32, 32)", std::uintmax_t(1) << 41) ||
+        !write_sparse("b.npy", "(536870912, 1, 32)", std::uintmax_t(1) << 36))
         GTEST_SKIP() << "this file system has no room for a sparse file of 2 TiB";
     // A once, b and the solution.
     expect_error(
@@ -257,6 +248,16 @@ TEST_F(Solve, ASolutionBeyondTheRangeOfNumbersIsNotWritten) {
         EXPECT_EQ(outcome.json().value("exit_code", 0), 2);
         EXPECT_FALSE(fs::exists(folder / "x.npy"));
     }
+}
+
+TEST_F(Solve, ASolutionThatIsNotFiniteInItsLastStepOnly) {
+    write<double>("A.npy", {2, 1, 1}, {0, 1e200});
+    write<double>("b.npy", {2, 1, 1}, {1e200, 1});
+    EXPECT_EQ(run({"solve", "A.npy", "b.npy", "-o", "x.npy"}).exit_code, 2);
+    write<float>("A.npy", {2, 1, 1}, {0, 1e30F});
+    write<float>("b.npy", {2, 1, 1}, {1e30F, 1});
+    EXPECT_EQ(run({"solve", "A.npy", "b.npy", "-o", "x.npy"}).exit_code, 2);
+    EXPECT_FALSE(fs::exists(folder / "x.npy"));
 }
 
 TEST_F(Solve, ProductsBeyondTheRangeOfNumbersAreSolvedSequentially) {

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -75,6 +76,16 @@ protected:
         const Outcome outcome = run(arguments);
         EXPECT_EQ(outcome.exit_code, 1) << testing::PrintToString(arguments);
         EXPECT_THAT(outcome.errors, testing::AllOf(testing::StartsWith("deeppcr: error: "), message));
+    }
+
+    /// A .npy file of float32 whose data, all zeros, take no room on the disk; false where the file system cannot.
+    bool write_sparse(const std::string& name, const std::string& shape, std::uintmax_t bytes) const {
+        const std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + ", }\n";
+        std::ofstream(folder / name, std::ios::binary)
+            << std::string("\x93NUMPY\x01\0", 8) << char(header.size()) << '\0' << header;
+        std::error_code error;
+        std::filesystem::resize_file(folder / name, std::filesystem::file_size(folder / name) + bytes, error);
+        return !error;
     }
 
     /// Files for captured output lie beside the folder, so that the folder shows what the program itself left.

@@ -26,7 +26,8 @@ struct Analysis {
     /// up to 16 stretches (NaN where there are fewer than 4).
     double lyapunov = 0, lyapunov_error = 0;
     /// Steps after which a trajectory that starts from a wrong state agrees with the right one within the tolerance:
-    /// the most that was found from `places` starts; -1: not within `forgetting_looked` steps at one of them.
+    /// the most that was found from `places` starts; -1: not within `forgetting_looked` steps at one of them, or not
+    /// measured, as no start was wrong (places 0).
     index forgetting = -1, forgetting_looked = 0, places = 0;
     double tolerance = 0;  ///< relative and absolute, of the residual and of `forgetting`
     /// log(1/epsilon) / lyapunov steps, beyond which products of Jacobians have no digits left; 0: no limit.

@@ -160,27 +160,29 @@ private:
                 std::max<index>(1, index(-std::log(double(std::numeric_limits<T>::epsilon())) / result_.lyapunov));
     }
 
-    /// From several places on, starts from the initial state and from the state half a trajectory away.
+    /// From several places on, starts from the initial state and from the state half a trajectory away, where these are
+    /// wrong there.
     void measure_forgetting() {
         const auto [steps, batch, width] = shape();
         const index look = std::min(steps, std::max<index>(256, steps / places));
         result_.forgetting_looked = look;
-        result_.forgetting = 0;
         const index count = std::min(places, steps - look + 1);
         const Workspace::Scope scope(workspace_);
-        const View<T> state = workspace_.take_states<T>({1, batch, width});
+        const View<T> right = workspace_.take_states<T>({1, batch, width}),
+                      state = workspace_.take_states<T>({1, batch, width});
         const index piece = std::min<index>(look, 64);
         const View<T> tried = workspace_.take_states<T>({piece, batch, width});
         for (index p = 0; p < count; ++p) {
             const index first = count == 1 ? 0 : (steps - look) * p / (count - 1);
             ask(forgetting, p, count);
+            gather_before<T>(recurrence_, trajectory_.view(), section(first, first + 1), right);
             for (const bool elsewhere : {false, true}) {
-                if (!elsewhere && first == 0) continue;  // the right state
                 if (elsewhere)
                     for (index j = 0; j < batch; ++j)
                         std::copy_n(trajectory_.view().at((first + steps / 2) % steps, j), width, state.at(0, j));
                 else
                     recurrence_.initial(section(0, steps), state);
+                if (agree(state, right)) continue;
                 ++result_.places;
                 const index needed = steps_until_equal(first, look, piece, state, tried);
                 if (needed < 0) {
@@ -192,10 +194,25 @@ private:
         }
     }
 
+    /// Within the tolerance.
+    bool agree(const T* found, const T* expected) const {
+        const Tolerance tolerance = tolerance_of<T>(options_);
+        double size = 0;
+        for (index k = 0; k < shape().width; ++k) size = std::max(size, std::abs(double(expected[k])));
+        for (index k = 0; k < shape().width; ++k)
+            if (!(std::abs(double(found[k]) - double(expected[k])) <= tolerance.absolute + tolerance.relative * size))
+                return false;  // NaN too
+        return true;
+    }
+    bool agree(View<const T> found, View<const T> expected) const {
+        for (index j = 0; j < shape().batch; ++j)
+            if (!agree(found.at(0, j), expected.at(0, j))) return false;
+        return true;
+    }
+
     /// Steps from `first` on until all sequences agree with the trajectory; -1: not within `look`.
     index steps_until_equal(index first, index look, index piece, View<T> state, View<T> tried) const {
-        const auto [steps, batch, width] = shape();
-        const Tolerance tolerance = tolerance_of<T>(options_);
+        const index batch = shape().batch;
         std::vector<char> equal(std::size_t(batch), 0);
         index left = batch;
         for (index done = 0; done < look; done += piece) {
@@ -204,19 +221,12 @@ private:
             recurrence_.run(section(first + done, first + done + rows), View<const T>(state), part);
             for (index i = 0; i < rows; ++i)
                 for (index j = 0; j < batch; ++j) {
-                    if (equal[std::size_t(j)] != 0) continue;
-                    double apart = 0, size = 0;
-                    for (index k = 0; k < width; ++k) {
-                        const double expected = double(trajectory_(first + done + i, j, k));
-                        const double difference = std::abs(double(part(i, j, k)) - expected);
-                        if (!(difference <= apart)) apart = difference;
-                        size = std::max(size, std::abs(expected));
-                    }
-                    if (!(apart <= tolerance.absolute + tolerance.relative * size)) continue;
+                    if (equal[std::size_t(j)] != 0 || !agree(part.at(i, j), trajectory_.view().at(first + done + i, j)))
+                        continue;
                     equal[std::size_t(j)] = 1;
                     if (--left == 0) return done + i + 1;
                 }
-            std::copy_n(part.at(rows - 1, 0), batch * width, state.data());
+            std::copy_n(part.at(rows - 1, 0), batch * shape().width, state.data());
         }
         return -1;
     }

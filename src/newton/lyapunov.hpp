@@ -36,14 +36,12 @@ public:
             const T* entry = jacobian.at(i, column);
             for (index first = 0; first < width_; first += block_) {
                 double* vector = path.vector.data() + first;
-                double norm = 0;
                 for (index row = 0; row < block_; ++row) {
                     double sum = 0;
                     for (index k = 0; k < block_; ++k) sum += double(*entry++) * vector[k];
                     next[std::size_t(row)] = sum;
-                    norm += sum * sum;
                 }
-                norm = std::sqrt(norm);
+                const double norm = norm_of(next);
                 path.growth[std::size_t(first / block_)] += std::log(norm);
                 // A vector that has died grows from anywhere again; its exponent stays minus infinity.
                 for (index k = 0; k < block_; ++k) vector[k] = norm > 0 ? next[std::size_t(k)] / norm : 1;
@@ -70,6 +68,16 @@ public:
     }
 
 private:
+    /// Euclidean, also where the squares of the numbers are beyond the range of double.
+    static double norm_of(const std::vector<double>& numbers) {
+        if (numbers.size() == 1) return std::abs(numbers[0]);
+        double largest = 0, squares = 0;
+        for (const double number : numbers) largest = std::max(largest, std::abs(number));
+        const double scale = largest > 0 && std::isfinite(largest) ? largest : 1;
+        for (const double number : numbers) squares += (number / scale) * (number / scale);
+        return scale * std::sqrt(squares);
+    }
+
     static constexpr index step_limit = 4096, step_minimum = 256, entry_limit = index(1) << 18;
     struct Path {
         Path(index width, index block)
