@@ -6,6 +6,9 @@
 
 #include <deeppcr/array.hpp>
 
+/// Before a loop whose arrays are to lie in registers.
+#define DEEPPCR_UNROLL _Pragma("unroll")
+
 namespace deeppcr::cuda {
 
 /// The block's dynamic shared memory.

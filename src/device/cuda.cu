@@ -1,11 +1,11 @@
 #include "device/cuda.hpp"
 
-#include <deeppcr/execution.hpp>
+#include <limits>
 
-#include "device/launch.cuh"
+#include <deeppcr/launch.cuh>
 
 namespace deeppcr {
-namespace device {
+namespace cuda {
 
 void check(cudaError_t error, const char* doing) {
     if (error == cudaSuccess) return;
@@ -16,6 +16,19 @@ void check(cudaError_t error, const char* doing) {
         throw NoDevice(text);
     throw Error(text);
 }
+
+Launch one_each(index count, cudaStream_t stream, int threads) {
+    const index blocks = (count + threads - 1) / threads;
+    if (blocks > std::numeric_limits<int>::max())
+        throw InvalidArgument("shape", "fewer than 2^31 blocks of threads", std::to_string(blocks));
+    return {dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, stream};
+}
+
+}  // namespace cuda
+
+namespace device {
+
+using cuda::check;
 
 namespace {
 
@@ -95,6 +108,18 @@ void fill_zeros_on_gpu(void* data, index bytes) {
     synchronise(nullptr);
 }
 
+void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream) {
+    check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyHostToDevice, stream), "copying to a GPU");
+}
+
+void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream) {
+    check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyDeviceToHost, stream), "copying from a GPU");
+}
+
+void fill_bytes(void* data, int value, index bytes, CUstream_st* stream) {
+    check(cudaMemsetAsync(data, value, std::size_t(bytes), stream), "filling memory");
+}
+
 index available_on_gpu() {
     std::size_t available = 0, total = 0;
     check(cudaMemGetInfo(&available, &total), "asking for memory");
@@ -117,10 +142,10 @@ std::string cuda_problem() {
 std::vector<std::string> cuda_devices() {
     std::vector<std::string> names;
     int count = 0;
-    if (cuda_problem().empty()) device::check(cudaGetDeviceCount(&count), "counting GPUs");
+    if (cuda_problem().empty()) cuda::check(cudaGetDeviceCount(&count), "counting GPUs");
     for (int ordinal = 0; ordinal < count; ++ordinal) {
         cudaDeviceProp properties{};
-        device::check(cudaGetDeviceProperties(&properties, ordinal), "looking at a GPU");
+        cuda::check(cudaGetDeviceProperties(&properties, ordinal), "looking at a GPU");
         names.emplace_back(properties.name);
     }
     return names;

@@ -23,6 +23,10 @@ std::shared_ptr<void> allocate_on_gpu(index bytes, Device device);
 /// False, and nothing is done, where both are in main memory; else it is done when it returns.
 bool copy_by_gpu(void* to, const void* from, index bytes);
 void fill_zeros_on_gpu(void* data, index bytes);
+/// In the stream: from main memory, which is read before this returns, or to it, when the stream gets there.
+void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
+void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
+void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
 /// Bytes that the current GPU has available.
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.

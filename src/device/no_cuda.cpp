@@ -21,6 +21,9 @@ std::shared_ptr<void> allocate_on_gpu(index, Device) {
 }
 bool copy_by_gpu(void*, const void*, index) { return false; }
 void fill_zeros_on_gpu(void*, index) { require_gpu(); }
+void copy_to_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
+void copy_from_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
+void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
 

@@ -24,15 +24,16 @@
 #include <limits>
 #include <utility>
 
+#include <deeppcr/launch.cuh>
+
 #include "device/cuda.hpp"
-#include "device/launch.cuh"
 
 namespace deeppcr::reduce {
 namespace {
 
+using cuda::plain_threads;
 using cuda::shared_memory;
 
-constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
 constexpr int most_threads = 1024;
 constexpr index largest_block_in_tiles = 4;  // of the scan in one launch
 
@@ -426,10 +427,10 @@ void scan(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& worksp
     summaries.ticket = summaries.flags + blocks;
     summaries.maps = workspace.take<T>(blocks * Map<T, K>::size * tiling.slots);
     summaries.states = workspace.take<T>(blocks * K * tiling.slots);
-    device::check(cudaMemsetAsync(summaries.flags, 0, std::size_t(blocks + 1) * sizeof(unsigned), stream),
-                  "filling with zeros");
-    device::launch({dim3(unsigned(blocks)), dim3(unsigned(tiling.threads)), shared_bytes<T, K>(tiling), stream},
-                   system.transposed ? scan_tiles<T, K, true> : scan_tiles<T, K, false>, arrays, tiling, summaries);
+    cuda::check(cudaMemsetAsync(summaries.flags, 0, std::size_t(blocks + 1) * sizeof(unsigned), stream),
+                "filling with zeros");
+    cuda::launch({dim3(unsigned(blocks)), dim3(unsigned(tiling.threads)), shared_bytes<T, K>(tiling), stream},
+                 system.transposed ? scan_tiles<T, K, true> : scan_tiles<T, K, false>, arrays, tiling, summaries);
 }
 
 // --- substitution
@@ -549,7 +550,7 @@ void substitute(const Arrays<T>& arrays, index block, bool transposed, const Chu
     const index blocks = chunks.count * arrays.batch * arrays.rows;
     if (blocks > std::numeric_limits<int>::max())
         throw InvalidArgument("system", "fewer than 2^31 chunks of all chains", std::to_string(blocks));
-    device::launch(
+    cuda::launch(
         {dim3(unsigned(blocks)), dim3(unsigned(threads_for(block))), std::size_t(2 * block) * sizeof(T), stream},
         substitute_chains<T>, arrays, int(block), transposed, chunks, ends);
 }
@@ -567,9 +568,9 @@ void scan_large(const OrderedSystem<T>& system, index wanted, CUstream_st* strea
     const index maps = (chunks.count - 1) * chains;
     T* const products = workspace.take<T>(2 * maps * block * block);
     T* const ends = workspace.take<T>(maps * block);
-    device::launch({dim3(unsigned(maps)), dim3(unsigned(threads_for(block * block / 4))),
-                    std::size_t(2 * block) * sizeof(T), stream},
-                   summarise_chunks<T>, arrays, int(block), system.transposed, chunks, products, ends);
+    cuda::launch({dim3(unsigned(maps)), dim3(unsigned(threads_for(block * block / 4))),
+                  std::size_t(2 * block) * sizeof(T), stream},
+                 summarise_chunks<T>, arrays, int(block), system.transposed, chunks, products, ends);
     Arrays<T> joined = arrays;  // in place: sums become ends
     joined.factor = {products, chains * block * block, arrays.rows * block * block};
     joined.right_side = {ends, chains * block, arrays.rows * block};
@@ -648,14 +649,6 @@ __global__ void __launch_bounds__(plain_threads) multiply_rows(const Arrays<T> a
     arrays.solution.at(0, sequence, row, K)[i % K] = sum;
 }
 
-/// Blocks of threads, one thread for each of `count`.
-device::Launch one_each(index count, CUstream_st* stream) {
-    const index blocks = (count + plain_threads - 1) / plain_threads;
-    if (blocks > std::numeric_limits<int>::max())
-        throw InvalidArgument("system", "fewer than 2^39 numbers", std::to_string(count));
-    return {dim3(unsigned(blocks)), dim3(plain_threads), 0, stream};
-}
-
 /// Calls body with K as a constant of 1 to 4.
 template <class Body>
 void with_block(index block, const Body& body) {
@@ -679,8 +672,8 @@ void solve_sequential(const OrderedSystem<T>& system, const Execution& execution
     const index block = system.block(), chains = arrays.batch * arrays.rows;
     if (block <= largest_block_in_tiles)
         return with_block(block, [&]<int K>() {
-            device::launch(one_each(chains, execution.stream),
-                           system.transposed ? substitute_rows<T, K, true> : substitute_rows<T, K, false>, arrays);
+            cuda::launch(cuda::one_each(chains, execution.stream),
+                         system.transposed ? substitute_rows<T, K, true> : substitute_rows<T, K, false>, arrays);
         });
     substitute<T>(arrays, block, system.transposed, {system.steps(), 1}, nullptr, execution.stream);
 }
@@ -690,17 +683,17 @@ void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Works
     const Workspace::Scope scope(workspace);
     const Arrays<T> arrays = arrays_of(system);
     const index block = system.block(), chains = arrays.batch * arrays.rows, count = system.steps() * chains * block;
-    const device::Launch launch = one_each(count, execution.stream);
+    const cuda::Launch launch = cuda::one_each(count, execution.stream);
     T *factor = workspace.take<T>(count * block), *next_factor = workspace.take<T>(count * block);
     T *right_side = workspace.take<T>(count), *next_right_side = workspace.take<T>(count);
-    device::launch(launch, gather_rows<T>, arrays, int(block), system.transposed, factor, right_side);
+    cuda::launch(launch, gather_rows<T>, arrays, int(block), system.transposed, factor, right_side);
     for (index distance = 1; distance < system.steps(); distance *= 2) {
-        device::launch(launch, eliminate<T>, Elimination<T>{factor, right_side, next_factor, next_right_side},
-                       system.steps(), chains, int(block), distance, system.transposed);
+        cuda::launch(launch, eliminate<T>, Elimination<T>{factor, right_side, next_factor, next_right_side},
+                     system.steps(), chains, int(block), distance, system.transposed);
         std::swap(factor, next_factor);
         std::swap(right_side, next_right_side);
     }
-    device::launch(launch, scatter_rows<T>, right_side, arrays, int(block));
+    cuda::launch(launch, scatter_rows<T>, right_side, arrays, int(block));
 }
 
 template <Backend backend, class T>
@@ -715,8 +708,8 @@ template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
                          const Execution& execution) {
     const Arrays<T> arrays = arrays_of<T>({subdiagonal, y, {}, product, true});
-    device::launch(one_each(y.batch() * y.width(), execution.stream), multiply_rows<T>, arrays,
-                   int(subdiagonal.block()));
+    cuda::launch(cuda::one_each(y.batch() * y.width(), execution.stream), multiply_rows<T>, arrays,
+                 int(subdiagonal.block()));
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                \

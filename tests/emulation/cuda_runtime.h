@@ -110,6 +110,7 @@ inline unsigned __ballot_sync(unsigned mask, int value) {
     }
     return votes;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
 inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, value) == mask; }
 

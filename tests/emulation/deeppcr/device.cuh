@@ -5,6 +5,8 @@
 
 #include <deeppcr/array.hpp>
 
+#define DEEPPCR_UNROLL
+
 namespace deeppcr::cuda {
 
 template <class T>

@@ -1,12 +1,11 @@
 // Kernel launches whose failures become exceptions.
 #pragma once
 
-#include <string>
+#include <cstddef>
 
 #include <deeppcr/device.cuh>
-#include <deeppcr/error.hpp>
 
-namespace deeppcr::device {
+namespace deeppcr::cuda {
 
 /// Throws OutOfMemory, NoDevice or Error, which say what was being done.
 void check(cudaError_t error, const char* doing);
@@ -32,4 +31,9 @@ void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... a
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...), "launching a kernel");
 }
 
-}  // namespace deeppcr::device
+constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
+
+/// Blocks of `threads`, one thread for each of `count`. Throws InvalidArgument where they are more than a grid has.
+Launch one_each(index count, cudaStream_t stream, int threads = plain_threads);
+
+}  // namespace deeppcr::cuda
