@@ -65,6 +65,19 @@ add_consumer(find_package "-DCMAKE_PREFIX_PATH=${prefix}")
 set_tests_properties(consumer.find_package PROPERTIES FIXTURES_REQUIRED installed)
 add_consumer(add_subdirectory "-DDEEPPCR_SOURCE=${PROJECT_SOURCE_DIR}")
 
+# What the hot kernels take of a GPU, as the assembler says.
+if(DEEPPCR_BUILD_CUDA)
+  function(add_resource_test name source registers hot)
+    add_test(NAME cuda.${name}
+             COMMAND "${CMAKE_COMMAND}" "-DNVCC=${CMAKE_CUDA_COMPILER}" "-DSOURCE=${PROJECT_SOURCE_DIR}/${source}"
+                     "-DINCLUDES=${PROJECT_SOURCE_DIR}/include\\;${PROJECT_SOURCE_DIR}/src" "-DREGISTERS=${registers}"
+                     "-DHOT=${hot}" -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
+    set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
+  endfunction()
+  add_resource_test(cells src/recurrence/cells_cuda.cu 128 "(advance|multiply|repair|backward)_kernel.*(ParaGRU|ParaLSTM)Ef")
+  add_resource_test(bidiagonal src/reduce/reduce_cuda.cu 128 "scan_tilesIf")
+endif()
+
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).
 find_program(CLANG_FORMAT clang-format-14 REQUIRED)
 find_program(CLANG_TIDY clang-tidy-14 REQUIRED)
