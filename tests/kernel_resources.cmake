@@ -1,9 +1,9 @@
 # Compiles a file of kernels for one GPU and reads what the assembler says of them:
-#   cmake -DNVCC=... -DSOURCE=... -DINCLUDES=a;b -DREGISTERS=128 -DHOT=advance_kernel.*Ef -P kernel_resources.cmake
+#   cmake -DNVCC=... -DSOURCE=... -DROOT=... -DREGISTERS=128 -DHOT=advance_kernel.*Ef -P kernel_resources.cmake
 # Fails where a kernel whose name matches HOT spills registers, keeps arrays in local memory or takes more than REGISTERS.
-list(TRANSFORM INCLUDES PREPEND -I)
 execute_process(
-  COMMAND "${NVCC}" -std=c++20 -O3 -arch=sm_90 --expt-relaxed-constexpr -Xptxas -v ${INCLUDES} -cubin -o /dev/null "${SOURCE}"
+  COMMAND "${NVCC}" -std=c++20 -O3 -arch=sm_90 --expt-relaxed-constexpr -Xptxas -v "-I${ROOT}/include" "-I${ROOT}/src" -cubin -o /dev/null
+          "${ROOT}/${SOURCE}"
   RESULT_VARIABLE failed ERROR_VARIABLE report OUTPUT_VARIABLE output)
 if(failed)
   message(FATAL_ERROR "nvcc failed:\n${report}${output}")

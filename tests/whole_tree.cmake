@@ -69,9 +69,9 @@ add_consumer(add_subdirectory "-DDEEPPCR_SOURCE=${PROJECT_SOURCE_DIR}")
 if(DEEPPCR_BUILD_CUDA)
   function(add_resource_test name source registers hot)
     add_test(NAME cuda.${name}
-             COMMAND "${CMAKE_COMMAND}" "-DNVCC=${CMAKE_CUDA_COMPILER}" "-DSOURCE=${PROJECT_SOURCE_DIR}/${source}"
-                     "-DINCLUDES=${PROJECT_SOURCE_DIR}/include\\;${PROJECT_SOURCE_DIR}/src" "-DREGISTERS=${registers}"
-                     "-DHOT=${hot}" -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
+             COMMAND "${CMAKE_COMMAND}" "-DNVCC=${CMAKE_CUDA_COMPILER}" "-DROOT=${PROJECT_SOURCE_DIR}" "-DSOURCE=${source}"
+                     "-DREGISTERS=${registers}" "-DHOT=${hot}"
+                     -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
     set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
   endfunction()
   add_resource_test(cells src/recurrence/cells_cuda.cu 128 "(advance|multiply|repair|backward)_kernel.*(ParaGRU|ParaLSTM)Ef")

@@ -438,5 +438,4 @@ struct RegisteredOnGpu {
 }  // namespace deeppcr::cell
 
 /// In one .cu file, at namespace scope: `evaluate` and `adjoint` then run recurrences of this Cell with Backend::cuda.
-#define DEEPPCR_CELL_ON_GPU(type) \
-    static const ::deeppcr::cell::RegisteredOnGpu<type> deeppcr_registered_on_gpu_##type
+#define DEEPPCR_CELL_ON_GPU(type) static const ::deeppcr::cell::RegisteredOnGpu<type> deeppcr_registered_on_gpu_##type
