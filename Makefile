@@ -38,7 +38,7 @@ benchmarks:
 
 format:
 	@tools/install-packages test
-	git ls-files '*.cpp' '*.hpp' | xargs clang-format-14 -i
+	git ls-files '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs clang-format-14 -i
 
 tidy:
 	@tools/install-packages build test

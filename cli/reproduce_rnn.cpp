@@ -188,11 +188,13 @@ Json measure(const Problem& problem, const std::vector<Method>& methods, const S
         return true;
     };
     if (!verify()) return {};
-    // Interleaved, so that whatever else the machine does meets all of them alike.
+    // Interleaved, each turn from another one on, so that what else the machine does, and what the one before has left
+    // in its caches, meets all of them alike.
     const auto begin = Clock::now();
     int repetitions = 0;
     for (bool enough = false; !enough; ++repetitions) {
-        for (Contender& contender : contenders) {
+        for (std::size_t turn = 0; turn < contenders.size(); ++turn) {
+            Contender& contender = contenders[(turn + std::size_t(repetitions)) % contenders.size()];
             const bool too_slow = contender.total_seconds > sizes.seconds && repetitions >= sizes.slow_repetitions;
             if (!contender.report.ok() || too_slow) continue;
             const auto start = Clock::now();

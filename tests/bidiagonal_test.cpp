@@ -16,14 +16,19 @@
 
 #include <deeppcr/bidiagonal.hpp>
 
+#include "on_gpu.hpp"
+
 namespace deeppcr {
 namespace {
 
-constexpr Backend backends[] = {Backend::reference, Backend::cpu};
+const std::vector<Backend> backends = every_backend();
 constexpr Reduction methods[] = {Reduction::automatic, Reduction::sequential, Reduction::pcr, Reduction::scan};
 constexpr bool directions[] = {false, true};
 
-std::string name(Backend backend) { return backend == Backend::reference ? "reference" : "cpu"; }
+std::string name(Backend backend) {
+    constexpr const char* names[] = {"reference", "cpu", "cuda"};
+    return names[int(backend)];
+}
 std::string name(Reduction method) {
     constexpr const char* names[] = {"automatic", "sequential", "pcr", "scan"};
     return names[int(method)];
@@ -204,7 +209,7 @@ void expect_solution(Array<T>& solution, const Exact<T>& exact, index block) {
 
 template <class T>
 void solve_either(const BidiagonalSystem<T>& system, View<T> solution, const SolveOptions& options, bool transposed) {
-    transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+    solve_anywhere(system, solution, options, transposed);
 }
 
 std::string describe(const Shape& shape, index block, const Placement& placement, const SolveOptions& options,
@@ -440,11 +445,11 @@ TYPED_TEST(Bidiagonal, SplitSequenceEqualsTheWhole) {
             Array<T> solution(shape, placements[0]);
             const auto [subdiagonal, right_side, initial] = problem.system();
             const index cut = shape.steps / 3;
-            solve<T>({subdiagonal.steps(0, cut), right_side.steps(0, cut), initial}, solution.view().steps(0, cut),
-                     options);
-            solve<T>({subdiagonal.steps(cut, shape.steps), right_side.steps(cut, shape.steps),
-                      solution.view().steps(cut - 1, cut)},
-                     solution.view().steps(cut, shape.steps), options);
+            solve_either<T>({subdiagonal.steps(0, cut), right_side.steps(0, cut), initial},
+                            solution.view().steps(0, cut), options, false);
+            solve_either<T>({subdiagonal.steps(cut, shape.steps), right_side.steps(cut, shape.steps),
+                             solution.view().steps(cut - 1, cut)},
+                            solution.view().steps(cut, shape.steps), options, false);
             expect_solution(solution, exact, block);
         });
 }
@@ -491,8 +496,9 @@ TYPED_TEST(Bidiagonal, TransposedIsTheAdjoint) {
                 problem.with_initial = false;
                 const SolveOptions options{.method = method, .execution = {backend, 2}};
                 Array<T> x(shape, placements[1]), y(shape, placements[1]);
-                solve(problem.system(), x.view(), options);
-                solve_transposed<T>({problem.subdiagonal.jacobian(block), other.right_side.view()}, y.view(), options);
+                solve_either(problem.system(), x.view(), options, false);
+                solve_either<T>({problem.subdiagonal.jacobian(block), other.right_side.view()}, y.view(), options,
+                                true);
                 const auto dot = [](std::vector<T> a, std::vector<T> b) {
                     return std::inner_product(a.begin(), a.end(), b.begin(), 0.0L);
                 };
@@ -511,8 +517,8 @@ TYPED_TEST(Bidiagonal, MultiplyTransposedIsTheGradientOfTheInitialState) {
                 const Shape shape{1, size.batch, size.width};
                 Problem<T> problem(shape, size.block, placement, 7);
                 Array<T> product(shape, placement);
-                multiply_transposed<T>(problem.subdiagonal.jacobian(size.block), problem.right_side.view(),
-                                       product.view(), {backend, 2});
+                multiply_transposed_anywhere<T>(problem.subdiagonal.jacobian(size.block), problem.right_side.view(),
+                                                product.view(), {backend, 2});
                 for (index sequence = 0; sequence < size.batch; ++sequence)
                     for (index column = 0; column < size.width; ++column) {
                         const index base = column / size.block * size.block;
@@ -538,7 +544,7 @@ TYPED_TEST(Bidiagonal, TheSameBitsEveryTimeAndForEveryThreadCountAsDocumented) {
     for (const auto& [shape, block] : cases) {
         Problem<T> problem(shape, block, placements[1], 8);
         for_every_method([&, &shape = shape](SolveOptions options, bool transposed) {
-            if (options.execution.backend == Backend::reference) return;
+            if (options.execution.backend != Backend::cpu) return;
             const auto run = [&](int threads, index chunk) {
                 options.execution.threads = threads;
                 options.chunk = chunk;
@@ -554,6 +560,36 @@ TYPED_TEST(Bidiagonal, TheSameBitsEveryTimeAndForEveryThreadCountAsDocumented) {
                 EXPECT_TRUE(same_bits(alone, run(threads, chunk))) << threads << " threads";
             }
         });
+    }
+}
+
+/// Many tiles, which look back on each other in an order that differs from run to run.
+TYPED_TEST(Bidiagonal, TheSameBitsWhateverTheOrderOfBlocksOnAGpu) {
+    using T = TypeParam;
+    if (std::find(backends.begin(), backends.end(), Backend::cuda) == backends.end()) GTEST_SKIP() << cuda_problem();
+    const struct {
+        Size3 size;
+        Placement placement;
+        const char* reason;
+    } cases[] = {{{{40'003, 1, 1}, 1}, placements[0], "a single series"},
+                 {{{12'007, 2, 1}, 1}, placements[1], "series apart in memory"},
+                 {{{2'051, 2, 5}, 1}, placements[0], "ten channels side by side"},
+                 {{{1'511, 3, 45}, 1}, placements[3], "more channels than a tile has room for, and a rest"},
+                 {{{611, 2, 34}, 2}, placements[0], "17 blocks in a sequence"},
+                 {{{301, 1, 12}, 4}, placements[0], "blocks of 4"},
+                 {{{131, 2, 18}, 9}, placements[0], "blocks that are scanned in three launches"}};
+    for (const auto& [size, placement, reason] : cases) {
+        Problem<T> problem(size.shape, size.block, placement, 8);
+        for (const bool transposed : directions) {
+            const SolveOptions options{.method = Reduction::scan, .execution = {.backend = Backend::cuda}};
+            SCOPED_TRACE(describe(size.shape, size.block, placement, options, transposed) + ": " + reason);
+            const Exact<T> exact(problem, transposed);
+            Array<T> first(size.shape, placement), second(size.shape, placement);
+            solve_either(problem.system(), first.view(), options, transposed);
+            expect_solution(first, exact, size.block);
+            solve_either(problem.system(), second.view(), options, transposed);
+            EXPECT_TRUE(same_bits(first.elements(), second.elements()));
+        }
     }
 }
 
@@ -585,14 +621,14 @@ TYPED_TEST(Bidiagonal, AWorkspaceIsReused) {
     Array<T> solution(problem.shape, placements[0]);
     for (const Backend backend : backends)
         for (const Reduction method : {Reduction::pcr, Reduction::scan}) {
-            Workspace workspace;
+            Workspace workspace(backend == Backend::cuda ? Device::cuda() : Device::host());
             const SolveOptions options{
                 .method = method, .execution = {backend, 2}, .chunk = 10, .workspace = &workspace};
-            solve(problem.system(), solution.view(), options);
+            solve_either(problem.system(), solution.view(), options, false);
             const index peak = workspace.peak_bytes();
             EXPECT_GT(peak, 0);
             EXPECT_EQ(workspace.used_bytes(), 0);
-            solve(problem.system(), solution.view(), options);
+            solve_either(problem.system(), solution.view(), options, false);
             EXPECT_EQ(workspace.peak_bytes(), peak);
         }
 }
@@ -710,7 +746,7 @@ TEST(BidiagonalErrors, PcrThatDoesNotFitIsRefusedWithTheByteCount) {
     const BidiagonalSystem<float> system{Jacobian<const float>(block.data(), shape, width, 0, 0),
                                          View<const float>(state.data(), shape, 0, 0)};
     const View<float> solution(static_cast<float*>(reserved), shape);
-    for (const Backend backend : backends) {
+    for (const Backend backend : {Backend::reference, Backend::cpu}) {
         const std::string refused = message<OutOfMemory>([&] {
             solve(system, solution, {.method = Reduction::pcr, .execution = {backend, 1}});
         });

@@ -31,6 +31,25 @@ struct Shape {
 /// "[steps,batch,width]", as error messages print it.
 std::string to_string(const Shape& shape);
 
+/// Where memory is: in main memory, or on a GPU.
+class Device {
+public:
+    constexpr Device() = default;
+    static constexpr Device host() { return {}; }
+    /// The GPU of this ordinal (see cuda_devices()).
+    static constexpr Device cuda(int ordinal = 0) {
+        Device device;
+        device.ordinal_ = ordinal;
+        return device;
+    }
+    constexpr bool is_host() const { return ordinal_ < 0; }
+    constexpr int ordinal() const { return ordinal_; }  ///< -1: main memory
+    bool operator==(const Device&) const = default;
+
+private:
+    int ordinal_ = -1;
+};
+
 /// Which of the two outer dimensions of a contiguous array comes first in memory; width is always innermost.
 enum class Layout { steps_first, batch_first };
 
@@ -161,12 +180,16 @@ private:
 
 namespace detail {
 /// 64-byte aligned, uninitialised memory; OutOfMemory names the byte count where it cannot be had.
-std::shared_ptr<void> allocate(index bytes);
+std::shared_ptr<void> allocate(index bytes, Device device);
+/// Between any two places; done when it returns.
+void copy(void* to, const void* from, index bytes);
+void fill_zeros(void* data, index bytes, Device device);
 void fill_normal(float* data, index count, std::uint64_t seed);
 void fill_normal(double* data, index count, std::uint64_t seed);
 }  // namespace detail
 
-/// Owns a contiguous, 64-byte aligned array of states. Moves are cheap; copies are explicit (`clone`).
+/// Owns a contiguous, 64-byte aligned array of states, in main memory or on a GPU; there its elements cannot be read by
+/// operator() or data(). Moves are cheap; copies are explicit (`clone`, `on`). Throws OutOfMemory, NoDevice.
 template <class T>
 class Buffer {
     static_assert(std::is_floating_point_v<T>);
@@ -175,37 +198,43 @@ public:
     Buffer() = default;
 
     /// Zeros.
-    explicit Buffer(const Shape& shape, Layout layout = Layout::steps_first) : Buffer(uninitialised(shape, layout)) {
-        std::fill_n(data(), size(), T(0));
+    explicit Buffer(const Shape& shape, Layout layout = Layout::steps_first, Device device = {})
+        : Buffer(uninitialised(shape, layout, device)) {
+        detail::fill_zeros(data(), size() * index(sizeof(T)), device);
     }
     Buffer(Buffer&&) noexcept = default;
     Buffer& operator=(Buffer&&) noexcept = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
 
-    static Buffer uninitialised(const Shape& shape, Layout layout = Layout::steps_first) {
+    static Buffer uninitialised(const Shape& shape, Layout layout = Layout::steps_first, Device device = {}) {
         Buffer result;
         const index count = shape.count();
         if (count > std::numeric_limits<index>::max() / index(sizeof(T)))
             throw OutOfMemory("an array of shape " + to_string(shape) + " is larger than the address space");
-        result.storage_ = detail::allocate(count * index(sizeof(T)));
+        result.storage_ = detail::allocate(count * index(sizeof(T)), device);
+        result.device_ = device;
         result.view_ = View<T>(static_cast<T*>(result.storage_.get()), shape, layout);
         return result;
     }
 
     /// Independent standard normal numbers; the same seed gives the same numbers on every machine.
-    static Buffer random(const Shape& shape, std::uint64_t seed, Layout layout = Layout::steps_first) {
+    static Buffer random(const Shape& shape, std::uint64_t seed, Layout layout = Layout::steps_first,
+                         Device device = {}) {
         Buffer result = uninitialised(shape, layout);
         detail::fill_normal(result.data(), result.size(), seed);
-        return result;
+        return device.is_host() ? std::move(result) : result.on(device);
     }
 
-    Buffer clone() const {
-        Buffer result = uninitialised(shape());
+    Buffer clone() const { return on(device_); }
+    /// A copy in the memory of `device`.
+    Buffer on(Device device) const {
+        Buffer result = uninitialised(shape(), Layout::steps_first, device);
         result.view_ = View<T>(result.data(), shape(), view_.step_stride(), view_.batch_stride());
-        std::copy_n(data(), size(), result.data());
+        detail::copy(result.data(), data(), size() * index(sizeof(T)));
         return result;
     }
+    Device device() const { return device_; }
 
     T* data() const { return view_.data(); }
     index size() const { return view_.steps() * view_.batch() * view_.width(); }
@@ -218,14 +247,15 @@ public:
 
 private:
     std::shared_ptr<void> storage_;
+    Device device_;
     View<T> view_;
 };
 
 /// Memory that calls reuse: a first call grows it, later calls of the same sizes allocate nothing.
-/// Not for use by two threads at once. `peak_bytes` is the largest amount in use at any time.
+/// Not for use by two threads at once, nor by two streams. `peak_bytes` is the largest amount in use at any time.
 class Workspace {
 public:
-    Workspace();
+    explicit Workspace(Device device = {});
     ~Workspace();
     Workspace(Workspace&&) noexcept;
     Workspace& operator=(Workspace&&) noexcept;
@@ -246,6 +276,7 @@ public:
         return Jacobian<T>(take<T>(Shape{states.steps, states.batch * states.width, block}.count()), states, block);
     }
 
+    Device device() const { return device_; }
     index used_bytes() const;
     index peak_bytes() const;
 
@@ -269,6 +300,7 @@ private:
         std::shared_ptr<void> memory;
         index bytes;
     };
+    Device device_;
     std::vector<Block> blocks_;
     std::size_t block_ = 0, offset_ = 0;
     index used_ = 0, peak_ = 0;

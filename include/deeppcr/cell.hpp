@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include <deeppcr/cell_device.hpp>
 #include <deeppcr/cell_kernels.hpp>
 #include <deeppcr/recurrence.hpp>
 
@@ -37,11 +38,6 @@ struct SequenceStart {
     index sequence = 0, step = 0;
 };
 
-/// Steps first+1 .. last of row `sequence` of the batch: one sequence, from its own initial state.
-struct SequencePart {
-    index sequence = 0, first = 0, last = 0;
-};
-
 /// What all CellRecurrences share, whatever their Cell: `evaluate` runs its fused methods on any of them.
 ///
 /// Shapes, with C channels and K, G, P states, inputs and parameters per channel:
@@ -62,6 +58,8 @@ public:
     const std::vector<SequencePart>& parts() const { return parts_; }
     /// x_0 of a part, [C*K].
     const T* initial_state(index part) const { return initial_.at(0, part); }
+    /// x_0 of all parts, as they were given; empty: zeros.
+    View<const T> initial_states() const { return zeros_.data() == nullptr ? initial_ : View<const T>(); }
 
     /// The recurrence of steps first+1 .. last alone, 0 <= first < last <= steps, on the same inputs and parameters.
     /// before: x_first of every row of the batch, [1,batch,width], in, copied; a sequence that begins after it has its

@@ -83,6 +83,7 @@ using Kernel = void (*)(const LaneSweep<T>& sweep);
 template <class T>
 struct Kernels {
     std::string name;
+    const std::type_info* cell = nullptr;
     int states = 0, inputs = 0, parameters = 0;
     Kernel<T> advance;      ///< state <- f(state), after = state
     Kernel<T> advance_one;  ///< advance for lane 0 of each block alone: the shortest chain of operations
@@ -329,6 +330,7 @@ struct Loops {
     attribute static void correct_##set(const LaneSweep<T>& sweep) { backward<true>(sweep); }   \
     static Kernels<T> kernels_##set() {                                                         \
         return {name(),                                                                         \
+                &typeid(Cell),                                                                  \
                 K,                                                                              \
                 G,                                                                              \
                 P,                                                                              \

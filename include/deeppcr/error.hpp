@@ -22,6 +22,11 @@ struct OutOfMemory : Error {
     using Error::Error;
 };
 
+/// A GPU, or something that the GPU must be able to do, that a call would need and that is not there.
+struct NoDevice : Error {
+    using Error::Error;
+};
+
 /// A trajectory that did not converge, raised only under `OnFailure::raise`.
 struct NotConverged : Error {
     using Error::Error;

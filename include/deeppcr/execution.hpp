@@ -6,16 +6,21 @@
 
 #include <deeppcr/array.hpp>
 
+// CUDA's stream, without its headers.
+struct CUstream_st;
+
 namespace deeppcr {
 
-/// reference: plain loops, for checking by hand. cpu: threads and SIMD.
-enum class Backend { reference, cpu };
+/// reference: plain loops, for checking by hand. cpu: threads and SIMD. cuda: the current GPU, whose memory all arrays
+/// must lie in.
+enum class Backend { reference, cpu, cuda };
 
 /// How a call is executed. Results depend on nothing here but the backend, the thread count where a function says
 /// so, and the SIMD target (see `simd_target`).
 struct Execution {
     Backend backend = Backend::cpu;
-    int threads = 0;  ///< 0: `default_threads()`
+    int threads = 0;                ///< 0: `default_threads()`; not for cuda
+    CUstream_st* stream = nullptr;  ///< cuda: a cudaStream_t; calls return before its work is done where they say so
 };
 
 /// Threads that a call with `threads == 0` uses: DEEPPCR_THREADS from the environment, else the processors this
@@ -27,6 +32,11 @@ int default_threads();
 std::string simd_target();
 /// Instruction sets that were compiled in and that this machine can run, best first.
 std::vector<std::string> simd_targets();
+
+/// GPUs that Backend::cuda can run on, by name, in the order of their ordinals.
+std::vector<std::string> cuda_devices();
+/// Why there are none: built without CUDA, no driver, ...; empty where there are.
+std::string cuda_problem();
 
 /// "0.1.0"
 std::string version();

@@ -11,7 +11,11 @@
 
 // What a loop over lanes is made of must all lie in the loop itself. Under a sanitizer, which multiplies code, it need
 // not, and one instruction set is enough: compilers would work on each kernel for minutes.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(__CUDACC__)
+#define DEEPPCR_INLINE __host__ __device__ __forceinline__
+#define DEEPPCR_FLATTEN noinline
+#define DEEPPCR_ONE_KERNEL_SET false
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DEEPPCR_INLINE inline
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET true
@@ -55,26 +59,32 @@ struct Format<float> {
     static constexpr float ln2_high = 0x1.62e4p-1F, ln2_low = 0x1.7f7d1cp-20F;
     static constexpr float least = -104, greatest = 89;  // exp is 0 and infinite beyond
     // (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2, and (2 atanh(s) - 2 s) / s^3 in powers of s^2 for s^2 <= 1/9: minimax
-    static constexpr std::array<float, 5> exponential{0.5000000095188965F, 0.1666651883972037F, 0.0416662057894660F,
-                                                      0.0083688893514160F, 0.0013950491951150F};
-    static constexpr std::array<float, 4> logarithm{0.6666641302403560F, 0.4002170613948769F, 0.2799901338302693F,
-                                                    0.2802514034984297F};
+    DEEPPCR_INLINE static constexpr std::array<float, 5> exponential() {
+        return {0.5000000095188965F, 0.1666651883972037F, 0.0416662057894660F, 0.0083688893514160F,
+                0.0013950491951150F};
+    }
+    DEEPPCR_INLINE static constexpr std::array<float, 4> logarithm() {
+        return {0.6666641302403560F, 0.4002170613948769F, 0.2799901338302693F, 0.2802514034984297F};
+    }
 };
 template <>
 struct Format<double> {
     using bits = std::int64_t;
     static constexpr int mantissa = 52, bias = 1023;
     static constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
-    static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b398p-40;
+    static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
     static constexpr double least = -746, greatest = 710;
-    static constexpr std::array<double, 10> exponential{
-        0.50000000000000127418,   0.16666666666666699052,    0.041666666666515416203,    0.0083333333333072163251,
-        0.0013888888947016294747, 0.00019841269917354885189, 0.000024801489941986953631, 2.7557216329515087804e-6,
-        2.7631280378061360781e-7, 2.5117851188768949662e-8};
-    static constexpr std::array<double, 12> logarithm{
-        0.66666666666666666295, 0.40000000000000226056, 0.28571428571380695286,  0.22222222227303265506,
-        0.18181817866218674999, 0.15384627840701968939, 0.13333006461012617953,  0.11770532745691205366,
-        0.10455656911013419386, 0.10094430316877743505, 0.057969160325849998473, 0.16057043347053677746};
+    DEEPPCR_INLINE static constexpr std::array<double, 10> exponential() {
+        return {0.50000000000000127418,     0.16666666666666699052,   0.041666666666515416203,
+                0.0083333333333072163251,   0.0013888888947016294747, 0.00019841269917354885189,
+                0.000024801489941986953631, 2.7557216329515087804e-6, 2.7631280378061360781e-7,
+                2.5117851188768949662e-8};
+    }
+    DEEPPCR_INLINE static constexpr std::array<double, 12> logarithm() {
+        return {0.66666666666666666295, 0.40000000000000226056, 0.28571428571380695286,  0.22222222227303265506,
+                0.18181817866218674999, 0.15384627840701968939, 0.13333006461012617953,  0.11770532745691205366,
+                0.10455656911013419386, 0.10094430316877743505, 0.057969160325849998473, 0.16057043347053677746};
+    }
 };
 
 template <class T>
@@ -83,7 +93,7 @@ DEEPPCR_INLINE constexpr T two_to(typename Format<T>::bits power) {
 }
 
 template <class T, std::size_t n, std::size_t i = 0>
-DEEPPCR_INLINE constexpr T polynomial(const std::array<T, n>& coefficients, T x) {
+DEEPPCR_INLINE constexpr T polynomial(std::array<T, n> coefficients, T x) {
     if constexpr (i + 1 == n)
         return coefficients[i];
     else
@@ -104,7 +114,7 @@ DEEPPCR_INLINE constexpr Reduced<T> reduce(T x) {
     const T r = (x - whole * F::ln2_high) - whole * F::ln2_low;
     using bits = typename F::bits;
     return {bits(std::bit_cast<bits>(shifted) - std::bit_cast<bits>(F::to_integer)),
-            r + r * r * polynomial(F::exponential, r)};
+            r + r * r * polynomial(F::exponential(), r)};
 }
 
 /// condition ? a : b without a branch: compilers turn the operator into jumps where an operand is expensive, and a loop
@@ -132,8 +142,40 @@ DEEPPCR_INLINE constexpr T with_sign(T x, T sign) {
     return std::bit_cast<T>((std::bit_cast<bits>(x) & ~mask) | (std::bit_cast<bits>(sign) & mask));
 }
 
+#if defined(__CUDA_ARCH__)
+// A GPU has 2^x and 1/x in hardware, to about one unit in the last place of a float; subnormal numbers are 0.
+__device__ __forceinline__ float power_of_two(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F;
+
+__device__ __forceinline__ float fast_exponential(float x) {
+    // The product's rounding error is up to |x| units: what it leaves goes into a factor beside 1.
+    const float kept = clamp(x, Format<float>::least, Format<float>::greatest), power = kept * log2_e;
+    const float left = fmaf(kept, log2_e, -power) + kept * log2_e_low, result = power_of_two(power);
+    return fmaf(result, left * 0.693147181F, result);
+}
+__device__ __forceinline__ float fast_logistic(float x) { return reciprocal(1 + power_of_two(x * -log2_e)); }
+__device__ __forceinline__ float fast_hyperbolic_tangent(float x) {
+    // Odd powers where 1 - 2 / (1 + e^2x) would cancel.
+    const float square = x * x, far = fmaf(-2, reciprocal(1 + power_of_two(x * (2 * log2_e))), 1);
+    const float series = fmaf(square, fmaf(square, fmaf(square, -0.05036624F, 0.13314832F), -0.33333061F), 1);
+    return square < 0.09F ? x * series : far;
+}
+#endif
+
 template <class T>
 DEEPPCR_INLINE constexpr T exponential(T x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, float>) return fast_exponential(x);
+#endif
     const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
     const auto half = power >> 1;  // in two steps, so that subnormal results and the largest ones come out right
     return ((1 + less_one) * two_to<T>(half)) * two_to<T>(power - half);
@@ -150,12 +192,18 @@ DEEPPCR_INLINE constexpr T decay(T x) {
 
 template <class T>
 DEEPPCR_INLINE constexpr T logistic(T x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, float>) return fast_logistic(x);
+#endif
     const T e = decay(x);
     return select(x < 0, e, T(1)) / (1 + e);
 }
 
 template <class T>
 DEEPPCR_INLINE constexpr T hyperbolic_tangent(T x) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent(x);
+#endif
     // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
     constexpr T least = -T(Format<T>::mantissa + 3);
     const T argument = -2 * magnitude(x);
@@ -169,7 +217,7 @@ template <class T>
 DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
     // log(1 + e) = 2 atanh(e / (2 + e)), e = exp(-|x|)
     const T e = decay(x), s = e / (2 + e), square = s * s;
-    return select(x < 0, T(0), x) + (2 * s + s * square * polynomial(Format<T>::logarithm, square));
+    return select(x < 0, T(0), x) + (2 * s + s * square * polynomial(Format<T>::logarithm(), square));
 }
 
 }  // namespace scalar_functions
@@ -213,20 +261,20 @@ DEEPPCR_INLINE constexpr Scalar<T> min(Scalar<T> a, Scalar<T> b) {
 }
 /// Correctly rounded.
 template <class T>
-Scalar<T> sqrt(Scalar<T> x) {
+DEEPPCR_INLINE Scalar<T> sqrt(Scalar<T> x) {
     return std::sqrt(x.value);
 }
 /// The standard library's: no SIMD.
 template <class T>
-Scalar<T> log(Scalar<T> x) {
+DEEPPCR_INLINE Scalar<T> log(Scalar<T> x) {
     return std::log(x.value);
 }
 template <class T>
-Scalar<T> sin(Scalar<T> x) {
+DEEPPCR_INLINE Scalar<T> sin(Scalar<T> x) {
     return std::sin(x.value);
 }
 template <class T>
-Scalar<T> cos(Scalar<T> x) {
+DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
     return std::cos(x.value);
 }
 
@@ -271,13 +319,18 @@ struct Dual {
 
 private:
     // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
+    // (Not so on a GPU: nvcc has no __builtin_constant_p.)
     DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
+#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
+#endif
         return factor * derivative;
     }
     DEEPPCR_INLINE static constexpr T plus(T a, T b) {
+#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(a) && a == T(0)) return b;
         if (__builtin_constant_p(b) && b == T(0)) return a;
+#endif
         return a + b;
     }
 };
@@ -317,20 +370,20 @@ DEEPPCR_INLINE constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
     return -max(-a, -b);
 }
 template <class T>
-Dual<T> sqrt(Dual<T> x) {
+DEEPPCR_INLINE Dual<T> sqrt(Dual<T> x) {
     const T f = std::sqrt(x.value);
     return Dual<T>::chain(f, T(0.5) / f, x);
 }
 template <class T>
-Dual<T> log(Dual<T> x) {
+DEEPPCR_INLINE Dual<T> log(Dual<T> x) {
     return Dual<T>::chain(std::log(x.value), 1 / x.value, x);
 }
 template <class T>
-Dual<T> sin(Dual<T> x) {
+DEEPPCR_INLINE Dual<T> sin(Dual<T> x) {
     return Dual<T>::chain(std::sin(x.value), std::cos(x.value), x);
 }
 template <class T>
-Dual<T> cos(Dual<T> x) {
+DEEPPCR_INLINE Dual<T> cos(Dual<T> x) {
     return Dual<T>::chain(std::cos(x.value), -std::sin(x.value), x);
 }
 

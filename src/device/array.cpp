@@ -5,9 +5,12 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <numbers>
 #include <random>
+
+#include "device/cuda.hpp"
 
 namespace deeppcr {
 
@@ -37,7 +40,8 @@ index available_memory() {
 
 namespace detail {
 
-std::shared_ptr<void> allocate(index bytes) {
+std::shared_ptr<void> allocate(index bytes, Device device) {
+    if (!device.is_host()) return device::allocate_on_gpu(bytes, device);
     // Large arrays lie on huge pages where the system grants them: streams through them then miss the TLB rarely.
     constexpr std::size_t cache_line = 64, huge_page = std::size_t(2) << 20;
     const bool large = std::size_t(bytes) >= 2 * huge_page;
@@ -47,6 +51,17 @@ std::shared_ptr<void> allocate(index bytes) {
     if (memory == nullptr) throw OutOfMemory("cannot allocate " + std::to_string(bytes) + " bytes");
     if (large) madvise(memory, rounded, MADV_HUGEPAGE);
     return {memory, [](void* pointer) { std::free(pointer); }};
+}
+
+void copy(void* to, const void* from, index bytes) {
+    if (!device::copy_by_gpu(to, from, bytes)) std::memcpy(to, from, std::size_t(bytes));
+}
+
+void fill_zeros(void* data, index bytes, Device device) {
+    if (device.is_host())
+        std::memset(data, 0, std::size_t(bytes));
+    else
+        device::fill_zeros_on_gpu(data, bytes);
 }
 
 namespace {
@@ -68,7 +83,7 @@ void fill_normal(double* data, index count, std::uint64_t seed) { fill(data, cou
 
 }  // namespace detail
 
-Workspace::Workspace() = default;
+Workspace::Workspace(Device device) : device_(device) {}
 Workspace::~Workspace() = default;
 Workspace::Workspace(Workspace&&) noexcept = default;
 Workspace& Workspace::operator=(Workspace&&) noexcept = default;
@@ -82,7 +97,7 @@ void* Workspace::take_bytes(index bytes) {
     }
     if (block_ == blocks_.size()) {
         const index grown = std::max(bytes, index(1) << 16);
-        blocks_.push_back({detail::allocate(grown), grown});
+        blocks_.push_back({detail::allocate(grown, device_), grown});
         offset_ = 0;
     }
     void* memory = static_cast<char*>(blocks_[block_].memory.get()) + offset_;
@@ -107,7 +122,7 @@ Workspace::Scope::~Scope() {
         workspace_.blocks_.clear();
         workspace_.block_ = workspace_.offset_ = 0;
         try {
-            workspace_.blocks_.push_back({detail::allocate(workspace_.peak_), workspace_.peak_});
+            workspace_.blocks_.push_back({detail::allocate(workspace_.peak_, workspace_.device_), workspace_.peak_});
         } catch (const OutOfMemory&) {  // the next call allocates what it needs
         }
     }

@@ -16,6 +16,7 @@
 #include "newton/anderson.hpp"
 #include "newton/estimate.hpp"
 #include "newton/fused.hpp"
+#include "newton/fused_gpu.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
@@ -556,8 +557,17 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
     if (fused && cell == nullptr)
         throw InvalidArgument("options.method", "automatic, newton or sequential, as the recurrence is not a cell's",
                               to_string(options.method));
+    const bool on_gpu = options.execution.backend == Backend::cuda;
+    if (on_gpu && (cell == nullptr || options.method == Method::newton))
+        throw InvalidArgument("options.execution.backend", "cpu or reference, but for the fused methods of a cell",
+                              "cuda");
     Report report;
-    if (cell != nullptr && options.method != Method::newton) {
+    if (on_gpu) {
+        if (trajectory.empty())
+            report.method = "sequential";
+        else
+            report = evaluate_on_gpu(*cell, trajectory, options);
+    } else if (cell != nullptr && options.method != Method::newton) {
         report = evaluate_fused(*cell, trajectory, options);
     } else {
         Options chosen = options;
@@ -566,7 +576,7 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();
     }
-    if (options.estimates == Estimates::full && std::isnan(report.error))
+    if (options.estimates == Estimates::full && std::isnan(report.error) && !on_gpu)
         estimate_along<T>(recurrence, trajectory, options, report);
     if (options.on_failure == OnFailure::raise && !report.ok()) {
         index confirmed = recurrence.shape().steps;

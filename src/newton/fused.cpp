@@ -17,15 +17,13 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <map>
-#include <mutex>
 #include <numeric>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
+#include "newton/experience.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
@@ -42,36 +40,6 @@ constexpr index most_shots = 12;
 constexpr index steps_worth_following = 1024;  // for the Lyapunov estimate, whose cost would show in shorter ones
 constexpr double enough_shrinking = 0.5;       // of the largest mismatch, per shot, or the method is given up
 constexpr double enough_met = 0.5;             // of the chunks, in the first repair, or the method is given up
-
-constexpr double untried = 0.75;  // a method that was not tried twice is taken for so much faster than predicted
-
-/// The least seconds per number of the trajectory, and of how many evaluations.
-struct Observed {
-    double seconds = std::numeric_limits<double>::infinity();
-    int count = 0;
-
-    void add(double more) {
-        seconds = std::min(seconds, more);
-        ++count;
-    }
-    bool trusted() const { return count >= 2; }
-    double expect(double predicted) const { return trusted() ? seconds : untried * std::min(predicted, seconds); }
-};
-
-/// What earlier evaluations of a cell of about the same size have shown.
-struct Experience {
-    index repeated = 64;  // steps until repairs met
-    double shots = 2;     // Newton sweeps of shooting
-    bool overlap_works = true, shooting_works = true;
-    std::map<Method, Observed> observed = {};
-};
-/// Kernels, threads, and the magnitudes of T, B*D and the tolerance.
-using ExperienceKey = std::tuple<const void*, int, int, int, int>;
-std::mutex experience_mutex;
-std::map<ExperienceKey, Experience>& experiences() {
-    static std::map<ExperienceKey, Experience> all;
-    return all;
-}
 
 struct Chunk {
     index part, sequence, first, last;
@@ -138,15 +106,9 @@ private:
                 std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels())),
                 std::ilogb(tolerance_.relative) / 4};
     }
-    Experience experience() const {
-        const std::lock_guard lock(experience_mutex);
-        const auto found = experiences().find(key());
-        return found == experiences().end() ? Experience() : found->second;
-    }
     template <class Change>
     void learn(const Change& change) const {
-        const std::lock_guard lock(experience_mutex);
-        change(experiences()[key()]);
+        newton::learn(key(), change);
     }
 
     struct Choice {
@@ -167,7 +129,7 @@ private:
         if (options_.chunk > 0 && options_.method != Method::automatic)
             return {options_.method, std::min(options_.chunk, steps)};
         const StepCosts& costs = step_costs(recurrence_, threads_);
-        const Experience seen = experience();
+        const Experience seen = experience(key());
         const Plan overlap = plan_chunks(costs, steps, rows, channels, seen.repeated, 0, threads_);
         const Plan shooting =
             plan_chunks(costs, steps, rows, channels, first_repair_shot + warm_up, seen.shots, threads_);

@@ -11,6 +11,7 @@
 
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
+#include "newton/fused_gpu.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
 #include "recurrence/cell_rows.hpp"
@@ -236,6 +237,8 @@ template <class T>
 CellGradients<T> cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                                 const Report& report, View<const T> output_gradient, const Options& options) {
     check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
+    if (options.execution.backend == Backend::cuda)
+        return adjoint_on_gpu<T>(recurrence, trajectory, output_gradient, options);
     Workspace own;
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     return FusedAdjoint<T>(recurrence, trajectory, output_gradient, options, workspace).run();

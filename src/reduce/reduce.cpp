@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "device/cuda.hpp"
 #include "device/threads.hpp"
 
 namespace deeppcr {
@@ -121,6 +122,13 @@ bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const Sol
     require_data("system.subdiagonal", subdiagonal);
     require_data("system.right_side", right_side);
     require_data("solution", solution);
+    if (options.execution.backend == Backend::cuda) {
+        device::require_gpu();
+        device::require_on_gpu("system.subdiagonal", subdiagonal.data());
+        device::require_on_gpu("system.right_side", right_side.data());
+        device::require_on_gpu("solution", solution.data());
+        if (!initial.empty()) device::require_on_gpu("system.initial", initial.data());
+    }
     require_distinct("solution", extent(solution));
     require_apart("solution", extent(solution), "system.subdiagonal", extent(subdiagonal));
     if (!initial.empty()) require_apart("solution", extent(solution), "system.initial", extent(initial));
@@ -211,6 +219,25 @@ index choose_chunk(const OrderedSystem<T>& system, int threads) {
 }
 
 template <Backend backend, class T>
+Reduction run_method(Reduction method, const OrderedSystem<T>& system, index chunk, const Execution& execution,
+                     Workspace& workspace) {
+    switch (method) {
+        case Reduction::sequential:
+            reduce::solve_sequential<backend>(system, execution);
+            return method;
+        case Reduction::pcr:
+            reduce::solve_pcr<backend>(system, execution, workspace);
+            return method;
+        case Reduction::scan:
+            reduce::solve_scan<backend>(system, chunk, execution, workspace);
+            return method;
+        case Reduction::automatic:
+            break;
+    }
+    throw InvalidArgument("options.method", "a Reduction", std::to_string(int(method)));
+}
+
+template <Backend backend, class T>
 Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     const OrderedSystem<T> system = merged(given);
     const int threads = useful_threads({system.steps(), system.batch(), system.width()}, system.block(),
@@ -226,20 +253,29 @@ Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     Workspace local;
     Workspace& workspace = options.workspace ? *options.workspace : local;
 
-    switch (method) {
-        case Reduction::sequential:
-            reduce::solve_sequential<backend>(system, threads);
-            return method;
-        case Reduction::pcr:
-            reduce::solve_pcr<backend>(system, threads, workspace);
-            return method;
-        case Reduction::scan:
-            reduce::solve_scan<backend>(system, chunk, threads, workspace);
-            return method;
-        case Reduction::automatic:
-            break;
-    }
-    throw InvalidArgument("options.method", "a Reduction", std::to_string(int(method)));
+    const Execution execution{.backend = backend, .threads = threads};
+    return run_method<backend>(method, system, chunk, execution, workspace);
+}
+
+/// Blocks of up to 4 by the scan, which costs no more memory traffic than substitution; larger ones, whose products
+/// cost `block` times as many operations, where there are too few chains to occupy the multiprocessors by substitution.
+template <class T>
+Reduction choose_method_on_gpu(const OrderedSystem<T>& system) {
+    const index block = system.block(), chains = system.batch() * system.width() / block;
+    if (block <= 4) return Reduction::scan;
+    return chains * (2 + block / 16) <= 2 * device::multiprocessors() ? Reduction::scan : Reduction::sequential;
+}
+
+/// Arrays on a GPU.
+template <class T>
+Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options) {
+    if (options.workspace != nullptr && options.workspace->device() != device::current_gpu())
+        throw InvalidArgument("options.workspace", "a workspace on the current GPU", "one elsewhere");
+    const OrderedSystem<T> system = merged(given);
+    const Reduction method = options.method == Reduction::automatic ? choose_method_on_gpu(system) : options.method;
+    Workspace local(device::current_gpu());
+    Workspace& workspace = options.workspace ? *options.workspace : local;
+    return run_method<Backend::cuda>(method, system, options.chunk, options.execution, workspace);
 }
 
 /// Of an empty system.
@@ -249,8 +285,15 @@ Reduction nothing_to_solve(const SolveOptions& options) {
 
 template <class T>
 Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
-    if (options.execution.backend == Backend::reference) return run<Backend::reference>(system, options);
-    return run<Backend::cpu>(system, options);
+    switch (options.execution.backend) {
+        case Backend::reference:
+            return run<Backend::reference>(system, options);
+        case Backend::cpu:
+            return run<Backend::cpu>(system, options);
+        case Backend::cuda:
+            return run_on_gpu(system, options);
+    }
+    throw InvalidArgument("options.execution.backend", "a Backend", std::to_string(int(options.execution.backend)));
 }
 
 }  // namespace
@@ -284,11 +327,19 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
     require_distinct("product", extent(product));
     require_apart("product", extent(product), "subdiagonal", extent(subdiagonal));
     require_apart("product", extent(product), "y", extent(y));
-    const int threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
+    Execution used = execution;
+    if (execution.backend == Backend::cuda) {
+        device::require_gpu();
+        device::require_on_gpu("subdiagonal", subdiagonal.data());
+        device::require_on_gpu("y", y.data());
+        device::require_on_gpu("product", product.data());
+        return reduce::multiply_transposed<Backend::cuda, T>(subdiagonal, y, product, used);
+    }
+    used.threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
     if (execution.backend == Backend::reference)
-        reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, threads);
+        reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, used);
     else
-        reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, threads);
+        reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, used);
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                \

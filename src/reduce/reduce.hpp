@@ -1,4 +1,5 @@
-// The backends of the bidiagonal solvers: each method is declared here once and instantiated by every backend.
+// The backends of the bidiagonal solvers: each method is declared here once and instantiated by every backend. Of an
+// Execution, the number of threads (already resolved) and the stream count here.
 #pragma once
 
 #include <deeppcr/bidiagonal.hpp>
@@ -26,20 +27,21 @@ struct OrderedSystem {
 
 /// Forward substitution.
 template <Backend backend, class T>
-void solve_sequential(const OrderedSystem<T>& system, int threads);
+void solve_sequential(const OrderedSystem<T>& system, const Execution& execution);
 
 /// Parallel cyclic reduction, out of place: takes `pcr_bytes` from `workspace`.
 template <Backend backend, class T>
-void solve_pcr(const OrderedSystem<T>& system, int threads, Workspace& workspace);
+void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Workspace& workspace);
 
 /// Chunk summaries, the states at the chunks' ends from the summaries, and the chunks again from those states.
-/// Takes `scan_bytes` from `workspace`. chunk >= 1.
+/// Takes `scan_bytes` from `workspace`. chunk >= 1; of the cuda backend 0 too, and blocks of
+/// up to 4 have chunks of their own there, as many steps as a block of threads holds.
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace);
+void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace);
 
 /// product = A^T y for the one step of `subdiagonal`.
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
-                         int threads);
+                         const Execution& execution);
 
 }  // namespace deeppcr::reduce

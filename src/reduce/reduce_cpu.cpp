@@ -75,14 +75,14 @@ Strip<T> one_step(const T* factor, const T* before, const T* right_side, T* solu
 
 // Threads take neighbouring blocks (or cache lines of channels): each block's arithmetic is the same wherever it runs.
 template <Backend backend, class T>
-void solve_sequential(const OrderedSystem<T>& system, int threads) {
+void solve_sequential(const OrderedSystem<T>& system, const Execution& execution) {
     const index unit = system.block() == 1 ? 64 / index(sizeof(T)) : system.block();
     const index units = (system.width() + unit - 1) / unit;
     const Kernels<T>& kernel = kernels<T>();
     // Enough sequences at a time that their steps need not wait for each other; all, where they lie side by side.
     const bool steps_first = std::abs(system.factor.batch_stride()) < std::abs(system.factor.step_stride());
     const index side_by_side = steps_first ? system.batch() : std::max<index>(1, 4 / units);
-    device::parallel_ranges(threads, system.batch() * units, 1, [&](index first, index last) {
+    device::parallel_ranges(execution.threads, system.batch() * units, 1, [&](index first, index last) {
         // Whole sequences together, and parts of a sequence at either end.
         while (first < last) {
             const index sequence = first / units, begin = first % units;
@@ -102,7 +102,8 @@ void solve_sequential(const OrderedSystem<T>& system, int threads) {
 // As in the reference, on rows that lie together: with `row` elements in a step, element e meets element
 // e - distance * row, so that one pass is one long step, shared by the threads.
 template <Backend backend, class T>
-void solve_pcr(const OrderedSystem<T>& system, int threads, Workspace& workspace) {
+void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Workspace& workspace) {
+    const int threads = execution.threads;
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const index row = batch * width;
     const Kernels<T>& kernel = kernels<T>();
@@ -163,7 +164,8 @@ void solve_pcr(const OrderedSystem<T>& system, int threads, Workspace& workspace
 //
 // Memory is read once. The chunks alone decide on the bits, not which thread takes them.
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace) {
+void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace) {
+    const int threads = execution.threads;
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const index chunks = (steps + chunk - 1) / chunk;
     const Kernels<T>& kernel = kernels<T>();
@@ -210,9 +212,9 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
 
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
-                         int threads) {
+                         const Execution& execution) {
     const Kernels<T>& kernel = kernels<T>();
-    device::parallel_ranges(threads, y.batch(), 1, [&](index first, index last) {
+    device::parallel_ranges(execution.threads, y.batch(), 1, [&](index first, index last) {
         for (index sequence = first; sequence < last; ++sequence) {
             T* result = product.at(0, sequence);
             std::fill_n(result, y.width(), T(0));
@@ -223,11 +225,11 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                         \
-    template void solve_sequential<Backend::cpu, T>(const OrderedSystem<T>&, int);                                     \
-    template void solve_pcr<Backend::cpu, T>(const OrderedSystem<T>&, int, Workspace&);                                \
-    template void solve_scan<Backend::cpu, T>(const OrderedSystem<T>&, index, int, Workspace&);                        \
+    template void solve_sequential<Backend::cpu, T>(const OrderedSystem<T>&, const Execution&);                        \
+    template void solve_pcr<Backend::cpu, T>(const OrderedSystem<T>&, const Execution&, Workspace&);                   \
+    template void solve_scan<Backend::cpu, T>(const OrderedSystem<T>&, index, const Execution&, Workspace&);           \
     template void multiply_transposed<Backend::cpu, T>(const Jacobian<const T>&, const View<const T>&, const View<T>&, \
-                                                       int);
+                                                       const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE

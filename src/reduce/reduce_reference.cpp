@@ -52,7 +52,7 @@ void begin(const OrderedSystem<T>& system, index sequence, T* state) {
 }  // namespace
 
 template <Backend backend, class T>
-void solve_sequential(const OrderedSystem<T>& system, int /*threads*/) {
+void solve_sequential(const OrderedSystem<T>& system, const Execution& /*execution*/) {
     const auto& [factor, right_side, initial, solution, transposed] = system;
     for (index sequence = 0; sequence < system.batch(); ++sequence) {
         begin(system, sequence, solution.at(0, sequence));
@@ -71,7 +71,7 @@ void solve_sequential(const OrderedSystem<T>& system, int /*threads*/) {
 //
 // Row s needs its product only while s >= 2i: M_0 never enters a product.
 template <Backend backend, class T>
-void solve_pcr(const OrderedSystem<T>& system, int /*threads*/, Workspace& workspace) {
+void solve_pcr(const OrderedSystem<T>& system, const Execution& /*execution*/, Workspace& workspace) {
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const Workspace::Scope scope(workspace);
     auto state = workspace.take_states<T>({steps, batch, width});
@@ -111,7 +111,7 @@ void solve_pcr(const OrderedSystem<T>& system, int /*threads*/, Workspace& works
 }
 
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Workspace& workspace) {
+void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace) {
     const auto& [factor, right_side, initial, solution, transposed] = system;
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const index chunks = (steps + chunk - 1) / chunk;
@@ -141,7 +141,7 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
             }
         }
     }
-    solve_pcr<backend, T>({product, end, {}, end, transposed}, threads, workspace);
+    solve_pcr<backend, T>({product, end, {}, end, transposed}, execution, workspace);
 
     // Replay every chunk from the state before it.
     for (index sequence = 0; sequence < batch; ++sequence) {
@@ -155,7 +155,7 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, int threads, Worksp
 
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
-                         int /*threads*/) {
+                         const Execution& /*execution*/) {
     for (index sequence = 0; sequence < y.batch(); ++sequence) {
         std::fill_n(product.at(0, sequence), y.width(), T(0));
         advance<T>(subdiagonal.at(0, sequence), y.width(), subdiagonal.block(), true, y.at(0, sequence),
@@ -163,12 +163,12 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
     }
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                               \
-    template void solve_sequential<Backend::reference, T>(const OrderedSystem<T>&, int);                     \
-    template void solve_pcr<Backend::reference, T>(const OrderedSystem<T>&, int, Workspace&);                \
-    template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, int, Workspace&);        \
-    template void multiply_transposed<Backend::reference, T>(const Jacobian<const T>&, const View<const T>&, \
-                                                             const View<T>&, int);
+#define DEEPPCR_INSTANTIATE(T)                                                                                     \
+    template void solve_sequential<Backend::reference, T>(const OrderedSystem<T>&, const Execution&);              \
+    template void solve_pcr<Backend::reference, T>(const OrderedSystem<T>&, const Execution&, Workspace&);         \
+    template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, const Execution&, Workspace&); \
+    template void multiply_transposed<Backend::reference, T>(const Jacobian<const T>&, const View<const T>&,       \
+                                                             const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE

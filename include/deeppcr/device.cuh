@@ -1,0 +1,44 @@
+// What the kernels use beyond CUDA C++ itself, each behind a function of its own, so that they can also be run where
+// there is no GPU (tests/emulation has a file of this name).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <deeppcr/array.hpp>
+
+/// Before a loop whose arrays are to lie in registers.
+#define DEEPPCR_UNROLL _Pragma("unroll")
+
+namespace deeppcr::cuda {
+
+/// The block's dynamic shared memory.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return reinterpret_cast<T*>(memory);
+}
+
+/// Everything that another block wrote before its store_release to `word` is seen after it.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* word) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release(unsigned* word, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+/// While waiting for another block.
+__device__ __forceinline__ void pause() { __nanosleep(20); }
+
+/// Begins to copy 4, 8 or 16 bytes, aligned so, to shared memory; there after wait_for_copies and a barrier.
+template <int bytes>
+__device__ __forceinline__ void begin_copy(void* shared, const void* global) {
+    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    if constexpr (bytes == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace deeppcr::cuda

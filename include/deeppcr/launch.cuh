@@ -1,0 +1,39 @@
+// Kernel launches whose failures become exceptions.
+#pragma once
+
+#include <cstddef>
+
+#include <deeppcr/device.cuh>
+
+namespace deeppcr::cuda {
+
+/// Throws OutOfMemory, NoDevice or Error, which say what was being done.
+void check(cudaError_t error, const char* doing);
+
+/// What a launch needs besides the kernel and its arguments.
+struct Launch {
+    dim3 blocks, threads;
+    std::size_t shared_bytes = 0;
+    cudaStream_t stream = nullptr;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... arguments) {
+    constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
+    if (where.shared_bytes > granted_without_asking)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(where.shared_bytes)),
+              "asking for shared memory");
+    cudaLaunchConfig_t config{};
+    config.gridDim = where.blocks;
+    config.blockDim = where.threads;
+    config.dynamicSmemBytes = where.shared_bytes;
+    config.stream = where.stream;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...), "launching a kernel");
+}
+
+constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
+
+/// Blocks of `threads`, one thread for each of `count`. Throws InvalidArgument where they are more than a grid has.
+Launch one_each(index count, cudaStream_t stream, int threads = plain_threads);
+
+}  // namespace deeppcr::cuda

@@ -1,0 +1,31 @@
+// A core without CUDA: there are no GPUs.
+#include "device/cuda.hpp"
+
+namespace deeppcr {
+
+std::vector<std::string> cuda_devices() { return {}; }
+std::string cuda_problem() { return "this build of deeppcr is without CUDA"; }
+
+namespace device {
+
+void require_gpu() { throw NoDevice("there is no GPU to use: " + cuda_problem()); }
+Device current_gpu() {
+    require_gpu();
+    return {};
+}
+int multiprocessors() { return 0; }
+void require_on_gpu(const std::string&, const void*) { require_gpu(); }
+std::shared_ptr<void> allocate_on_gpu(index, Device) {
+    require_gpu();
+    return {};
+}
+bool copy_by_gpu(void*, const void*, index) { return false; }
+void fill_zeros_on_gpu(void*, index) { require_gpu(); }
+void copy_to_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
+void copy_from_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
+void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
+index available_on_gpu() { return 0; }
+void synchronise(CUstream_st*) {}
+
+}  // namespace device
+}  // namespace deeppcr

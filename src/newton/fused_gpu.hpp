@@ -1,0 +1,17 @@
+// Cells on a GPU: fused_cuda.cu, or no_cuda.cpp.
+#pragma once
+
+#include <deeppcr/evaluate.hpp>
+
+namespace deeppcr::newton {
+
+/// Evaluates a cell's recurrence by options.method: automatic, sequential, overlap or shooting. All arrays lie on the
+/// current GPU.
+template <class T>
+Report evaluate_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options);
+
+template <class T>
+CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                                View<const T> output_gradient, const Options& options);
+
+}  // namespace deeppcr::newton

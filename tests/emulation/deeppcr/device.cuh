@@ -1,0 +1,27 @@
+// What include/deeppcr/device.cuh has, for the emulation.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <deeppcr/array.hpp>
+
+#define DEEPPCR_UNROLL
+
+namespace deeppcr::cuda {
+
+template <class T>
+T* shared_memory() {
+    return reinterpret_cast<T*>(emulation::shared_memory());
+}
+inline unsigned load_acquire(const unsigned* word) { return *word; }
+inline void store_release(unsigned* word, unsigned value) { *word = value; }
+inline void pause() { emulation::yield(); }
+
+template <int bytes>
+void begin_copy(void* shared, const void* global) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+    std::memcpy(shared, global, bytes);
+}
+inline void wait_for_copies() {}
+
+}  // namespace deeppcr::cuda
