@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <deeppcr/error.hpp>
+#include <deeppcr/storage.hpp>
 
 namespace deeppcr {
 
@@ -192,7 +193,7 @@ void fill_normal(double* data, index count, std::uint64_t seed);
 /// operator() or data(). Moves are cheap; copies are explicit (`clone`, `on`). Throws OutOfMemory, NoDevice.
 template <class T>
 class Buffer {
-    static_assert(std::is_floating_point_v<T>);
+    static_assert(std::is_floating_point_v<T> || is_stored_in_16_bits<T>);
 
 public:
     Buffer() = default;

@@ -14,3 +14,4 @@
 #include <deeppcr/execution.hpp>
 #include <deeppcr/recurrence.hpp>
 #include <deeppcr/scalar.hpp>
+#include <deeppcr/storage.hpp>

@@ -2,6 +2,8 @@
 // there is no GPU (tests/emulation has a file of this name).
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <deeppcr/array.hpp>
@@ -40,5 +42,27 @@ __device__ __forceinline__ void begin_copy(void* shared, const void* global) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/// From what is stored to what is computed with, and back, rounded to the nearest.
+template <class T>
+__device__ __forceinline__ T widen(T value) {
+    return value;
+}
+__device__ __forceinline__ float widen(bfloat16 value) { return __uint_as_float(unsigned(value.bits) << 16); }
+__device__ __forceinline__ float widen(float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+template <class T>
+__device__ __forceinline__ T narrow(Arithmetic<T> value) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        bfloat16 stored;
+        stored.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+        return stored;
+    } else if constexpr (std::is_same_v<T, float16>) {
+        float16 stored;
+        stored.bits = __half_as_ushort(__float2half_rn(value));
+        return stored;
+    } else {
+        return value;
+    }
+}
 
 }  // namespace deeppcr::cuda

@@ -22,6 +22,8 @@ struct Section {
 
 /// A recurrence x_t = f_t(x_{t-1}), t = 1..T, over `batch` independent sequences of width numbers.
 /// All callbacks are const and deterministic, and are called once per pass for a whole section, not per step.
+/// On a GPU (section.execution.backend is cuda; see runs_on) all arrays lie in its memory, and a callback enqueues its
+/// work in section.execution.stream, without waiting for it.
 template <class T>
 class Recurrence {
 public:
@@ -34,6 +36,9 @@ public:
 
     const Shape& shape() const { return shape_; }
     index block() const { return block_; }
+
+    /// Whether the callbacks know what to do on this backend. Unless overridden: all but cuda.
+    virtual bool runs_on(Backend backend) const { return backend != Backend::cuda; }
 
     /// Writes x_0 of the sequences of `section` to `state` [1, section.batch(), width]. Zeros unless overridden.
     virtual void initial(const Section& section, View<T> state) const;

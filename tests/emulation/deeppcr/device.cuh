@@ -24,4 +24,13 @@ void begin_copy(void* shared, const void* global) {
 }
 inline void wait_for_copies() {}
 
+template <class T>
+Arithmetic<T> widen(T value) {
+    return Arithmetic<T>(value);
+}
+template <class T>
+T narrow(Arithmetic<T> value) {
+    return T(value);
+}
+
 }  // namespace deeppcr::cuda
