@@ -14,6 +14,9 @@
 #include <deeppcr/error.hpp>
 #include <deeppcr/storage.hpp>
 
+// CUDA's stream, without its headers.
+struct CUstream_st;
+
 namespace deeppcr {
 
 using index = std::int64_t;
@@ -182,7 +185,7 @@ private:
 namespace detail {
 /// 64-byte aligned, uninitialised memory; OutOfMemory names the byte count where it cannot be had.
 std::shared_ptr<void> allocate(index bytes, Device device);
-/// Between any two places; done when it returns.
+/// Between any two places, by CUDA; done when it returns.
 void copy(void* to, const void* from, index bytes);
 void fill_zeros(void* data, index bytes, Device device);
 void fill_normal(float* data, index count, std::uint64_t seed);
@@ -232,7 +235,10 @@ public:
     Buffer on(Device device) const {
         Buffer result = uninitialised(shape(), Layout::steps_first, device);
         result.view_ = View<T>(result.data(), shape(), view_.step_stride(), view_.batch_stride());
-        detail::copy(result.data(), data(), size() * index(sizeof(T)));
+        if (device.is_host() && device_.is_host())
+            std::copy_n(data(), size(), result.data());
+        else
+            detail::copy(result.data(), data(), size() * index(sizeof(T)));
         return result;
     }
     Device device() const { return device_; }
@@ -252,11 +258,16 @@ private:
     View<T> view_;
 };
 
+struct Execution;
+
 /// Memory that calls reuse: a first call grows it, later calls of the same sizes allocate nothing.
 /// Not for use by two threads at once, nor by two streams. `peak_bytes` is the largest amount in use at any time.
 class Workspace {
 public:
     explicit Workspace(Device device = {});
+    /// Where `execution` runs: on a GPU in the order of its stream, from a pool, so that neither growing nor the end of
+    /// the workspace waits for the work in it.
+    explicit Workspace(const Execution& execution);
     ~Workspace();
     Workspace(Workspace&&) noexcept;
     Workspace& operator=(Workspace&&) noexcept;
@@ -293,15 +304,19 @@ public:
         Workspace& workspace_;
         std::size_t block_, offset_;
         index used_;
+        int exceptions_;  // on their way when the scope began
     };
 
 private:
     void* take_bytes(index bytes);
+    std::shared_ptr<void> allocate(index bytes) const;
     struct Block {
         std::shared_ptr<void> memory;
         index bytes;
     };
     Device device_;
+    CUstream_st* stream_ = nullptr;
+    bool in_stream_ = false;
     std::vector<Block> blocks_;
     std::size_t block_ = 0, offset_ = 0;
     index used_ = 0, peak_ = 0;

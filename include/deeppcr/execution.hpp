@@ -6,9 +6,6 @@
 
 #include <deeppcr/array.hpp>
 
-// CUDA's stream, without its headers.
-struct CUstream_st;
-
 namespace deeppcr {
 
 /// reference: plain loops, for checking by hand. cpu: threads and SIMD. cuda: the current GPU, whose memory all arrays
@@ -16,7 +13,8 @@ namespace deeppcr {
 enum class Backend { reference, cpu, cuda };
 
 /// How a call is executed. Results depend on nothing here but the backend, the thread count where a function says
-/// so, and the SIMD target (see `simd_target`).
+/// so, and the SIMD target (see `simd_target`); on a GPU, where methods or chunks are chosen, also on its number of
+/// multiprocessors. What learns from earlier calls (the `automatic` method and the chunks of cells) says so.
 struct Execution {
     Backend backend = Backend::cpu;
     int threads = 0;                ///< 0: `default_threads()`; not for cuda

@@ -6,9 +6,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <numbers>
 #include <random>
+
+#include <deeppcr/execution.hpp>
 
 #include "device/cuda.hpp"
 
@@ -53,15 +56,13 @@ std::shared_ptr<void> allocate(index bytes, Device device) {
     return {memory, [](void* pointer) { std::free(pointer); }};
 }
 
-void copy(void* to, const void* from, index bytes) {
-    if (!device::copy_by_gpu(to, from, bytes)) std::memcpy(to, from, std::size_t(bytes));
-}
+void copy(void* to, const void* from, index bytes) { device::copy_by_gpu(to, from, bytes); }
 
 void fill_zeros(void* data, index bytes, Device device) {
     if (device.is_host())
         std::memset(data, 0, std::size_t(bytes));
     else
-        device::fill_zeros_on_gpu(data, bytes);
+        device::fill_zeros_on_gpu(data, bytes, device);
 }
 
 namespace {
@@ -84,6 +85,10 @@ void fill_normal(double* data, index count, std::uint64_t seed) { fill(data, cou
 }  // namespace detail
 
 Workspace::Workspace(Device device) : device_(device) {}
+Workspace::Workspace(const Execution& execution)
+    : device_(execution.backend == Backend::cuda ? device::current_gpu() : Device::host()),
+      stream_(execution.stream),
+      in_stream_(!device_.is_host()) {}
 Workspace::~Workspace() = default;
 Workspace::Workspace(Workspace&&) noexcept = default;
 Workspace& Workspace::operator=(Workspace&&) noexcept = default;
@@ -97,7 +102,7 @@ void* Workspace::take_bytes(index bytes) {
     }
     if (block_ == blocks_.size()) {
         const index grown = std::max(bytes, index(1) << 16);
-        blocks_.push_back({detail::allocate(grown, device_), grown});
+        blocks_.push_back({allocate(grown), grown});
         offset_ = 0;
     }
     void* memory = static_cast<char*>(blocks_[block_].memory.get()) + offset_;
@@ -107,23 +112,31 @@ void* Workspace::take_bytes(index bytes) {
     return memory;
 }
 
+std::shared_ptr<void> Workspace::allocate(index bytes) const {
+    return in_stream_ ? device::allocate_in_stream(bytes, stream_) : detail::allocate(bytes, device_);
+}
+
 index Workspace::used_bytes() const { return used_; }
 index Workspace::peak_bytes() const { return peak_; }
 
 Workspace::Scope::Scope(Workspace& workspace)
-    : workspace_(workspace), block_(workspace.block_), offset_(workspace.offset_), used_(workspace.used_) {}
+    : workspace_(workspace),
+      block_(workspace.block_),
+      offset_(workspace.offset_),
+      used_(workspace.used_),
+      exceptions_(std::uncaught_exceptions()) {}
 
 Workspace::Scope::~Scope() {
     workspace_.block_ = block_;
     workspace_.offset_ = offset_;
     workspace_.used_ = used_;
-    // Once everything has been given back, many small blocks become one large one.
-    if (used_ == 0 && workspace_.blocks_.size() > 1) {
+    // Once everything has been given back, many small blocks become one large one; not while an exception is on its way.
+    if (used_ == 0 && workspace_.blocks_.size() > 1 && std::uncaught_exceptions() == exceptions_) {
         workspace_.blocks_.clear();
         workspace_.block_ = workspace_.offset_ = 0;
         try {
-            workspace_.blocks_.push_back({detail::allocate(workspace_.peak_, workspace_.device_), workspace_.peak_});
-        } catch (const OutOfMemory&) {  // the next call allocates what it needs
+            workspace_.blocks_.push_back({workspace_.allocate(workspace_.peak_), workspace_.peak_});
+        } catch (...) {  // the next call allocates what it needs, or says why it cannot
         }
     }
 }

@@ -1,6 +1,8 @@
 #include "device/cuda.hpp"
 
 #include <limits>
+#include <map>
+#include <mutex>
 
 #include <deeppcr/launch.cuh>
 
@@ -12,9 +14,17 @@ void check(cudaError_t error, const char* doing) {
     cudaGetLastError();  // or the next call would report it again
     const std::string text = std::string("CUDA, ") + doing + ": " + cudaGetErrorString(error);
     if (error == cudaErrorMemoryAllocation) throw OutOfMemory(text);
-    if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver || error == cudaErrorInvalidDevice)
-        throw NoDevice(text);
-    throw Error(text);
+    switch (error) {
+        case cudaErrorNoDevice:
+        case cudaErrorInsufficientDriver:
+        case cudaErrorInvalidDevice:
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorUnsupportedPtxVersion:
+            throw NoDevice(text);
+        default:
+            throw Error(text);
+    }
 }
 
 Launch one_each(index count, cudaStream_t stream, int threads) {
@@ -32,20 +42,64 @@ using cuda::check;
 
 namespace {
 
-bool on_gpu(const void* memory) {
-    cudaPointerAttributes attributes{};
-    if (cudaPointerGetAttributes(&attributes, memory) != cudaSuccess) {
-        cudaGetLastError();
-        return false;
-    }
-    return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+constexpr int least_capability = 80;  // that the kernels are compiled for
+
+int attribute(cudaDeviceAttr which, int ordinal) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, ordinal), "looking at a GPU");
+    return value;
+}
+
+int capability(int ordinal) {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor, ordinal) +
+           attribute(cudaDevAttrComputeCapabilityMinor, ordinal);
+}
+
+/// Why a GPU cannot run the kernels, or nothing.
+std::string problem_of(int ordinal) {
+    const int found = capability(ordinal);
+    if (found >= least_capability) return "";
+    return "GPU " + std::to_string(ordinal) + " has compute capability " + std::to_string(found / 10) + "." +
+           std::to_string(found % 10) + ", 8.0 or more is needed";
+}
+
+int current_ordinal() {
+    int ordinal = 0;
+    check(cudaGetDevice(&ordinal), "asking for the current GPU");
+    return ordinal;
+}
+
+OutOfMemory out_of_memory(index bytes) {
+    cudaGetLastError();
+    return OutOfMemory("cannot allocate " + std::to_string(bytes) + " bytes on GPU " +
+                       std::to_string(current_ordinal()) + ", which has " + std::to_string(available_on_gpu()) +
+                       " available");
+}
+
+/// The pool of a GPU, our own, so that other users of CUDA's default one are not affected. It keeps some memory, so that
+/// what one call gives back the next one takes without asking the driver.
+cudaMemPool_t pool_of(int ordinal) {
+    constexpr std::uint64_t kept_bytes = std::uint64_t(1) << 30;
+    static std::mutex mutex;
+    static std::map<int, cudaMemPool_t> pools;
+    const std::lock_guard lock(mutex);
+    if (const auto found = pools.find(ordinal); found != pools.end()) return found->second;
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = ordinal;
+    cudaMemPool_t pool = nullptr;
+    check(cudaMemPoolCreate(&pool, &properties), "making a pool of memory");
+    std::uint64_t threshold = kept_bytes;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold), "making a pool of memory");
+    pools.emplace(ordinal, pool);
+    return pool;
 }
 
 /// The GPU that was current before is so again at its end.
 class Current {
 public:
-    explicit Current(int ordinal) {
-        check(cudaGetDevice(&before_), "asking for the current GPU");
+    explicit Current(int ordinal) : before_(current_ordinal()) {
         if (ordinal != before_) check(cudaSetDevice(ordinal), "choosing a GPU");
     }
     ~Current() { cudaSetDevice(before_); }
@@ -53,57 +107,81 @@ public:
     Current& operator=(const Current&) = delete;
 
 private:
-    int before_ = 0;
+    int before_;
 };
 
 }  // namespace
 
 void require_gpu() {
-    if (const std::string problem = cuda_problem(); !problem.empty())
-        throw NoDevice("there is no GPU to use: " + problem);
+    std::string problem = cuda_problem();
+    if (problem.empty()) problem = problem_of(current_ordinal());
+    if (!problem.empty()) throw NoDevice("there is no GPU to use: " + problem);
 }
 
 Device current_gpu() {
     require_gpu();
-    int ordinal = 0;
-    check(cudaGetDevice(&ordinal), "asking for the current GPU");
-    return Device::cuda(ordinal);
+    return Device::cuda(current_ordinal());
 }
 
-int multiprocessors() {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_gpu().ordinal()), "looking at a GPU");
-    return count;
-}
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_ordinal()); }
 
 void require_on_gpu(const std::string& name, const void* memory) {
-    if (!on_gpu(memory)) throw InvalidArgument(name, "memory of a GPU, for Backend::cuda", "main memory");
+    const auto refuse = [&](const std::string& actual) {
+        throw InvalidArgument(name, "memory of a GPU, for Backend::cuda", actual);
+    };
+    cudaPointerAttributes attributes{};
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, memory);
+    if (error == cudaErrorInvalidValue) {  // what CUDA does not know
+        cudaGetLastError();
+        refuse("main memory");
+    }
+    check(error, "asking where memory is");
+    if (attributes.type == cudaMemoryTypeManaged) return;
+    if (attributes.type != cudaMemoryTypeDevice) refuse("main memory");
+    if (const int current = current_ordinal(); attributes.device != current)
+        throw InvalidArgument(name, "memory of the current GPU, " + std::to_string(current),
+                              "memory of GPU " + std::to_string(attributes.device));
 }
 
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
-    require_gpu();
+    if (const std::string problem = cuda_problem(); !problem.empty())
+        throw NoDevice("there is no GPU to use: " + problem);
     const Current current(device.ordinal());
     void* memory = nullptr;
     const cudaError_t error = cudaMalloc(&memory, std::size_t(bytes > 0 ? bytes : 1));
-    if (error == cudaErrorMemoryAllocation) {
-        cudaGetLastError();
-        throw OutOfMemory("cannot allocate " + std::to_string(bytes) + " bytes on GPU " +
-                          std::to_string(device.ordinal()) + ", which has " + std::to_string(available_on_gpu()) +
-                          " available");
-    }
+    if (error == cudaErrorMemoryAllocation) throw out_of_memory(bytes);
     check(error, "allocating memory");
     return {memory, [](void* pointer) { cudaFree(pointer); }};
 }
 
-bool copy_by_gpu(void* to, const void* from, index bytes) {
-    if (bytes == 0 || !cuda_problem().empty() || (!on_gpu(to) && !on_gpu(from))) return bytes == 0;
-    check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyDefault, nullptr), "copying");
-    synchronise(nullptr);
-    return true;
+std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
+    require_gpu();
+    const int ordinal = current_ordinal();
+    if (attribute(cudaDevAttrMemoryPoolsSupported, ordinal) == 0)
+        return allocate_on_gpu(bytes, Device::cuda(ordinal));
+    void* memory = nullptr;
+    const cudaError_t error =
+        cudaMallocFromPoolAsync(&memory, std::size_t(bytes > 0 ? bytes : 1), pool_of(ordinal), stream);
+    if (error == cudaErrorMemoryAllocation) throw out_of_memory(bytes);
+    check(error, "allocating memory");
+    return {memory, [stream](void* pointer) { cudaFreeAsync(pointer, stream); }};
 }
 
-void fill_zeros_on_gpu(void* data, index bytes) {
+std::shared_ptr<void> allocate_pinned(index bytes) {
+    void* memory = nullptr;
+    check(cudaMallocHost(&memory, std::size_t(bytes > 0 ? bytes : 1)), "allocating pinned memory");
+    return {memory, [](void* pointer) { cudaFreeHost(pointer); }};
+}
+
+void copy_by_gpu(void* to, const void* from, index bytes) {
     if (bytes == 0) return;
+    check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyDefault, nullptr), "copying");
+    synchronise(nullptr);
+}
+
+void fill_zeros_on_gpu(void* data, index bytes, Device device) {
+    if (bytes == 0) return;
+    const Current current(device.ordinal());
     check(cudaMemsetAsync(data, 0, std::size_t(bytes), nullptr), "filling with zeros");
     synchronise(nullptr);
 }
@@ -114,6 +192,10 @@ void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream) {
 
 void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream) {
     check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyDeviceToHost, stream), "copying from a GPU");
+}
+
+void copy_on_gpu(void* to, const void* from, index bytes, CUstream_st* stream) {
+    check(cudaMemcpyAsync(to, from, std::size_t(bytes), cudaMemcpyDeviceToDevice, stream), "copying on a GPU");
 }
 
 void fill_bytes(void* data, int value, index bytes, CUstream_st* stream) {
@@ -128,6 +210,20 @@ index available_on_gpu() {
 
 void synchronise(CUstream_st* stream) { check(cudaStreamSynchronize(stream), "running"); }
 
+bool capturing(CUstream_st* stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "asking for a graph");
+    return status != cudaStreamCaptureStatusNone;
+}
+
+Event::Event() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    event_ = {event, [](cudaEvent_t made) { cudaEventDestroy(made); }};
+}
+void Event::record(CUstream_st* stream) { check(cudaEventRecord(event_.get(), stream), "recording an event"); }
+void Event::wait() const { check(cudaEventSynchronize(event_.get()), "running"); }
+
 }  // namespace device
 
 std::string cuda_problem() {
@@ -136,7 +232,10 @@ std::string cuda_problem() {
         cudaGetLastError();
         return cudaGetErrorString(error);
     }
-    return count > 0 ? "" : "no CUDA-capable device is detected";
+    std::string problem = "no CUDA-capable device is detected";
+    for (int ordinal = 0; ordinal < count; ++ordinal)
+        if (problem = device::problem_of(ordinal); problem.empty()) break;
+    return problem;
 }
 
 std::vector<std::string> cuda_devices() {

@@ -7,29 +7,53 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/execution.hpp>
 
+struct CUevent_st;
+
 namespace deeppcr::device {
 
-/// Throws NoDevice, with cuda_problem(), where there is no GPU.
+/// Throws NoDevice, with cuda_problem(), where there is no GPU or the current one cannot run the kernels.
 void require_gpu();
 /// The current one. Throws NoDevice.
 Device current_gpu();
 /// Of the current one.
 int multiprocessors();
-/// Throws InvalidArgument where a GPU cannot read or write what `name` points to.
+/// Throws InvalidArgument where the current GPU's kernels cannot read or write what `name` points to.
 void require_on_gpu(const std::string& name, const void* memory);
 
 /// Throws OutOfMemory, NoDevice.
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device);
-/// False, and nothing is done, where both are in main memory; else it is done when it returns.
-bool copy_by_gpu(void* to, const void* from, index bytes);
-void fill_zeros_on_gpu(void* data, index bytes);
+/// From the current GPU's pool: there for what follows in the stream, and given back after what the stream has by then.
+/// Nothing waits, so that it may be called in a stream that is captured into a graph.
+std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream);
+/// Main memory that copies to and from a GPU may be enqueued for.
+std::shared_ptr<void> allocate_pinned(index bytes);
+
+/// Between any two places; done when it returns.
+void copy_by_gpu(void* to, const void* from, index bytes);
+void fill_zeros_on_gpu(void* data, index bytes, Device device);
 /// In the stream: from main memory, which is read before this returns, or to it, when the stream gets there.
 void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
+void copy_on_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
 /// Bytes that the current GPU has available.
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.
 void synchronise(CUstream_st* stream);
+/// Whether the stream is being captured into a graph: nothing may wait for it then.
+bool capturing(CUstream_st* stream);
+
+/// A place in a stream that the host can wait for.
+class Event {
+public:
+    Event();
+    /// Here, after all that the stream has so far.
+    void record(CUstream_st* stream);
+    /// Until the stream has passed it. Throws as `synchronise`.
+    void wait() const;
+
+private:
+    std::shared_ptr<CUevent_st> event_;
+};
 
 }  // namespace deeppcr::device

@@ -19,13 +19,26 @@ std::shared_ptr<void> allocate_on_gpu(index, Device) {
     require_gpu();
     return {};
 }
-bool copy_by_gpu(void*, const void*, index) { return false; }
-void fill_zeros_on_gpu(void*, index) { require_gpu(); }
+std::shared_ptr<void> allocate_in_stream(index, CUstream_st*) {
+    require_gpu();
+    return {};
+}
+std::shared_ptr<void> allocate_pinned(index) {
+    require_gpu();
+    return {};
+}
+void copy_by_gpu(void*, const void*, index) { require_gpu(); }
+void fill_zeros_on_gpu(void*, index, Device) { require_gpu(); }
 void copy_to_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void copy_from_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
+void copy_on_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
+bool capturing(CUstream_st*) { return false; }
+Event::Event() { require_gpu(); }
+void Event::record(CUstream_st*) {}
+void Event::wait() const {}
 
 }  // namespace device
 }  // namespace deeppcr

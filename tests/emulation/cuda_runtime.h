@@ -1,7 +1,8 @@
 // CUDA C++ on the host, as far as this library uses it: the kernels' sources compile as ordinary C++ where this file
 // is found in the place of CUDA's own. Threads are fibers that take turns in an order drawn at random (emulation.cpp);
 // several blocks are in flight at once. Shared memory is exactly as large as was asked for, device memory starts as
-// NaN, so that the sanitizers and the tests see what a GPU would hide.
+// NaN, so that the sanitizers and the tests see what a GPU would hide. What is enqueued in a stream happens when
+// something waits for it, and no earlier; streams that nothing orders take turns at random.
 #pragma once
 
 #include <cstddef>
@@ -44,13 +45,20 @@ int lane();
 
 void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::function<void()>& kernel);
 
+/// A copy to shared memory that the running thread has begun: it happens in wait_for_copies.
+void begin_copy(void* shared, const void* global, std::size_t bytes);
+void wait_for_copies();
+
 /// What is emulated; for tests.
 struct Machine {
-    int devices = 1, multiprocessors = 3;
+    int devices = 1, multiprocessors = 3, compute_capability = 90;
     std::size_t memory = std::size_t(1) << 30, used = 0;
     unsigned seed = 1;       ///< of the order in which threads take turns
     int blocks_at_once = 4;  ///< in flight
-    long launches = 0, allocations = 0;
+    long launches = 0, allocations = 0, waits = 0;
+    long good_allocations = -1;  ///< until one fails for want of memory; negative: all are good
+    int broken = 0;              ///< the error that every call returns, as after a kernel's crash; 0: none
+    int launch_error = 0;        ///< that every launch returns; 0: none
 };
 Machine& machine();
 
@@ -127,20 +135,34 @@ T atomicMax(T* address, T value) {
     return old;
 }
 template <class T>
+T atomicMin(T* address, T value) {
+    const T old = *address;
+    if (value < old) *address = value;
+    return old;
+}
+template <class T>
 T atomicOr(T* address, T value) {
     const T old = *address;
     *address = old | value;
     return old;
 }
 
-// The runtime's interface. Everything happens at once, in the order of the calls.
+// The runtime's interface.
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
+    cudaErrorStreamCaptureUnsupported = 900,
+    cudaErrorStreamCaptureInvalidated = 901,
+    cudaErrorStreamCaptureImplicit = 906,
 };
 enum cudaMemcpyKind {
     cudaMemcpyHostToHost,
@@ -154,7 +176,8 @@ enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrComputeCapabilityMinor = 76,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+    cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+    cudaDevAttrMemoryPoolsSupported = 115
 };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 struct cudaPointerAttributes {
@@ -163,7 +186,33 @@ struct cudaPointerAttributes {
     void *devicePointer, *hostPointer;
 };
 struct CUstream_st;
+struct CUevent_st;
+struct CUgraph_st;
+struct CUgraphExec_st;
+struct CUmemPoolHandle_st;
 using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraphExec_st*;
+using cudaMemPool_t = CUmemPoolHandle_st*;
+constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaMemAllocationType { cudaMemAllocationTypePinned = 1 };
+enum cudaMemLocationType { cudaMemLocationTypeDevice = 1 };
+enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4 };
+struct cudaMemLocation {
+    cudaMemLocationType type;
+    int id;
+};
+struct cudaMemPoolProps {
+    cudaMemAllocationType allocType;
+    cudaMemLocation location;
+};
 struct cudaLaunchAttribute;
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -189,9 +238,33 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes);
 cudaError_t cudaFree(void* memory);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaMallocHost(void** memory, std::size_t bytes);
+cudaError_t cudaFreeHost(void* memory);
+cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps* properties);
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
+cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t pool, cudaStream_t stream);
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory);
 cudaError_t check_launch(const cudaLaunchConfig_t& config);
+namespace emulation {
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+}
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
@@ -203,6 +276,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
     if (const cudaError_t error = check_launch(*config); error != cudaSuccess) return error;
     const std::tuple<std::remove_cv_t<Parameters>...> values(static_cast<Arguments&&>(arguments)...);
-    emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, values); });
-    return cudaSuccess;
+    return emulation::enqueue(config->stream, [where = *config, kernel, values] {
+        emulation::run(where.gridDim, where.blockDim, where.dynamicSmemBytes, [&] { std::apply(kernel, values); });
+    });
 }

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -44,6 +45,12 @@ struct Fiber {
     std::size_t round = 0;
     bool done = false;
     void* fake_stack = nullptr;
+    struct Copy {
+        void* to;
+        const void* from;
+        std::size_t bytes;
+    };
+    std::vector<Copy> copies;  // begun and not done
 };
 
 struct Block {
@@ -66,6 +73,7 @@ struct Scheduler {
     void* fake_stack = nullptr;
     bool moved = false;  // whether anything but waiting has happened
     std::vector<std::unique_ptr<unsigned char[]>> free_stacks;
+    std::mt19937 order;
 };
 Scheduler scheduler;
 
@@ -134,7 +142,7 @@ std::size_t meet(Meeting& meeting, std::size_t expected) {
 
 std::unique_ptr<Block> make_block(std::size_t number, std::size_t shared_bytes) {
     auto block = std::make_unique<Block>();
-    block->shared = std::make_unique<unsigned char[]>(shared_bytes);
+    block->shared = std::make_unique<unsigned char[]>(shared_bytes);  // aligned to 16
     std::memset(block->shared.get(), 0xFF, shared_bytes);  // NaN
     block->where = {unsigned(number) % gridDim.x, unsigned(number) / gridDim.x % gridDim.y,
                     unsigned(number) / gridDim.x / gridDim.y};
@@ -163,12 +171,153 @@ cudaError_t failed(cudaError_t error) {
     return error;
 }
 
-std::map<const unsigned char*, std::size_t>& device_arrays() {
-    static std::map<const unsigned char*, std::size_t> all;
+/// The state of the machine that makes every call fail, or 0.
+cudaError_t broken() { return cudaError_t(machine().broken); }
+
+struct Array {
+    std::size_t bytes;
+    int device;  // -1: pinned main memory
+};
+std::map<const unsigned char*, Array>& arrays() {
+    static std::map<const unsigned char*, Array> all;
     return all;
+}
+const Array* find_array(const void* memory) {
+    const auto* const address = static_cast<const unsigned char*>(memory);
+    auto after = arrays().upper_bound(address);
+    return after != arrays().begin() && (--after, address < after->first + after->second.bytes) ? &after->second
+                                                                                                : nullptr;
+}
+int current_device = 0;
+
+}  // namespace
+}  // namespace emulation
+
+// --- streams: what is enqueued, in the order of the calls
+
+struct CUevent_st {
+    long recorded = 0, done = 0;  // how often
+};
+
+struct Operation {
+    long number;                 // in the order of all calls
+    std::function<void()> run;
+    CUevent_st* event = nullptr;  // waited for
+    long recorded = 0;            // how often it must have been recorded by then
+};
+
+struct CUgraph_st {
+    std::vector<std::function<void()>> operations;
+};
+struct CUgraphExec_st : CUgraph_st {};
+struct CUmemPoolHandle_st {};
+
+struct CUstream_st {
+    bool blocking = true;  // waits for the null stream, and the null stream for it
+    std::deque<Operation> operations;
+    std::unique_ptr<CUgraph_st> capture;
+};
+
+namespace emulation {
+namespace {
+
+long operations = 0;  // enqueued
+std::mt19937 stream_order(1);
+
+std::vector<CUstream_st*>& streams() {
+    static CUstream_st null_stream;
+    static std::vector<CUstream_st*> all{&null_stream};
+    return all;
+}
+CUstream_st& null_stream() { return *streams().front(); }
+CUstream_st& resolve(cudaStream_t stream) {
+    CUstream_st* const found = stream == nullptr ? &null_stream() : stream;
+    if (std::find(streams().begin(), streams().end(), found) == streams().end()) fail("a stream that does not exist");
+    return *found;
+}
+
+/// Whether nothing keeps the first operation of a stream from happening.
+bool ready(const CUstream_st& stream) {
+    if (stream.operations.empty()) return false;
+    const Operation& first = stream.operations.front();
+    if (first.event != nullptr && first.event->done < first.recorded) return false;
+    if (!stream.blocking) return true;
+    const auto before = [&](const CUstream_st& other) {
+        return !other.operations.empty() && other.operations.front().number < first.number;
+    };
+    if (&stream != &null_stream()) return !before(null_stream());
+    return std::none_of(streams().begin() + 1, streams().end(),
+                        [&](const CUstream_st* other) { return other->blocking && before(*other); });
+}
+
+/// Lets streams that can go on do so, in an order drawn at random, until `done`.
+void run_until(const std::function<bool()>& done) {
+    ++machine().waits;
+    while (!done()) {
+        std::vector<CUstream_st*> able;
+        for (CUstream_st* stream : streams())
+            if (ready(*stream)) able.push_back(stream);
+        if (able.empty()) fail("a wait for what never happens");
+        CUstream_st& chosen = *able[stream_order() % able.size()];
+        const Operation operation = std::move(chosen.operations.front());
+        if (operation.run) operation.run();
+        chosen.operations.pop_front();
+    }
+}
+
+bool capturing() {
+    return std::any_of(streams().begin(), streams().end(), [](const CUstream_st* s) { return s->capture != nullptr; });
+}
+
+/// Waits for `done`, unless the machine is broken or a stream is captured.
+cudaError_t wait(const std::function<bool()>& done) {
+    if (broken() != cudaSuccess) return failed(broken());
+    if (capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    run_until(done);
+    return cudaSuccess;
+}
+
+bool all_done() {
+    return std::all_of(streams().begin(), streams().end(),
+                       [](const CUstream_st* stream) { return stream->operations.empty(); });
+}
+
+cudaError_t allocate(void** memory, std::size_t bytes, int device) {
+    if (machine().good_allocations == 0 || machine().used + bytes > machine().memory) {
+        machine().good_allocations = -1;
+        return failed(cudaErrorMemoryAllocation);
+    }
+    if (machine().good_allocations > 0) --machine().good_allocations;
+    machine().used += bytes;
+    ++machine().allocations;
+    auto* const array = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes / 256 + 1) * 256));
+    std::memset(array, 0xFF, (bytes / 256 + 1) * 256);
+    arrays()[array] = {bytes, device};
+    *memory = array;
+    return cudaSuccess;
+}
+
+void release(void* memory) {
+    const auto found = arrays().find(static_cast<unsigned char*>(memory));
+    if (found == arrays().end()) fail("memory is freed that was not allocated");
+    machine().used -= found->second.bytes;
+    arrays().erase(found);
+    std::free(memory);
 }
 
 }  // namespace
+
+cudaError_t enqueue(cudaStream_t where, std::function<void()> work) {
+    if (broken() != cudaSuccess) return failed(broken());
+    CUstream_st& stream = resolve(where);
+    if (stream.capture != nullptr) {
+        stream.capture->operations.push_back(std::move(work));
+        return cudaSuccess;
+    }
+    if (&stream == &null_stream() && capturing()) return failed(cudaErrorStreamCaptureImplicit);
+    stream.operations.push_back({++operations, std::move(work)});
+    return cudaSuccess;
+}
 
 unsigned char* shared_memory() { return scheduler.now->block->shared.get(); }
 
@@ -204,13 +353,28 @@ const unsigned char* exchange_in_warp(unsigned mask, const void* value, std::siz
     return slots.data();
 }
 
+void begin_copy(void* shared, const void* global, std::size_t bytes) {
+    for (const void* address : {static_cast<const void*>(shared), global})
+        if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) fail("an asynchronous copy is not aligned");
+    // It may happen at any time before it is waited for.
+    if (scheduler.order() % 2 == 0)
+        std::memcpy(shared, global, bytes);
+    else
+        scheduler.now->copies.push_back({shared, global, bytes});
+}
+
+void wait_for_copies() {
+    for (const Fiber::Copy& copy : scheduler.now->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    scheduler.now->copies.clear();
+}
+
 void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
     if (scheduler.now != nullptr || scheduler.kernel != nullptr) fail("a kernel is launched within another");
     ++machine().launches;
     scheduler.kernel = &kernel;
     gridDim = blocks;
     blockDim = threads;
-    std::mt19937 order(machine().seed + unsigned(machine().launches));
+    scheduler.order.seed(machine().seed + unsigned(machine().launches));
     const std::size_t total = std::size_t(blocks.x) * blocks.y * blocks.z;
     std::size_t next = 0, idle = 0;
     std::vector<std::unique_ptr<Block>> flying;
@@ -226,7 +390,7 @@ void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::functio
                 if (fiber->waiting == nullptr || fiber->waiting->round != fiber->round) ready.push_back(fiber.get());
             }
         if (living > 0 && ready.empty()) fail("all threads wait for others");
-        std::shuffle(ready.begin(), ready.end(), order);
+        std::shuffle(ready.begin(), ready.end(), scheduler.order);
         idle = scheduler.moved ? 0 : idle + 1;
         if (idle > 1000000) fail("threads wait in loops for what never comes");
         scheduler.moved = false;
@@ -250,8 +414,12 @@ Machine& machine() {
 
 }  // namespace emulation
 
+using emulation::arrays;
+using emulation::broken;
+using emulation::enqueue;
 using emulation::failed;
 using emulation::machine;
+using emulation::resolve;
 
 const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
@@ -267,8 +435,17 @@ const char* cudaGetErrorString(cudaError_t error) {
             return "no CUDA-capable device is detected";
         case cudaErrorInvalidDevice:
             return "invalid device ordinal";
+        case cudaErrorNoKernelImageForDevice:
+            return "no kernel image is available for execution on the device";
+        case cudaErrorIllegalAddress:
+            return "an illegal memory access was encountered";
+        case cudaErrorStreamCaptureUnsupported:
+            return "operation not permitted when stream is capturing";
+        case cudaErrorStreamCaptureImplicit:
+            return "operation would make the legacy stream depend on a capturing blocking stream";
+        default:
+            return "unknown error";
     }
-    return "unknown error";
 }
 cudaError_t cudaGetLastError() {
     const cudaError_t error = emulation::last_error;
@@ -277,82 +454,180 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaGetDeviceCount(int* count) {
     *count = machine().devices;
-    return failed(machine().devices > 0 ? cudaSuccess : cudaErrorNoDevice);
+    return failed(machine().devices > 0 ? broken() : cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return failed(machine().devices > 0 ? cudaSuccess : cudaErrorNoDevice);
+    *device = emulation::current_device;
+    return failed(machine().devices > 0 ? broken() : cudaErrorNoDevice);
 }
 cudaError_t cudaSetDevice(int device) {
-    return failed(device < machine().devices ? cudaSuccess : cudaErrorInvalidDevice);
+    if (device < 0 || device >= machine().devices) return failed(cudaErrorInvalidDevice);
+    emulation::current_device = device;
+    return failed(broken());
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device < 0 || device >= machine().devices) return failed(cudaErrorInvalidDevice);
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
             *value = machine().multiprocessors;
             break;
         case cudaDevAttrComputeCapabilityMajor:
-            *value = 9;
+            *value = machine().compute_capability / 10;
             break;
         case cudaDevAttrComputeCapabilityMinor:
-            *value = 0;
+            *value = machine().compute_capability % 10;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = 227 * 1024;
             break;
+        case cudaDevAttrMemoryPoolsSupported:
+            *value = 1;
+            break;
     }
-    return cudaSuccess;
+    return failed(broken());
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU %d", device);
-    return cudaSuccess;
+    return failed(broken());
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
     *total = machine().memory;
     *free = machine().memory - machine().used;
-    return cudaSuccess;
+    return failed(broken());
 }
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
-    if (machine().used + bytes > machine().memory) return failed(cudaErrorMemoryAllocation);
-    machine().used += bytes;
-    ++machine().allocations;
-    auto* const array = static_cast<unsigned char*>(std::aligned_alloc(256, (bytes / 256 + 1) * 256));
-    std::memset(array, 0xFF, (bytes / 256 + 1) * 256);
-    emulation::device_arrays()[array] = bytes;
-    *memory = array;
-    return cudaSuccess;
+    if (broken() != cudaSuccess) return failed(broken());
+    if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    return emulation::allocate(memory, bytes, emulation::current_device);
 }
 cudaError_t cudaFree(void* memory) {
     if (memory == nullptr) return cudaSuccess;
-    const auto found = emulation::device_arrays().find(static_cast<unsigned char*>(memory));
-    if (found == emulation::device_arrays().end()) return failed(cudaErrorInvalidValue);
-    machine().used -= found->second;
-    emulation::device_arrays().erase(found);
-    std::free(memory);
+    if (const cudaError_t error = emulation::wait(emulation::all_done); error != cudaSuccess) return error;
+    emulation::release(memory);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    std::memcpy(to, from, bytes);
+cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
+    if (broken() != cudaSuccess) return failed(broken());
+    if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    return emulation::allocate(memory, bytes, -1);
+}
+cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
+    static CUmemPoolHandle_st one;
+    *pool = &one;
+    return failed(broken());
+}
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return failed(broken()); }
+cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t stream) {
+    if (broken() != cudaSuccess) return failed(broken());
+    if (resolve(stream).capture != nullptr) return failed(cudaErrorStreamCaptureUnsupported);
+    return emulation::allocate(memory, bytes, emulation::current_device);
+}
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+    return enqueue(stream, [memory] { emulation::release(memory); });
+}
+
+// Main memory that is not pinned is read before the call returns, and written before it returns.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t where) {
+    if (broken() != cudaSuccess) return failed(broken());
+    CUstream_st& stream = resolve(where);
+    if (stream.capture == nullptr && emulation::find_array(from) == nullptr) {
+        const auto* const begin = static_cast<const unsigned char*>(from);
+        return enqueue(where, [to, read = std::vector<unsigned char>(begin, begin + bytes)] {
+            std::memcpy(to, read.data(), read.size());
+        });
+    }
+    const cudaError_t error = enqueue(where, [to, from, bytes] { std::memcpy(to, from, bytes); });
+    if (error != cudaSuccess || stream.capture != nullptr || emulation::find_array(to) != nullptr) return error;
+    return cudaStreamSynchronize(where);
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
+    if (emulation::find_array(memory) == nullptr) return failed(cudaErrorInvalidValue);
+    return enqueue(stream, [memory, value, bytes] { std::memset(memory, value, bytes); });
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    *stream = new CUstream_st;
+    (*stream)->blocking = flags != cudaStreamNonBlocking;
+    emulation::streams().push_back(*stream);
+    return failed(broken());
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    if (const cudaError_t error = cudaStreamSynchronize(stream); error != cudaSuccess) return error;
+    std::erase(emulation::streams(), stream);
+    delete stream;
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-    std::memset(memory, value, bytes);
+cudaError_t cudaStreamSynchronize(cudaStream_t where) {
+    const CUstream_st& stream = resolve(where);
+    return emulation::wait([&] { return stream.operations.empty(); });
+}
+cudaError_t cudaDeviceSynchronize() { return emulation::wait(emulation::all_done); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = new CUevent_st;
+    return failed(broken());
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (event->done < event->recorded)
+        if (const cudaError_t error = cudaEventSynchronize(event); error != cudaSuccess) return error;
+    delete event;
     return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    if (resolve(stream).capture == nullptr) ++event->recorded;
+    return enqueue(stream, [event, recorded = event->recorded] { event->done = recorded; });
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    return emulation::wait([&] { return event->done >= event->recorded; });
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t event, unsigned) {
+    if (broken() != cudaSuccess) return failed(broken());
+    resolve(where).operations.push_back({++emulation::operations, {}, event, event->recorded});
+    return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    *status = resolve(stream).capture != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return failed(broken());
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    if (stream == nullptr) return failed(cudaErrorStreamCaptureUnsupported);
+    resolve(stream).capture = std::make_unique<CUgraph_st>();
+    return failed(broken());
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = resolve(stream).capture.release();
+    return failed(broken());
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+    *executable = new CUgraphExec_st{*graph};
+    return failed(broken());
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    for (const auto& operation : executable->operations)
+        if (const cudaError_t error = enqueue(stream, operation); error != cudaSuccess) return error;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    delete executable;
+    return cudaSuccess;
+}
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
-    const auto* const address = static_cast<const unsigned char*>(memory);
-    auto after = emulation::device_arrays().upper_bound(address);
-    const bool device =
-        after != emulation::device_arrays().begin() && (--after, address < after->first + after->second);
-    *attributes = {device ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered, 0,
-                   device ? const_cast<void*>(memory) : nullptr, const_cast<void*>(memory)};
-    return cudaSuccess;
+    const emulation::Array* const array = emulation::find_array(memory);
+    const cudaMemoryType type = array == nullptr     ? cudaMemoryTypeUnregistered
+                                : array->device >= 0 ? cudaMemoryTypeDevice
+                                                     : cudaMemoryTypeHost;
+    *attributes = {type, array == nullptr ? -2 : array->device,
+                   type == cudaMemoryTypeDevice ? const_cast<void*>(memory) : nullptr, const_cast<void*>(memory)};
+    return failed(broken());
 }
 cudaError_t check_launch(const cudaLaunchConfig_t& config) {
+    if (machine().launch_error != 0) return failed(cudaError_t(machine().launch_error));
     const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
     const bool good = threads >= 1 && threads <= 1024 && config.gridDim.x >= 1 && config.gridDim.y >= 1 &&
                       config.gridDim.z >= 1 && config.gridDim.x <= 0x7FFFFFFFU && config.gridDim.y <= 65535 &&
                       config.gridDim.z <= 65535 && config.dynamicSmemBytes <= std::size_t(227) * 1024;
-    return failed(good ? cudaSuccess : cudaErrorInvalidValue);
+    return failed(good ? broken() : cudaErrorInvalidValue);
 }

@@ -20,9 +20,9 @@ inline void pause() { emulation::yield(); }
 template <int bytes>
 void begin_copy(void* shared, const void* global) {
     static_assert(bytes == 4 || bytes == 8 || bytes == 16);
-    std::memcpy(shared, global, bytes);
+    emulation::begin_copy(shared, global, bytes);
 }
-inline void wait_for_copies() {}
+inline void wait_for_copies() { emulation::wait_for_copies(); }
 
 template <class T>
 Arithmetic<T> widen(T value) {
