@@ -66,7 +66,11 @@ Exit run_info(const std::string& data, Output& output) {
     };
     tell_text("version", "version", version());
     tell_text("compiler", "compiler", compiler);
-    tell("backends", "backends", "cpu, reference", {"cpu", "reference"});
+    std::vector<std::string> backends{"cpu", "reference"};
+    const std::vector<std::string> gpus = cuda_devices();
+    if (!gpus.empty()) backends.emplace_back("cuda");
+    tell("backends", "backends", joined(backends), backends);
+    tell("GPUs", "gpus", gpus.empty() ? "none: " + cuda_problem() : joined(gpus), gpus);
     tell_text("SIMD in use", "simd_target", simd_target());
     tell("SIMD available", "simd_targets", joined(simd_targets()), simd_targets());
     tell("threads", "threads", std::to_string(default_threads()), default_threads());
@@ -91,7 +95,7 @@ void warn_about_slow_blas(Output& output) {
 
 void add_info(Program& program) {
     const auto data = std::make_shared<std::string>();
-    CLI::App& command = program.add("info", "Version, backends, SIMD, threads, memory, libraries and data found",
+    CLI::App& command = program.add("info", "Version, backends, GPUs, SIMD, threads, memory, libraries and data found",
                                     "  deeppcr info", [data](Output& output) { return run_info(*data, output); });
     command.add_option("--data", *data, "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
 }

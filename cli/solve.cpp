@@ -25,7 +25,8 @@ const std::map<std::string, Reduction> methods = {{"automatic", Reduction::autom
                                                   {"sequential", Reduction::sequential},
                                                   {"pcr", Reduction::pcr},
                                                   {"scan", Reduction::scan}};
-const std::map<std::string, Backend> backends = {{"cpu", Backend::cpu}, {"reference", Backend::reference}};
+const std::map<std::string, Backend> backends = {
+    {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"reference", Backend::reference}};
 
 struct Arguments {
     std::string subdiagonal, right_side, solution;
@@ -39,6 +40,13 @@ std::string number(double value) {
     char text[32];
     std::snprintf(text, sizeof text, "%.2g", value);
     return text;
+}
+
+template <class T>
+Buffer<T> on_gpu(const std::vector<T>& numbers) {
+    const Buffer<T> here = Buffer<T>::uninitialised({1, 1, index(numbers.size())});
+    std::copy(numbers.begin(), numbers.end(), here.data());
+    return here.on(Device::cuda());
 }
 
 template <class T>
@@ -56,9 +64,20 @@ Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& 
                          .execution = {backends.at(arguments.backend), arguments.threads},
                          .chunk = arguments.chunk};
     Reduction used = options.method;
+    const auto solve_here = [&](const BidiagonalSystem<T>& given, const View<T>& x) {
+        return arguments.transposed ? solve_transposed(given, x, options) : solve(given, x, options);
+    };
     const auto run = [&] {
         const auto begin = std::chrono::steady_clock::now();
-        used = arguments.transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+        if (options.execution.backend == Backend::cuda) {  // the copies count
+            const Buffer<T> factors = on_gpu(subdiagonal), states = on_gpu(right_side);
+            const View<T> x(states.data(), problem.states);
+            used = solve_here({{factors.data(), problem.states, problem.block}, x}, x);
+            const Buffer<T> solved = states.on(Device::host());
+            std::copy_n(solved.data(), solved.size(), solution.data());
+        } else {
+            used = solve_here(system, solution);
+        }
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     };
     double seconds = run();
@@ -108,6 +127,8 @@ Exit run_solve(const Arguments& arguments, Output& output) {
             throw FileError(arguments.solution, "is an input too: solving would overwrite it");
     }
     files::check_writable(arguments.solution);
+    if (arguments.backend == "cuda" && cuda_devices().empty())
+        throw NoDevice("--backend cuda: there is no GPU to use: " + cuda_problem());
     const NpyHeader subdiagonal = files::read_npy_header(arguments.subdiagonal);
     const NpyHeader right_side = files::read_npy_header(arguments.right_side);
 

@@ -218,7 +218,7 @@ TEST(CellOnGpuArguments, SayWhatIsWrong) {
     EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.execution = gpu, .workspace = &workspace}); }),
               "options.workspace: expected a workspace on the current GPU, got one elsewhere");
     EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.method = Method::newton, .execution = gpu}); }),
-              "options.execution.backend: expected cpu or reference, but for the fused methods of a cell, got cuda");
+              "options.execution.backend: expected one that the recurrence runs on (Recurrence::runs_on), got cuda");
     const CellRecurrence<Unregistered, float> unknown(problem.there_inputs, problem.there_parameters);
     EXPECT_NE(message([&] { evaluate(unknown, there.view(), {.execution = gpu}); }).find("DEEPPCR_CELL_ON_GPU"),
               std::string::npos);

@@ -34,6 +34,13 @@ using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::StartsWith;
 
+/// cuda where there is a GPU.
+std::vector<std::string> backends() {
+    std::vector<std::string> all{"cpu", "reference"};
+    if (!cuda_devices().empty()) all.emplace_back("cuda");
+    return all;
+}
+
 class Solve : public ProgramTest {
 protected:
     /// An error of the program: exit code 1, the message on standard error, and the same as JSON on standard output.
@@ -75,7 +82,7 @@ TEST_F(Solve, WhatCanBeCheckedByHand) {
     write<double>("A.npy", {3, 2, 1}, {99, 99, 2, 10, 2, 10});
     write<double>("b.npy", {3, 2, 1}, {1, 1, 1, 1, 1, 1});
     for (const char* method : {"automatic", "sequential", "pcr", "scan"})
-        for (const char* backend : {"cpu", "reference"}) {
+        for (const std::string& backend : backends()) {
             SCOPED_TRACE(std::string(method) + " on " + backend);
             const Outcome outcome =
                 run({"solve", "A.npy", "b.npy", "-o", "x.npy", "--method", method, "--backend", backend});
@@ -283,6 +290,9 @@ TEST_F(Solve, ArgumentsThatMakeNoSense) {
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--method", "magic"},
                  AllOf(HasSubstr("--method"), HasSubstr("magic"), HasSubstr("pcr")));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--backend", "abacus"}, HasSubstr("--backend"));
+    if (cuda_devices().empty())
+        expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--backend", "cuda"},
+                     HasSubstr("there is no GPU to use: " + cuda_problem()));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--threads", "-1"}, HasSubstr("--threads"));
     expect_error({"check", "--seed", "-1"}, HasSubstr("--seed: expected a number of 0 or more, got -1"));
     expect_error({"solve", "A.npy", "b.npy", "-o", "x.npy", "--threads", "two"}, HasSubstr("--threads"));
@@ -323,6 +333,7 @@ TEST_F(Solve, InfoTellsWhatThereIs) {
     EXPECT_EQ(info["simd_target"], simd_target());
     EXPECT_EQ(info["simd_targets"], Json(simd_targets()));
     EXPECT_EQ(info["threads"], 3);
+    EXPECT_EQ(info["gpus"], Json(cuda_devices()));
     EXPECT_GT(info["memory_available"], 1 << 20);
     EXPECT_TRUE(info["fashion_mnist"].is_null());
     EXPECT_TRUE(info.contains("blas") && info.contains("libtorch") && info.contains("compiler"));

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <iosfwd>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -157,6 +158,11 @@ struct Evaluation {
 /// it does (and under OnFailure::raise, NotConverged is thrown). Refuses, before it allocates, a problem whose window
 /// of Jacobians does not fit `memory_limit`.
 /// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
+/// With execution.backend cuda the recurrence must run there (Recurrence::runs_on), and trajectory, workspace and what
+/// the recurrence reads lie on the current GPU. The passes are enqueued in execution.stream and their outcome read
+/// while the next one runs; when the call returns all is done. options.anderson and a positive options.damping are not
+/// there yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have bytes but no seconds,
+/// `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
 /// Method::sequential. Not so for cells where the method is `automatic`, or overlap or shooting with chunk 0: these
@@ -173,6 +179,37 @@ Evaluation<T> evaluate(const Recurrence<T>& recurrence, const Options& options =
     return result;
 }
 
+/// Newton's method on a GPU without a wait: options.max_iterations passes over all steps at once and the error
+/// estimate, enqueued in options.execution.stream, so that they can be captured into a CUDA graph and replayed; the
+/// Report is computed where it is asked for.
+///     EnqueuedEvaluation<float> evaluation(recurrence, trajectory, options);
+///     evaluation.enqueue();                        // as often as wanted
+///     const Report report = evaluation.finish();  // waits for the last one
+/// Passes after the one that confirms the last step change nothing. The same bits as `evaluate` with as many passes.
+template <class T>
+class EnqueuedEvaluation {
+public:
+    /// Takes all memory and evaluates once, so that later calls allocate nothing and find their kernels loaded; with
+    /// Guess::given that changes the trajectory. recurrence, trajectory and options.workspace must outlive this object.
+    /// Throws InvalidArgument, where not said: options.max_iterations 0, a window shorter than all steps, `progress`;
+    /// OutOfMemory, NoDevice.
+    EnqueuedEvaluation(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory,
+                       const Options& options);
+    ~EnqueuedEvaluation();
+    EnqueuedEvaluation(const EnqueuedEvaluation&) = delete;
+    EnqueuedEvaluation& operator=(const EnqueuedEvaluation&) = delete;
+
+    /// Calls the recurrence's callbacks; nothing waits, and nothing is allocated.
+    void enqueue();
+    /// Waits for the stream. Of what was enqueued, or replayed, last; under OnFailure::finish it goes on step after
+    /// step where that did not converge. Throws NotConverged under OnFailure::raise.
+    Report finish();
+
+private:
+    struct Implementation;
+    std::unique_ptr<Implementation> implementation_;
+};
+
 template <class T>
 struct Adjoint {
     Buffer<T> states;   ///< dL/dx_t, t = 1..T, [steps,batch,width]
@@ -184,6 +221,7 @@ struct Adjoint {
 /// through later states ([steps,batch,width], in): one transposed solve with the Jacobians at the final states,
 /// window after window from the end, exact. Of `options`, reduction, chunk, window, memory_limit, execution and
 /// workspace count. Refuses (InvalidArgument) a trajectory whose `report` is not ok(). Deterministic as `evaluate`.
+/// With execution.backend cuda all arrays lie on the current GPU, the result's too.
 template <class T>
 Adjoint<T> adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                    const Report& report, View<const std::type_identity_t<T>> output_gradient,

@@ -10,6 +10,8 @@ namespace deeppcr {
 
 /// A part of a trajectory: steps first+1 .. last of the listed sequences. In the arrays that come with it, row (i, j)
 /// belongs to step first + i + 1 of sequence sequences[j]: `before` holds x_{t-1}, `after` receives x_t.
+/// `sequences` lies in main memory, on every backend, and until the callback returns. On a GPU the library lists all
+/// sequences of the recurrence, in order, so that kernels need not be given the list.
 struct Section {
     index first = 0;
     index last = 0;
@@ -23,7 +25,8 @@ struct Section {
 /// A recurrence x_t = f_t(x_{t-1}), t = 1..T, over `batch` independent sequences of width numbers.
 /// All callbacks are const and deterministic, and are called once per pass for a whole section, not per step.
 /// On a GPU (section.execution.backend is cuda; see runs_on) all arrays lie in its memory, and a callback enqueues its
-/// work in section.execution.stream, without waiting for it.
+/// work in section.execution.stream, without waiting for it; it may be called more often than is reported, since the
+/// host learns late that the passes are done.
 template <class T>
 class Recurrence {
 public:

@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include <deeppcr/launch.cuh>
@@ -76,8 +77,8 @@ OutOfMemory out_of_memory(index bytes) {
                        " available");
 }
 
-/// The pool of a GPU, our own, so that other users of CUDA's default one are not affected. It keeps some memory, so that
-/// what one call gives back the next one takes without asking the driver.
+/// The pool of a GPU, our own, so that other users of CUDA's default one are not affected. It keeps some memory, so
+/// that what one call gives back the next one takes without asking the driver.
 cudaMemPool_t pool_of(int ordinal) {
     constexpr std::uint64_t kept_bytes = std::uint64_t(1) << 30;
     static std::mutex mutex;
@@ -157,20 +158,13 @@ std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
 std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
     require_gpu();
     const int ordinal = current_ordinal();
-    if (attribute(cudaDevAttrMemoryPoolsSupported, ordinal) == 0)
-        return allocate_on_gpu(bytes, Device::cuda(ordinal));
+    if (attribute(cudaDevAttrMemoryPoolsSupported, ordinal) == 0) return allocate_on_gpu(bytes, Device::cuda(ordinal));
     void* memory = nullptr;
     const cudaError_t error =
         cudaMallocFromPoolAsync(&memory, std::size_t(bytes > 0 ? bytes : 1), pool_of(ordinal), stream);
     if (error == cudaErrorMemoryAllocation) throw out_of_memory(bytes);
     check(error, "allocating memory");
     return {memory, [stream](void* pointer) { cudaFreeAsync(pointer, stream); }};
-}
-
-std::shared_ptr<void> allocate_pinned(index bytes) {
-    void* memory = nullptr;
-    check(cudaMallocHost(&memory, std::size_t(bytes > 0 ? bytes : 1)), "allocating pinned memory");
-    return {memory, [](void* pointer) { cudaFreeHost(pointer); }};
 }
 
 void copy_by_gpu(void* to, const void* from, index bytes) {
@@ -216,13 +210,45 @@ bool capturing(CUstream_st* stream) {
     return status != cudaStreamCaptureStatusNone;
 }
 
-Event::Event() {
-    cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
-    event_ = {event, [](cudaEvent_t made) { cudaEventDestroy(made); }};
+struct Letter::Paper {
+    void* memory = nullptr;  // pinned
+    cudaEvent_t sent = nullptr;
+};
+
+Letter::Letter() {
+    // By GPU; kept to the end of the process, since CUDA may end before this library does.
+    static std::mutex mutex;
+    static std::multimap<int, std::unique_ptr<Paper>>& unused = *new std::multimap<int, std::unique_ptr<Paper>>;
+    const int ordinal = current_ordinal();
+    std::unique_ptr<Paper> paper;
+    {
+        const std::lock_guard lock(mutex);
+        if (const auto found = unused.find(ordinal); found != unused.end()) {
+            paper = std::move(found->second);
+            unused.erase(found);
+        }
+    }
+    if (paper == nullptr) {
+        paper = std::make_unique<Paper>();
+        check(cudaMallocHost(&paper->memory, std::size_t(most_bytes)), "allocating pinned memory");
+        check(cudaEventCreateWithFlags(&paper->sent, cudaEventDisableTiming), "making an event");
+    }
+    paper_ = {paper.release(), [ordinal](Paper* read) {
+                  cudaEventSynchronize(read->sent);  // nothing may still be on its way
+                  const std::lock_guard lock(mutex);
+                  unused.emplace(ordinal, read);
+              }};
 }
-void Event::record(CUstream_st* stream) { check(cudaEventRecord(event_.get(), stream), "recording an event"); }
-void Event::wait() const { check(cudaEventSynchronize(event_.get()), "running"); }
+
+void Letter::send(const void* from, index bytes, CUstream_st* stream) {
+    copy_from_gpu(paper_->memory, from, bytes, stream);
+    check(cudaEventRecord(paper_->sent, stream), "recording an event");
+}
+
+const void* Letter::receive() const {
+    check(cudaEventSynchronize(paper_->sent), "running");
+    return paper_->memory;
+}
 
 }  // namespace device
 

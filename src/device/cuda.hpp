@@ -7,8 +7,6 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/execution.hpp>
 
-struct CUevent_st;
-
 namespace deeppcr::device {
 
 /// Throws NoDevice, with cuda_problem(), where there is no GPU or the current one cannot run the kernels.
@@ -25,8 +23,6 @@ std::shared_ptr<void> allocate_on_gpu(index bytes, Device device);
 /// From the current GPU's pool: there for what follows in the stream, and given back after what the stream has by then.
 /// Nothing waits, so that it may be called in a stream that is captured into a graph.
 std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream);
-/// Main memory that copies to and from a GPU may be enqueued for.
-std::shared_ptr<void> allocate_pinned(index bytes);
 
 /// Between any two places; done when it returns.
 void copy_by_gpu(void* to, const void* from, index bytes);
@@ -43,17 +39,20 @@ void synchronise(CUstream_st* stream);
 /// Whether the stream is being captured into a graph: nothing may wait for it then.
 bool capturing(CUstream_st* stream);
 
-/// A place in a stream that the host can wait for.
-class Event {
+/// Few bytes on their way from the current GPU to the host, while both go on. What it needs is taken from earlier ones,
+/// where there are any.
+class Letter {
 public:
-    Event();
-    /// Here, after all that the stream has so far.
-    void record(CUstream_st* stream);
-    /// Until the stream has passed it. Throws as `synchronise`.
-    void wait() const;
+    static constexpr index most_bytes = 256;
+    Letter();
+    /// Enqueued: what is there when the stream gets to it.
+    void send(const void* from, index bytes, CUstream_st* stream);
+    /// Waits for what was sent last. Throws as `synchronise`.
+    const void* receive() const;
 
 private:
-    std::shared_ptr<CUevent_st> event_;
+    struct Paper;
+    std::shared_ptr<Paper> paper_;
 };
 
 }  // namespace deeppcr::device

@@ -8,6 +8,7 @@
 
 #include <deeppcr/evaluate.hpp>
 
+#include "device/cuda.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/trajectory.hpp"
@@ -53,10 +54,10 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
     solving.surrogate = Surrogate::full;
     report.method = "adjoint, " + describe(solving);
     const auto [steps, batch, width] = recurrence.shape();
-    std::fill_n(initial.data(), batch * width, T(0));
+    clear(initial.data(), batch * width, options.execution);
     if (recurrence.shape().count() == 0) return report;
 
-    Workspace own;
+    Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const index length = window_length(recurrence, solving, recurrence.block());
     report.window = length;
@@ -83,10 +84,9 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
         report.linearise.bytes += rows * batch * width * (4 + recurrence.block()) * index(sizeof(T));
 
         const Clock::time_point reduced = Clock::now();
-        for (index i = 0; i < rows; ++i)
-            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(first + i, j), width, adjoint.at(i, j));
+        copy_states<T>(output_gradient.steps(first, last), adjoint, options.execution);
         // What the later window passes back reaches this one's last state.
-        for (index k = 0; k < batch * width; ++k) adjoint.at(rows - 1, 0)[k] += initial.data()[k];
+        add_states<T>(initial, adjoint.steps(rows - 1, rows), options.execution);
         solve_transposed(BidiagonalSystem<T>{jacobian, adjoint}, adjoint,
                          {options.reduction, options.execution, options.chunk, &workspace});
         multiply_transposed<T>(jacobian.steps(0, 1), adjoint.steps(0, 1), initial, options.execution);
@@ -98,10 +98,24 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
         report.update.seconds += seconds_since(visited);
         last = first;
     }
+    if (options.execution.backend == Backend::cuda) device::synchronise(options.execution.stream);
     for (index j = 0; j < batch; ++j) report.sequences.push_back({.confirmed = steps});
     report.seconds = seconds_since(begin);
     report.workspace_bytes = workspace.peak_bytes();
     return report;
+}
+
+/// Where the result will lie. Throws InvalidArgument where something is elsewhere.
+template <class T>
+Device check_device(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                    const Options& options) {
+    if (options.execution.backend != Backend::cuda) return Device::host();
+    check_gpu_arguments(recurrence, options);
+    if (!trajectory.empty()) {
+        device::require_on_gpu("trajectory", trajectory.data());
+        device::require_on_gpu("output_gradient", output_gradient.data());
+    }
+    return device::current_gpu();
 }
 
 template <class T>
@@ -109,12 +123,15 @@ Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> traject
                           View<const T> output_gradient, const Options& options) {
     check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
     const Shape& shape = recurrence.shape();
-    Adjoint<T> result{Buffer<T>::uninitialised(shape), Buffer<T>::uninitialised({1, shape.batch, shape.width}), {}};
-    result.report = transposed_sweep<T>(recurrence, trajectory, output_gradient, options, result.initial,
-                                        [&](const Section& section, View<const T>, View<const T> adjoint) {
-                                            std::copy_n(adjoint.data(), section.steps() * shape.batch * shape.width,
-                                                        result.states.view().at(section.first, 0));
-                                        });
+    const Device here = check_device<T>(recurrence, trajectory, output_gradient, options);
+    Adjoint<T> result{Buffer<T>::uninitialised(shape, Layout::steps_first, here),
+                      Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, here),
+                      {}};
+    result.report = transposed_sweep<T>(
+        recurrence, trajectory, output_gradient, options, result.initial,
+        [&](const Section& section, View<const T>, View<const T> adjoint) {
+            copy_states<T>(adjoint, result.states.view().steps(section.first, section.last), options.execution);
+        });
     return result;
 }
 

@@ -134,8 +134,85 @@ std::ostream& operator<<(std::ostream& out, const CheckReport& report) {
     return out;
 }
 
+namespace {
+
+/// A recurrence that computes on the current GPU, for callers whose arrays lie in main memory.
 template <class T>
-CheckReport check_recurrence_of(const Recurrence<T>& recurrence, index wanted, std::uint64_t seed) {
+class ByGpu : public Recurrence<T> {
+public:
+    explicit ByGpu(const Recurrence<T>& recurrence)
+        : Recurrence<T>(recurrence.shape(), recurrence.block()),
+          recurrence_(recurrence),
+          sequences_(std::size_t(recurrence.shape().batch)) {
+        std::iota(sequences_.begin(), sequences_.end(), index(0));
+    }
+    void initial(const Section& section, View<T> state) const override {
+        const Array result = there(1, 1);
+        recurrence_.initial(everything(section), result.view());
+        back(section, result, state.data(), state.shape());
+    }
+    void step(const Section& section, View<const T> before, View<T> after) const override {
+        const Array from = bring(section, before), to = there(before.steps(), 1);
+        recurrence_.step(everything(section), View<const T>(from.view()), to.view());
+        back(section, to, after.data(), after.shape());
+    }
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override {
+        linearise_by(&Recurrence<T>::linearise, section, before, after, jacobian);
+    }
+    void linearise_diagonal(const Section& section, View<const T> before, View<T> after,
+                            Jacobian<T> diagonal) const override {
+        linearise_by(&Recurrence<T>::linearise_diagonal, section, before, after, diagonal);
+    }
+    void run(const Section& section, View<const T> state, View<T> trajectory) const override {
+        const Array from = bring(section, state), to = there(trajectory.steps(), 1);
+        recurrence_.run(everything(section), View<const T>(from.view()), to.view());
+        back(section, to, trajectory.data(), trajectory.shape());
+    }
+
+private:
+    using Array = Buffer<T>;
+
+    /// On a GPU a section lists all sequences.
+    Section everything(const Section& section) const {
+        return {section.first, section.last, sequences_, {.backend = Backend::cuda}};
+    }
+    Array there(index steps, index block) const {
+        const auto [all, batch, width] = this->shape();
+        return Array({steps, batch, width * block}, Layout::steps_first, Device::cuda());
+    }
+    /// The listed sequences' states among those of all, the others 0.
+    Array bring(const Section& section, const View<const T>& states) const {
+        const auto [all, batch, width] = this->shape();
+        const Array here({states.steps(), batch, width});
+        for (index i = 0; i < states.steps(); ++i)
+            for (index j = 0; j < section.batch(); ++j)
+                std::copy_n(states.at(i, j), width, here.view().at(i, section.sequences[std::size_t(j)]));
+        return here.on(Device::cuda());
+    }
+    void back(const Section& section, const Array& array, T* data, const Shape& shape) const {
+        const Array here = array.on(Device::host());
+        const index size = here.shape().width;
+        for (index i = 0; i < shape.steps; ++i)
+            for (index j = 0; j < section.batch(); ++j, data += size)
+                std::copy_n(here.view().at(i, section.sequences[std::size_t(j)]), size, data);
+    }
+    template <class Callback>
+    void linearise_by(Callback callback, const Section& section, const View<const T>& before, const View<T>& after,
+                      const Jacobian<T>& jacobian) const {
+        const Array from = bring(section, before), to = there(before.steps(), 1),
+                    blocks = there(before.steps(), jacobian.block());
+        (recurrence_.*callback)(everything(section), View<const T>(from.view()), to.view(),
+                                Jacobian<T>(blocks.data(), to.shape(), jacobian.block()));
+        back(section, to, after.data(), after.shape());
+        back(section, blocks, jacobian.data(), jacobian.states());
+    }
+
+    const Recurrence<T>& recurrence_;
+    std::vector<index> sequences_;
+};
+
+template <class T>
+CheckReport check_recurrence_here(const Recurrence<T>& recurrence, index wanted, std::uint64_t seed) {
     if (wanted < 1) throw InvalidArgument("steps", "1 or more", std::to_string(wanted));
     CheckReport report;
     const index steps = std::min(wanted, recurrence.shape().steps);
@@ -190,6 +267,50 @@ CheckReport check_recurrence_of(const Recurrence<T>& recurrence, index wanted, s
     return report;
 }
 
+/// Both compute the same states and Jacobians at the same places, up to rounding.
+template <class T>
+void compare_backends(CheckReport& report, const Recurrence<T>& here, const Recurrence<T>& there, index wanted,
+                      std::uint64_t seed) {
+    const Trial<T> one(here, std::min(wanted, here.shape().steps)), other(there, one.shape.steps);
+    const auto [steps, batch, width] = one.shape;
+    const index block = here.block();
+    const double tolerance = 100 * double(std::numeric_limits<T>::epsilon());
+    const Buffer<T> states = Buffer<T>::random(one.shape, seed), starts({1, batch, width}),
+                    starts_there(starts.shape());
+    const Section whole = one.section(0, steps);
+    here.initial(whole, starts);
+    there.initial(whole, starts_there);
+    compare_states<T>(report, "the initial state on the processor against the GPU's", starts, starts_there, 0, 0);
+    here.linearise(whole, states, one.after, one.jacobians(block));
+    there.linearise(whole, states, other.after, other.jacobians(block));
+    compare_states<T>(report, "a step on the processor against the GPU's", one.after, other.after, 0, tolerance);
+    const Shape entries{steps, batch, width * block};
+    compare_states<T>(report, "the Jacobian on the processor against the GPU's",
+                      View<const T>(one.jacobian.data(), entries), View<const T>(other.jacobian.data(), entries), 0,
+                      tolerance);
+}
+
+template <class T>
+CheckReport check_recurrence_of(const Recurrence<T>& recurrence, index steps, std::uint64_t seed) {
+    const bool here = recurrence.runs_on(Backend::cpu);
+    CheckReport report;
+    if (here) report = check_recurrence_here(recurrence, steps, seed);
+    if (!recurrence.runs_on(Backend::cuda) || recurrence.shape().count() == 0) return report;
+    if (!cuda_problem().empty()) {
+        if (!here) throw NoDevice("there is no GPU to check the recurrence on: " + cuda_problem());
+        return report;
+    }
+    const ByGpu<T> there(recurrence);
+    const CheckReport other = check_recurrence_here<T>(there, steps, seed);
+    for (const std::string& problem : other.problems) add_problem(report, "on the GPU, " + problem);
+    report.largest_jacobian_error = std::max(report.largest_jacobian_error, other.largest_jacobian_error);
+    report.entries_checked += other.entries_checked;
+    if (here) compare_backends<T>(report, recurrence, there, steps, seed);
+    return report;
+}
+
+}  // namespace
+
 template <>
 CheckReport check_recurrence(const Recurrence<float>& recurrence, index steps, std::uint64_t seed) {
     return check_recurrence_of(recurrence, steps, seed);
@@ -214,15 +335,25 @@ void check_backends_of(CheckReport& report, const Case& one, std::uint64_t seed,
     for (index i = 0; i < jacobians.size(); ++i) jacobians.data()[i] *= T(0.9 / std::sqrt(double(block)));
     const Buffer<T> right = Buffer<T>::random(shape, seed + 1), expected(shape), actual(shape);
     const BidiagonalSystem<T> system{Jacobian<T>(jacobians.data(), shape, block), right};
-    const auto run = [&](View<T> solution, Reduction method, Backend backend) {
+    const auto solve_by = [&](const BidiagonalSystem<T>& given, const View<T>& solution, Reduction method,
+                              Backend backend) {
         const SolveOptions options{.method = method, .execution = {.backend = backend}};
-        transposed ? solve_transposed(system, solution, options) : solve(system, solution, options);
+        transposed ? solve_transposed(given, solution, options) : solve(given, solution, options);
+    };
+    const auto run = [&](View<T> solution, Reduction method, Backend backend) {
+        if (backend != Backend::cuda) return solve_by(system, solution, method, backend);
+        const Buffer<T> factors = jacobians.on(Device::cuda()), sides = right.on(Device::cuda());
+        solve_by({Jacobian<T>(factors.data(), shape, block), sides}, sides, method, backend);
+        const Buffer<T> solved = sides.on(Device::host());
+        std::copy_n(solved.data(), solved.size(), solution.data());
     };
     run(expected, Reduction::sequential, Backend::reference);
     double largest = 1;
     for (index i = 0; i < expected.size(); ++i) largest = std::max(largest, std::abs(double(expected.data()[i])));
     const double tolerance = double(std::numeric_limits<T>::epsilon()) * 32 * std::sqrt(double(shape.steps + block));
-    for (const Backend backend : {Backend::reference, Backend::cpu})
+    std::vector<Backend> backends{Backend::reference, Backend::cpu};
+    if (cuda_problem().empty()) backends.push_back(Backend::cuda);
+    for (const Backend backend : backends)
         for (const Reduction method : {Reduction::sequential, Reduction::pcr, Reduction::scan}) {
             run(actual, method, backend);
             double worst = 0;
@@ -234,7 +365,11 @@ void check_backends_of(CheckReport& report, const Case& one, std::uint64_t seed,
             if (!(worst <= tolerance * largest))
                 add_problem(report, std::string(sizeof(T) == 4 ? "float" : "double") + ", shape " + to_string(shape) +
                                         ", blocks of " + std::to_string(block) + (transposed ? ", transposed" : "") +
-                                        ", backend " + (backend == Backend::cpu ? "cpu" : "reference") + ", method " +
+                                        ", backend " +
+                                        (backend == Backend::cpu    ? "cpu"
+                                         : backend == Backend::cuda ? "cuda"
+                                                                    : "reference") +
+                                        ", method " +
                                         (method == Reduction::sequential ? "sequential"
                                          : method == Reduction::pcr      ? "pcr"
                                                                          : "scan") +

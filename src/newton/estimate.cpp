@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -14,20 +13,6 @@
 #include "newton/trajectory.hpp"
 
 namespace deeppcr::newton {
-namespace {
-
-constexpr double rounding_of_a_step = 2;  // in units of epsilon
-
-/// A fair coin that depends on the place only.
-bool coin(index step, index sequence, index block) {
-    std::uint64_t bits = std::uint64_t(step) * 0x9E3779B97F4A7C15U + std::uint64_t(sequence) * 0xC2B2AE3D27D4EB4FU +
-                         std::uint64_t(block) * 0x165667B19E3779F9U;
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9U;
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBU;
-    return ((bits ^ (bits >> 31)) & 1U) != 0;
-}
-
-}  // namespace
 
 template <class T>
 void error_sources(View<const T> states, View<const T> after, index first, index block,
@@ -47,7 +32,7 @@ void error_sources(View<const T> states, View<const T> after, index first, index
                     T largest = 0;
                     for (index k = from; k < from + block; ++k) largest = std::max(largest, std::abs(f[k]));
                     for (index k = from; k < from + block; ++k)
-                        source[k] = x[k] - f[k] + (coin(first + i, j, k) ? unit : -unit) * largest;
+                        source[k] = x[k] - f[k] + (rounding_sign(first + i, j, k) ? unit : -unit) * largest;
                 }
             }
     });

@@ -18,7 +18,9 @@
 #include "newton/fused.hpp"
 #include "newton/fused_gpu.hpp"
 #include "newton/lyapunov.hpp"
+#include "newton/newton_gpu.hpp"
 #include "newton/options.hpp"
+#include "newton/review.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/update.hpp"
 #include "reduce/damped.hpp"
@@ -27,13 +29,7 @@ namespace deeppcr {
 namespace newton {
 namespace {
 
-constexpr index review_period = 8;             // passes between two looks at the progress
-constexpr double enough_decrease = 0.8;        // of the worst residual, from one review to the next
-constexpr double enough_confirmed = 1.0 / 32;  // of the window's rows per pass, from one review to the next
-constexpr index rows_to_follow = 64;           // of the window, for its Lyapunov exponent
-constexpr double enough_rows = 4;              // confirmed per pass; fewer are as fast step after step
 constexpr double first_damping = 1, more_damping = 3, less_damping = 0.1, least_damping = 1e-4;
-constexpr index smallest_window = 8;      // below this, step after step is as good
 constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
 
 /// One evaluation. Rows count from `first_`, the step that every active sequence has confirmed.
@@ -157,8 +153,7 @@ private:
             newly += double(progress_[j].confirmed - confirmed_before[j]);
             worst = std::max(worst, progress_[j].worst);
         }
-        review_.confirmed += newly / double(batch());
-        review_.worst = std::min(review_.worst, worst);
+        review_.add(newly / double(batch()), worst);
 
         std::vector<bool> leaving(progress_.size());
         for (std::size_t j = 0; j < progress_.size(); ++j) leaving[j] = leaves(index(j));
@@ -287,15 +282,7 @@ private:
         if (options_.max_iterations > 0 && report_.iterations >= options_.max_iterations)
             return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
         if (report_.iterations % review_period != 0) return {};
-        // A short window that the caller asked for may take its time; one that the ladder made must pay.
-        const double least = report_.window_shrinks > 0 ? enough_rows : std::min(enough_rows, double(window_) / 8);
-        const double wanted = std::max(enough_confirmed * double(rows()), least);
-        const bool good = review_.confirmed >= wanted * double(review_period) ||
-                          (std::isfinite(review_.worst) && review_.worst <= enough_decrease * review_.worst_before);
-        review_ = {.confirmed = 0,
-                   .worst = std::numeric_limits<double>::infinity(),
-                   .worst_before =
-                       good ? std::min(review_.worst, review_.worst_before) : std::numeric_limits<double>::infinity()};
+        const bool good = review_.conclude(rows(), window_, report_.window_shrinks > 0);
         if (good || window_ == 1) return {};
         if (!damped_ && block_ > 0 && options_.damping < 0) {
             damped_ = true;
@@ -309,16 +296,13 @@ private:
         return {};
     }
 
-    /// As much as products of the Jacobians leave digits for, but between an eighth and a half of the window: far from
-    /// the solution the estimate is a poor one.
+    /// Between an eighth and a half of the window.
     index shorter_window() const {
         const index half = rows() / 2;
         if (options_.surrogate != Surrogate::full) return half;
         LyapunovEstimate<T> here(width_, block_);
         for (index j = 0; j < batch(); ++j) here.follow(j, window().jacobian, j, std::min(rows(), rows_to_follow));
-        const double digits = -std::log(double(std::numeric_limits<T>::epsilon())), exponent = here.exponent();
-        if (!(exponent > 0)) return half;
-        return index(std::clamp(digits / exponent, double(half) / 4, double(half)));
+        return shortened_window<T>(half, here.exponent());
     }
 
     void solve_update() {
@@ -508,12 +492,6 @@ private:
 
     SolveOptions solve_options() const { return {options_.reduction, options_.execution, options_.chunk, &workspace_}; }
 
-    struct Review {
-        double confirmed = 0;  // rows, the mean of the active sequences
-        double worst = std::numeric_limits<double>::infinity();
-        double worst_before = std::numeric_limits<double>::infinity();
-    };
-
     const Recurrence<T>& recurrence_;
     View<T> trajectory_;
     const Options& options_;
@@ -546,49 +524,45 @@ namespace {
 
 template <class T>
 Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
-    check_options(options);
-    if (trajectory.shape() != recurrence.shape())
-        throw InvalidArgument("trajectory", "the recurrence's shape " + to_string(recurrence.shape()),
-                              to_string(trajectory.shape()));
-    if (trajectory.data() == nullptr && recurrence.shape().count() > 0)
-        throw InvalidArgument("trajectory", "memory of shape " + to_string(recurrence.shape()), "a null pointer");
+    check_arguments<T>(recurrence, trajectory, options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
     const bool fused = options.method == Method::overlap || options.method == Method::shooting;
     if (fused && cell == nullptr)
         throw InvalidArgument("options.method", "automatic, newton or sequential, as the recurrence is not a cell's",
                               to_string(options.method));
     const bool on_gpu = options.execution.backend == Backend::cuda;
-    if (on_gpu && (cell == nullptr || options.method == Method::newton))
-        throw InvalidArgument("options.execution.backend", "cpu or reference, but for the fused methods of a cell",
-                              "cuda");
+    Options chosen = options;
+    if (options.method == Method::automatic) chosen.method = Method::newton;
     Report report;
-    if (on_gpu) {
-        if (trajectory.empty())
-            report.method = "sequential";
-        else
-            report = evaluate_on_gpu(*cell, trajectory, options);
+    if (on_gpu && trajectory.empty()) {
+        report.method = describe(chosen);
+        report.sequences.resize(std::size_t(recurrence.shape().batch));
     } else if (cell != nullptr && options.method != Method::newton) {
-        report = evaluate_fused(*cell, trajectory, options);
+        report = on_gpu ? evaluate_on_gpu(*cell, trajectory, options) : evaluate_fused(*cell, trajectory, options);
+    } else if (on_gpu) {
+        report = evaluate_newton_on_gpu(recurrence, trajectory, chosen);
     } else {
-        Options chosen = options;
-        if (options.method == Method::automatic) chosen.method = Method::newton;
         Workspace own;
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();
     }
     if (options.estimates == Estimates::full && std::isnan(report.error) && !on_gpu)
         estimate_along<T>(recurrence, trajectory, options, report);
-    if (options.on_failure == OnFailure::raise && !report.ok()) {
-        index confirmed = recurrence.shape().steps;
-        for (const Report::Sequence& sequence : report.sequences) confirmed = std::min(confirmed, sequence.confirmed);
-        throw NotConverged("the evaluation ended as " + to_string(report.status) + " after " +
-                           std::to_string(report.iterations) + " iterations: " + std::to_string(confirmed) + " of " +
-                           std::to_string(recurrence.shape().steps) + " steps are confirmed");
-    }
+    raise_failure(report, options, recurrence.shape().steps);
     return report;
 }
 
 }  // namespace
+
+void raise_failure(const Report& report, const Options& options, index steps) {
+    if (options.on_failure != OnFailure::raise || report.ok()) return;
+    index confirmed = steps;
+    for (const Report::Sequence& sequence : report.sequences) confirmed = std::min(confirmed, sequence.confirmed);
+    throw NotConverged("the evaluation ended as " + to_string(report.status) + " after " +
+                       std::to_string(report.iterations) + " iterations: " + std::to_string(confirmed) + " of " +
+                       std::to_string(steps) + " steps are confirmed");
+}
+
 }  // namespace newton
 
 template <>

@@ -1,6 +1,7 @@
 // Never called: without CUDA there is no GPU for the arrays to lie on.
 #include "device/cuda.hpp"
 #include "newton/fused_gpu.hpp"
+#include "newton/newton_gpu.hpp"
 
 namespace deeppcr::newton {
 
@@ -15,12 +16,50 @@ CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, 
     return {};
 }
 
+template <class T>
+Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&) {
+    device::require_gpu();
+    return {};
+}
+template <class T>
+void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*) {
+    device::require_gpu();
+}
+template <class T>
+void add_states_on_gpu(View<const T>, View<T>, CUstream_st*) {
+    device::require_gpu();
+}
+
 #define DEEPPCR_INSTANTIATE(T)                                                                              \
     template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);              \
     template CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                             const Options&);
+                                             const Options&);                                               \
+    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);                  \
+    template void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*);                                 \
+    template void add_states_on_gpu(View<const T>, View<T>, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::newton
+
+namespace deeppcr {
+
+template <class T>
+struct EnqueuedEvaluation<T>::Implementation {};
+template <class T>
+EnqueuedEvaluation<T>::EnqueuedEvaluation(const Recurrence<T>&, View<std::type_identity_t<T>>, const Options&) {
+    device::require_gpu();
+}
+template <class T>
+EnqueuedEvaluation<T>::~EnqueuedEvaluation() = default;
+template <class T>
+void EnqueuedEvaluation<T>::enqueue() {}
+template <class T>
+Report EnqueuedEvaluation<T>::finish() {
+    return {};
+}
+template class EnqueuedEvaluation<float>;
+template class EnqueuedEvaluation<double>;
+
+}  // namespace deeppcr

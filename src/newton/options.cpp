@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "device/cuda.hpp"
+
 namespace deeppcr {
 
 std::string to_string(Method method) {
@@ -54,6 +56,26 @@ void check_options(const Options& options) {
     check_count("options.execution.threads", options.execution.threads);
 }
 
+template <class T>
+void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Options& options) {
+    check_options(options);
+    if (trajectory.shape() != recurrence.shape())
+        throw InvalidArgument("trajectory", "the recurrence's shape " + to_string(recurrence.shape()),
+                              to_string(trajectory.shape()));
+    if (trajectory.data() == nullptr && recurrence.shape().count() > 0)
+        throw InvalidArgument("trajectory", "memory of shape " + to_string(recurrence.shape()), "a null pointer");
+}
+
+template <class T>
+void check_gpu_arguments(const Recurrence<T>& recurrence, const Options& options) {
+    const Device here = device::current_gpu();
+    if (!recurrence.runs_on(Backend::cuda))
+        throw InvalidArgument("options.execution.backend", "one that the recurrence runs on (Recurrence::runs_on)",
+                              "cuda");
+    if (options.workspace != nullptr && options.workspace->device() != here)
+        throw InvalidArgument("options.workspace", "a workspace on the current GPU", "one elsewhere");
+}
+
 std::string describe(const Options& options) {
     if (options.method == Method::sequential) return "sequential";
     std::string text = "newton, ";
@@ -86,14 +108,19 @@ std::string describe(const Options& options) {
 template <class T>
 index window_length(const Recurrence<T>& recurrence, const Options& options, index block) {
     const Shape& shape = recurrence.shape();
-    const index limit = options.memory_limit > 0 ? options.memory_limit : available_memory() / 2;
+    const bool on_gpu = options.execution.backend == Backend::cuda;
+    // What the workspace holds is taken from what is available; the next call must choose the same window.
+    const index held = on_gpu && options.workspace != nullptr ? options.workspace->peak_bytes() : 0;
+    const index limit = options.memory_limit > 0 ? options.memory_limit
+                        : on_gpu                 ? (device::available_on_gpu() + held) / 2
+                                                 : available_memory() / 2;
     // States, f of them, update and error estimate; the Jacobian; and what the reduction takes: PCR two more copies of
     // Jacobian and right side, the scan a pair of them per chunk (counted as one more per step, an upper bound).
     const double copies = options.reduction == Reduction::pcr ? 3 : options.reduction == Reduction::sequential ? 1 : 2;
-    // Anderson keeps states and updates of earlier passes.
-    const double per_step =
-        double(shape.batch) * double(shape.width) * double(sizeof(T)) *
-        (4 + double(block) * copies + (copies - 1) + (options.anderson > 0 ? 2 * double(options.anderson) + 2 : 0));
+    // Anderson keeps states and updates of earlier passes. On a GPU a window slides through states for two.
+    const double per_step = double(shape.batch) * double(shape.width) * double(sizeof(T)) *
+                            (4 + (on_gpu ? 1 : 0) + double(block) * copies + (copies - 1) +
+                             (options.anderson > 0 ? 2 * double(options.anderson) + 2 : 0));
     const index wanted = options.window > 0 ? std::min(options.window, shape.steps) : 1;
     if (per_step * double(wanted) > double(limit))
         throw OutOfMemory((options.window > 0 ? "a window of " + std::to_string(wanted) + " steps" : "one step") +
@@ -104,6 +131,10 @@ index window_length(const Recurrence<T>& recurrence, const Options& options, ind
     return std::clamp<index>(index(double(limit) / per_step), 1, shape.steps);
 }
 
+template void check_arguments(const Recurrence<float>&, View<const float>, const Options&);
+template void check_arguments(const Recurrence<double>&, View<const double>, const Options&);
+template void check_gpu_arguments(const Recurrence<float>&, const Options&);
+template void check_gpu_arguments(const Recurrence<double>&, const Options&);
 template index window_length(const Recurrence<float>&, const Options&, index);
 template index window_length(const Recurrence<double>&, const Options&, index);
 

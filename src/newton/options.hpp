@@ -15,10 +15,19 @@ constexpr index most_anderson = 16;
 /// Throws InvalidArgument for an option that is out of its range.
 void check_options(const Options& options);
 
+/// Throws InvalidArgument for arguments of `evaluate` that do not fit each other.
+template <class T>
+void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Options& options);
+
 /// Throws InvalidArgument for arguments of `adjoint` that do not fit the recurrence, or a report that is not ok().
 template <class T>
 void check_adjoint_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                              View<const T> output_gradient, const Options& options);
+
+/// For Backend::cuda: throws InvalidArgument unless the recurrence and options.workspace are for the current GPU;
+/// NoDevice.
+template <class T>
+void check_gpu_arguments(const Recurrence<T>& recurrence, const Options& options);
 
 /// "newton, full Jacobian, scan"
 std::string describe(const Options& options);

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <string>
 
+#include "device/cuda.hpp"
+#include "recurrence/diagonal_gpu.hpp"
+
 namespace deeppcr {
 namespace {
 
 /// `linearise_diagonal` holds at most this many bytes of blocks at a time.
-constexpr index block_bytes = index(1) << 20;
+constexpr index block_bytes = index(1) << 20, block_bytes_on_gpu = index(1) << 28;
 
 }  // namespace
 
@@ -23,7 +26,12 @@ Recurrence<T>::Recurrence(const Shape& shape, index block) : shape_(shape), bloc
 
 template <class T>
 void Recurrence<T>::initial(const Section& section, View<T> state) const {
-    for (index j = 0; j < section.batch(); ++j) std::fill_n(state.at(0, j), shape_.width, T(0));
+    for (index j = 0; j < section.batch(); ++j) {
+        if (section.execution.backend == Backend::cuda)
+            device::fill_bytes(state.at(0, j), 0, shape_.width * index(sizeof(T)), section.execution.stream);
+        else
+            std::fill_n(state.at(0, j), shape_.width, T(0));
+    }
 }
 
 template <class T>
@@ -31,13 +39,20 @@ void Recurrence<T>::linearise_diagonal(const Section& section, View<const T> bef
                                        Jacobian<T> diagonal) const {
     const index batch = section.batch(), width = shape_.width;
     const index step_bytes = std::max<index>(1, batch * width * block_ * index(sizeof(T)));
-    const index at_once = std::clamp<index>(block_bytes / step_bytes, 1, std::max<index>(1, section.steps()));
-    const Buffer<T> memory = Buffer<T>::uninitialised({at_once, batch * width, block_});
+    const bool on_gpu = section.execution.backend == Backend::cuda;
+    const index at_once = std::clamp<index>((on_gpu ? block_bytes_on_gpu : block_bytes) / step_bytes, 1,
+                                            std::max<index>(1, section.steps()));
+    Workspace workspace(section.execution);
+    T* const memory = workspace.take<T>(Shape{at_once, batch * width, block_}.count());
     for (index first = 0; first < section.steps(); first += at_once) {
         const index last = std::min(first + at_once, section.steps());
-        const Jacobian<T> blocks(memory.data(), {last - first, batch, width}, block_);
+        const Jacobian<T> blocks(memory, {last - first, batch, width}, block_);
         const Section part{section.first + first, section.first + last, section.sequences, section.execution};
         linearise(part, before.steps(first, last), after.steps(first, last), blocks);
+        if (on_gpu) {
+            recurrence::take_diagonal_on_gpu<T>(blocks, diagonal.steps(first, last), section.execution.stream);
+            continue;
+        }
         for (index i = first; i < last; ++i)
             for (index j = 0; j < batch; ++j)
                 for (index row = 0; row < width; ++row) diagonal.at(i, j)[row] = blocks(i - first, j, row, row);

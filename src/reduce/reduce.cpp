@@ -273,7 +273,7 @@ Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options)
         throw InvalidArgument("options.workspace", "a workspace on the current GPU", "one elsewhere");
     const OrderedSystem<T> system = merged(given);
     const Reduction method = options.method == Reduction::automatic ? choose_method_on_gpu(system) : options.method;
-    Workspace local(device::current_gpu());
+    Workspace local(options.execution);
     Workspace& workspace = options.workspace ? *options.workspace : local;
     return run_method<Backend::cuda>(method, system, options.chunk, options.execution, workspace);
 }

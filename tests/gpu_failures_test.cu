@@ -1,0 +1,286 @@
+// What goes wrong around a GPU, and the order of streams: only on an emulated one, which can be told to fail.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include <deeppcr/deeppcr.hpp>
+#include <deeppcr/launch.cuh>
+
+#include "device/cuda.hpp"
+#include "tests/compare.hpp"
+
+namespace deeppcr {
+namespace {
+
+/// The machine is whole again when a test ends.
+class EmulatedGpu : public testing::Test {
+protected:
+    ~EmulatedGpu() override {
+        emulation::Machine& machine = emulation::machine();
+        machine.devices = 1;
+        machine.compute_capability = 90;
+        machine.broken = machine.launch_error = 0;
+        machine.good_allocations = -1;
+        cudaSetDevice(0);
+        cudaGetLastError();
+    }
+    template <class Call>
+    static std::string message(const Call& call) {
+        try {
+            call();
+        } catch (const Error& error) {
+            return error.what();
+        }
+        return "";
+    }
+};
+
+// --- recurrences and systems to fail with
+
+template <class T>
+__global__ void halve(index first, index count, index batch, const T* before, T* after, T* jacobian) {
+    const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    after[i] = std::sin(before[i]) / 2 + T(first + i / batch + 1);
+    if (jacobian != nullptr) jacobian[i] = std::cos(before[i]) / 2;
+}
+
+struct Halves : Recurrence<float> {
+    Halves(index steps, index batch) : Recurrence({steps, batch, 1}) {}
+    bool runs_on(Backend backend) const override { return backend == Backend::cuda; }
+    void step(const Section& section, View<const float> before, View<float> after) const override {
+        run(section, before, after, nullptr);
+    }
+    void linearise(const Section& section, View<const float> before, View<float> after,
+                   Jacobian<float> jacobian) const override {
+        run(section, before, after, jacobian.data());
+    }
+    using Recurrence::run;
+
+private:
+    static void run(const Section& section, View<const float> before, View<float> after, float* jacobian) {
+        const index count = section.steps() * section.batch();
+        cuda::launch(cuda::one_each(count, section.execution.stream), halve<float>, section.first, count,
+                     section.batch(), before.data(), after.data(), jacobian);
+    }
+};
+
+constexpr Execution gpu{.backend = Backend::cuda};
+
+/// Lets every allocation of `call` fail in turn: each time it must say so, leave `untouched` as it was, and give back
+/// all that it had taken.
+template <class Call>
+void fail_everywhere(const Buffer<float>& untouched, const Call& call) {
+    const Buffer<float> before = untouched.on(Device::host());
+    call();  // letters and pools are kept
+    const Buffer<float> changed = untouched.on(Device::host());
+    long failures = 0;
+    for (;; ++failures) {
+        detail::copy(untouched.data(), before.data(), before.size() * index(sizeof(float)));
+        const std::size_t used = emulation::machine().used;
+        emulation::machine().good_allocations = failures;
+        try {
+            call();
+            break;
+        } catch (const OutOfMemory& error) {
+            EXPECT_NE(std::string(error.what()).find("bytes on GPU 0"), std::string::npos) << error.what();
+        }
+        cuda::check(cudaDeviceSynchronize(), "waiting");
+        EXPECT_EQ(emulation::machine().used, used) << "allocation " << failures;
+        EXPECT_TRUE(same_bits<float>(untouched.on(Device::host()), before)) << "allocation " << failures;
+    }
+    emulation::machine().good_allocations = -1;
+    EXPECT_GT(failures, 0);
+    EXPECT_TRUE(same_bits<float>(untouched.on(Device::host()), changed));
+}
+
+TEST_F(EmulatedGpu, EveryAllocationMayFailAndLeavesTheTrajectoryAsItWas) {
+    const Halves recurrence(50, 3);
+    const Buffer<float> trajectory = Buffer<float>::random(recurrence.shape(), 1, Layout::steps_first, Device::cuda());
+    for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::zero})
+        for (const Reduction reduction : {Reduction::automatic, Reduction::pcr})
+            fail_everywhere(trajectory, [&] {
+                evaluate(recurrence, trajectory.view(),
+                         {.surrogate = surrogate, .reduction = reduction, .execution = gpu});
+            });
+    fail_everywhere(trajectory,
+                    [&] { evaluate(recurrence, trajectory.view(), {.method = Method::sequential, .execution = gpu}); });
+    fail_everywhere(trajectory, [&] {
+        EnqueuedEvaluation<float>(recurrence, trajectory.view(), {.max_iterations = 9, .execution = gpu}).finish();
+    });
+    const Report good = evaluate(recurrence, trajectory.view(), {.execution = gpu});
+    const Buffer<float> gradient = Buffer<float>::random(recurrence.shape(), 1, Layout::steps_first, Device::cuda());
+    fail_everywhere(gradient, [&] { adjoint<float>(recurrence, trajectory, good, gradient, {.execution = gpu}); });
+}
+
+TEST_F(EmulatedGpu, EveryAllocationMayFailAndLeavesAnInPlaceSystemAsItWas) {
+    for (const index block : {1, 6})
+        for (const Reduction method : {Reduction::scan, Reduction::pcr}) {
+            const Shape shape{300, 1, 6};
+            const Buffer<float> factors =
+                                    Buffer<float>::random({300, 6, block}, 1, Layout::steps_first, Device::cuda()),
+                                states = Buffer<float>::random(shape, 2, Layout::steps_first, Device::cuda());
+            fail_everywhere(states, [&] {
+                solve(BidiagonalSystem<float>{Jacobian<float>(factors.data(), shape, block), states}, states,
+                      {.method = method, .execution = gpu});
+            });
+        }
+}
+
+TEST_F(EmulatedGpu, AWorkspaceThatCannotGrowStaysUsable) {
+    Workspace workspace(Device::cuda());
+    {
+        const Workspace::Scope scope(workspace);
+        workspace.take<char>(1 << 20);
+        emulation::machine().good_allocations = 0;
+        EXPECT_THROW(workspace.take<char>(1 << 22), OutOfMemory);
+        workspace.take<char>(1 << 22);
+        emulation::machine().good_allocations = 0;
+    }  // the one block that would take the place of both cannot be had
+    const Workspace::Scope scope(workspace);
+    EXPECT_NE(workspace.take<char>(1 << 22), nullptr);
+}
+
+TEST_F(EmulatedGpu, AScopeThatAnExceptionEndsAllocatesNothing) {
+    Workspace workspace(Device::cuda());
+    const long allocations = emulation::machine().allocations;
+    try {
+        const Workspace::Scope scope(workspace);
+        workspace.take<char>(1 << 20);
+        workspace.take<char>(1 << 22);
+        throw Error("on its way");
+    } catch (const Error&) {
+        EXPECT_EQ(emulation::machine().allocations, allocations + 2);
+    }
+}
+
+TEST_F(EmulatedGpu, TheSecondCallAllocatesNothing) {
+    const Halves recurrence(50, 3);
+    const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
+    Workspace workspace(Device::cuda());
+    const Options options{.execution = gpu, .workspace = &workspace};
+    evaluate(recurrence, trajectory.view(), options);
+    evaluate(recurrence, trajectory.view(), options);  // many small blocks have become a large one
+    const long allocations = emulation::machine().allocations;
+    evaluate(recurrence, trajectory.view(), options);
+    EXPECT_EQ(emulation::machine().allocations, allocations);
+}
+
+// --- errors
+
+TEST_F(EmulatedGpu, ABrokenContextIsNotTakenForMainMemory) {
+    const Halves recurrence(10, 1);
+    const Buffer<float> there(recurrence.shape(), Layout::steps_first, Device::cuda()), here(recurrence.shape());
+    emulation::machine().broken = cudaErrorIllegalAddress;
+    EXPECT_NE(message([&] { there.on(Device::host()); }).find("illegal memory access"), std::string::npos);
+    EXPECT_NE(message([&] { device::require_on_gpu("x", there.data()); }).find("illegal memory access"),
+              std::string::npos);
+    EXPECT_NE(message([&] { evaluate(recurrence, there.view(), {.execution = gpu}); }).find("illegal memory access"),
+              std::string::npos);
+    EXPECT_TRUE(same_bits<float>(here.clone(), here)) << "main memory needs no GPU";
+    emulation::machine().broken = 0;
+}
+
+TEST_F(EmulatedGpu, GPUsThatCannotRunTheKernelsAreRefused) {
+    const Halves recurrence(10, 1);
+    const Buffer<float> there(recurrence.shape(), Layout::steps_first, Device::cuda());
+    const auto run = [&] { evaluate(recurrence, there.view(), {.execution = gpu}); };
+    emulation::machine().compute_capability = 75;
+    EXPECT_THROW(run(), NoDevice);
+    EXPECT_EQ(message(run), "there is no GPU to use: GPU 0 has compute capability 7.5, 8.0 or more is needed");
+    EXPECT_FALSE(cuda_problem().empty());
+    emulation::machine().compute_capability = 90;
+    emulation::machine().launch_error = cudaErrorNoKernelImageForDevice;
+    EXPECT_THROW(run(), NoDevice);
+    emulation::machine().launch_error = 0;
+    emulation::machine().devices = 0;
+    EXPECT_THROW(run(), NoDevice);
+    EXPECT_EQ(message([] {
+                  Buffer<float>({1, 1, 1}, Layout::steps_first, Device::cuda());
+              }),
+              "there is no GPU to use: no CUDA-capable device is detected");
+}
+
+TEST_F(EmulatedGpu, MemoryOfAnotherGPUIsRefused) {
+    emulation::machine().devices = 2;
+    const Halves recurrence(10, 1);
+    const Buffer<float> other(recurrence.shape(), Layout::steps_first, Device::cuda(1));
+    int current = -1;
+    cudaGetDevice(&current);
+    EXPECT_EQ(current, 0) << "the current GPU stays so";
+    EXPECT_EQ(message([&] { evaluate(recurrence, other.view(), {.execution = gpu}); }),
+              "trajectory: expected memory of the current GPU, 0, got memory of GPU 1");
+}
+
+// --- the emulation itself: what streams do not order shows
+
+__global__ void add_one(const float* from, float* to) { *to = *from + 1; }
+
+/// Whether the numbers that two streams of which the second needs the first's came to are right, for each of 20 tries.
+int right_results(unsigned flags, bool with_event) {
+    int right = 0;
+    for (int tries = 0; tries < 20; ++tries) {
+        cudaStream_t streams[2];
+        cudaEvent_t event = nullptr;
+        for (cudaStream_t& stream : streams) cudaStreamCreateWithFlags(&stream, flags);
+        cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+        const Buffer<float> numbers({3, 1, 1}, Layout::steps_first, Device::cuda());
+        float* const x = numbers.data();
+        cuda::launch({1, 1, 0, streams[0]}, add_one, x, x + 1);
+        cudaEventRecord(event, streams[0]);
+        if (with_event) cudaStreamWaitEvent(streams[1], event, 0);
+        cuda::launch({1, 1, 0, streams[1]}, add_one, x + 1, x + 2);
+        for (const cudaStream_t stream : streams) cudaStreamSynchronize(stream);
+        if (numbers.on(Device::host())(2, 0, 0) == 2) ++right;
+        cudaEventDestroy(event);
+        for (const cudaStream_t stream : streams) cudaStreamDestroy(stream);
+    }
+    return right;
+}
+
+TEST_F(EmulatedGpu, StreamsThatNothingOrdersTakeTurnsAtRandom) {
+    EXPECT_EQ(right_results(cudaStreamNonBlocking, true), 20);
+    const int right = right_results(cudaStreamNonBlocking, false);
+    EXPECT_GT(right, 0);
+    EXPECT_LT(right, 20);
+}
+
+TEST_F(EmulatedGpu, TheNullStreamWaitsForBlockingStreamsOnly) {
+    for (const unsigned flags : {cudaStreamDefault, cudaStreamNonBlocking}) {
+        cudaStream_t stream = nullptr;
+        cudaStreamCreateWithFlags(&stream, flags);
+        const Buffer<float> numbers({2, 1, 1}, Layout::steps_first, Device::cuda());
+        cuda::launch({1, 1, 0, stream}, add_one, numbers.data(), numbers.data() + 1);
+        int late = 0;
+        for (int tries = 0; tries < 20; ++tries) {
+            device::fill_bytes(numbers.data() + 1, 0, 4, stream);
+            cuda::launch({1, 1, 0, stream}, add_one, numbers.data(), numbers.data() + 1);
+            if (numbers.on(Device::host())(1, 0, 0) == 0) ++late;
+        }
+        EXPECT_EQ(late > 0, flags == cudaStreamNonBlocking);
+        cudaStreamDestroy(stream);
+    }
+}
+
+__global__ void copy_without_waiting(const float* from, float* to) {
+    cuda::begin_copy<4>(cuda::shared_memory<float>(), from);
+    *to = *cuda::shared_memory<float>();
+    cuda::wait_for_copies();
+    to[1] = *cuda::shared_memory<float>();
+}
+
+TEST_F(EmulatedGpu, ACopyToSharedMemoryIsThereOnlyWhenWaitedFor) {
+    const Buffer<float> numbers({3, 1, 1}, Layout::steps_first, Device::cuda());
+    int early = 0;
+    for (int tries = 0; tries < 20; ++tries) {
+        cuda::launch({1, 1, 4, nullptr}, copy_without_waiting, numbers.data(), numbers.data() + 1);
+        const Buffer<float> here = numbers.on(Device::host());
+        if (here(1, 0, 0) == 0) ++early;
+        EXPECT_EQ(here(2, 0, 0), 0);
+    }
+    EXPECT_GT(early, 0);
+    EXPECT_LT(early, 20);
+}
+
+}  // namespace
+}  // namespace deeppcr

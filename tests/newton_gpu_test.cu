@@ -1,0 +1,517 @@
+// Newton's method for recurrences of a user's own on a GPU, or on an emulated one: the contract of evaluate_test.cpp,
+// against the cpu backend.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <sstream>
+
+#include <deeppcr/deeppcr.hpp>
+#include <deeppcr/launch.cuh>
+
+#include "tests/compare.hpp"
+
+namespace deeppcr {
+namespace {
+
+// --- recurrences: a Step is a functor of one state, on the processor as in a kernel
+
+/// f and J (row-major, K x K), or only f where `jacobian` is null, of step `step` of sequence `sequence`.
+template <class T>
+struct Place {
+    index step, sequence;
+    const T* before;
+    T* after;
+    T* jacobian;
+};
+
+/// The README's: x_t = sin(x_{t-1}) / 2 + cos(t), with another phase for each sequence and number.
+struct Sines {
+    static constexpr index block = 1;
+    template <class T>
+    static constexpr index width = 3;
+    template <class T>
+    __host__ __device__ void operator()(const Place<T>& at) const {
+        for (int k = 0; k < 3; ++k) {
+            at.after[k] = std::sin(at.before[k]) / 2 + std::cos(T(at.step + 1 + k) + T(at.sequence));
+            if (at.jacobian != nullptr) at.jacobian[k] = std::cos(at.before[k]) / 2;
+        }
+    }
+};
+
+/// A damped pendulum by the symplectic Euler method: angle and speed, a block of 2.
+struct Pendulum {
+    static constexpr index block = 2;
+    template <class T>
+    static constexpr index width = 2;
+    template <class T>
+    __host__ __device__ void operator()(const Place<T>& at) const {
+        const T h = T(0.05), damping = T(2), angle = at.before[0], speed = at.before[1];
+        const T push = T(0.3) * T(at.sequence + 1) * std::cos(T(0.05) * T(at.step));
+        const T new_speed = speed + h * (push - std::sin(angle) - damping * speed);
+        at.after[0] = angle + h * new_speed;
+        at.after[1] = new_speed;
+        if (at.jacobian == nullptr) return;
+        at.jacobian[2] = -h * std::cos(angle);
+        at.jacobian[3] = 1 - h * damping;
+        at.jacobian[0] = 1 + h * at.jacobian[2];
+        at.jacobian[1] = h * at.jacobian[3];
+    }
+};
+
+/// x_t = tanh(gain M x_{t-1} + u_t), dense; from `bad_step` on f of sequence `bad_sequence` is not finite.
+struct Network {
+    static constexpr index block = 5;
+    template <class T>
+    static constexpr index width = 5;
+    double gain = 0.7;
+    index bad_step = -1, bad_sequence = -1;
+    template <class T>
+    __host__ __device__ T weight(int row, int column) const {
+        return T(gain) * std::cos(T(3 * row + 5 * column + 1)) / std::sqrt(T(5));
+    }
+    template <class T>
+    __host__ __device__ void operator()(const Place<T>& at) const {
+        for (int row = 0; row < 5; ++row) {
+            T sum = std::sin(T(7 * at.step + 3 * row) + T(at.sequence));
+            for (int k = 0; k < 5; ++k) sum += weight<T>(row, k) * at.before[k];
+            const T value = std::tanh(sum);
+            at.after[row] = value;
+            if (at.jacobian != nullptr)
+                for (int k = 0; k < 5; ++k) at.jacobian[5 * row + k] = (1 - value * value) * weight<T>(row, k);
+        }
+        if (bad_step >= 0 && at.step >= bad_step && at.sequence == bad_sequence)
+            at.after[0] = std::numeric_limits<T>::quiet_NaN();
+    }
+};
+
+/// The logistic map at r = 4, chaotic.
+struct Logistic {
+    static constexpr index block = 1;
+    template <class T>
+    static constexpr index width = 1;
+    template <class T>
+    __host__ __device__ void operator()(const Place<T>& at) const {
+        *at.after = 4 * *at.before * (1 - *at.before);
+        if (at.jacobian != nullptr) *at.jacobian = 4 * (1 - 2 * *at.before);
+    }
+};
+
+template <class S, class T>
+__global__ void run_steps(const S f, index first, index steps, index batch, index width, index block, const T* before,
+                          T* after, T* jacobian) {
+    const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= steps * batch) return;
+    f(Place<T>{first + i / batch, i % batch, before + i * width, after + i * width,
+               jacobian == nullptr ? nullptr : jacobian + i * width * block});
+}
+template <class T>
+__global__ void begin_with(T value, index count, T* state) {
+    const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < count) state[i] = value / T(i + 1);
+}
+
+/// What a user writes: the callbacks, on either.
+template <class S, class T>
+class User : public Recurrence<T> {
+public:
+    User(index steps, index batch, S f = {}) : Recurrence<T>({steps, batch, S::template width<T>}, S::block), f_(f) {}
+    bool runs_on(Backend) const override { return true; }
+    void initial(const Section& section, View<T> state) const override {
+        const index count = section.batch() * state.width();
+        if (section.execution.backend == Backend::cuda)
+            return cuda::launch(cuda::one_each(count, section.execution.stream), begin_with<T>, T(0.3), count,
+                                state.data());
+        for (index i = 0; i < count; ++i)
+            state.data()[i] =
+                T(0.3) / T(section.sequences[std::size_t(i / state.width())] * state.width() + i % state.width() + 1);
+    }
+    void step(const Section& section, View<const T> before, View<T> after) const override {
+        run_section(section, before, after, {});
+    }
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override {
+        run_section(section, before, after, jacobian);
+    }
+
+private:
+    void run_section(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
+        const index width = before.width(), block = this->block(), count = section.steps() * section.batch();
+        if (section.execution.backend == Backend::cuda) {
+            EXPECT_EQ(section.batch(), this->shape().batch);
+            if (count > 0)
+                cuda::launch(cuda::one_each(count, section.execution.stream), run_steps<S, T>, f_, section.first,
+                             section.steps(), section.batch(), width, block, before.data(), after.data(),
+                             jacobian.data());
+            return;
+        }
+        for (index i = 0; i < section.steps(); ++i)
+            for (index j = 0; j < section.batch(); ++j)
+                f_(Place<T>{section.first + i, section.sequences[std::size_t(j)], before.at(i, j), after.at(i, j),
+                            jacobian.data() == nullptr ? nullptr : jacobian.at(i, j)});
+    }
+    S f_;
+};
+
+constexpr Execution gpu{.backend = Backend::cuda};
+
+template <class T>
+Evaluation<T> evaluate_there(const Recurrence<T>& recurrence, Options options, const Buffer<T>* given = nullptr) {
+    options.execution.backend = Backend::cuda;
+    const Buffer<T> there = given != nullptr ? given->on(Device::cuda())
+                                             : Buffer<T>(recurrence.shape(), Layout::batch_first, Device::cuda());
+    Report report = evaluate(recurrence, there.view(), options);
+    return {there.on(Device::host()), std::move(report)};
+}
+
+template <class T>
+constexpr double epsilon = std::numeric_limits<T>::epsilon();
+
+template <class T>
+class NewtonOnGpu : public testing::Test {
+protected:
+    void SetUp() override {
+        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    }
+};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(NewtonOnGpu, Types);
+
+/// Every surrogate, guess, and reduction, for sizes that are not powers of two and less than a block.
+template <class S, class T>
+void agree_with_sequential(index steps, index batch, double tolerance) {
+    const User<S, T> recurrence(steps, batch);
+    const auto expected = evaluate(recurrence, {.method = Method::sequential});
+    for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::identity, Surrogate::zero})
+        for (const Guess guess : {Guess::initial_state, Guess::first_step, Guess::given})
+            for (const Reduction reduction : {Reduction::automatic, Reduction::sequential, Reduction::pcr}) {
+                const Buffer<T> start = Buffer<T>::random(recurrence.shape(), 5);
+                const auto [trajectory, report] = evaluate_there<T>(
+                    recurrence, {.surrogate = surrogate, .reduction = reduction, .guess = guess}, &start);
+                SCOPED_TRACE(report.method + ", " + std::to_string(steps) + " steps");
+                EXPECT_TRUE(report.ok()) << report;
+                EXPECT_LE(report.relative_residual, 1);
+                EXPECT_LE(report.iterations, steps + 1);
+                EXPECT_LE(largest_difference<T>(trajectory, expected.trajectory), tolerance * epsilon<T>);
+            }
+}
+
+TYPED_TEST(NewtonOnGpu, EverySurrogateGuessAndReductionAgreesWithSequential) {
+    for (const index steps : {1, 2, 37}) {
+        agree_with_sequential<Sines, TypeParam>(steps, 3, 1000);
+        agree_with_sequential<Pendulum, TypeParam>(steps, 2, 20000);  // forgets slowly
+        agree_with_sequential<Network, TypeParam>(steps, 2, 1000);
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, ReportsAsTheProcessorDoes) {
+    const User<Network, TypeParam> recurrence(131, 3);
+    const Options options{.tolerance = 1e-3};
+    const auto here = evaluate(recurrence, options);
+    const auto there = evaluate_there<TypeParam>(recurrence, options);
+    ASSERT_EQ(there.report.status, Status::converged);
+    EXPECT_EQ(there.report.iterations, here.report.iterations);
+    EXPECT_NEAR(there.report.residual, here.report.residual, 0.01 * here.report.residual);
+    EXPECT_NEAR(there.report.error, here.report.error, 0.05 * here.report.error);
+    EXPECT_NEAR(there.report.lyapunov, here.report.lyapunov, 0.1);
+    ASSERT_EQ(there.report.sequences.size(), 3U);
+    for (std::size_t j = 0; j < 3; ++j) {
+        EXPECT_EQ(there.report.sequences[j].confirmed, 131);
+        EXPECT_EQ(there.report.sequences[j].iterations, here.report.sequences[j].iterations);
+        EXPECT_NEAR(there.report.sequences[j].residual, here.report.sequences[j].residual, 0.01 * here.report.residual);
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, NoSteps) {
+    const User<Sines, TypeParam> recurrence(0, 2);
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {});
+    EXPECT_TRUE(report.ok());
+    EXPECT_EQ(report.sequences.size(), 2U);
+}
+
+TYPED_TEST(NewtonOnGpu, SequentialEqualsAWindowOfOneStepBitForBit) {
+    const User<Network, TypeParam> recurrence(40, 3, {.gain = 3});
+    const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
+    EXPECT_EQ(expected.report.status, Status::converged);
+    EXPECT_EQ(expected.report.sequential_steps, 120);
+    EXPECT_LE(largest_difference<TypeParam>(
+                  expected.trajectory.view().steps(0, 5),
+                  evaluate(recurrence, {.method = Method::sequential}).trajectory.view().steps(0, 5)),
+              1000 * epsilon<TypeParam>);
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.window = 1});
+    EXPECT_EQ(report.status, Status::converged) << report;
+    EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
+}
+
+TYPED_TEST(NewtonOnGpu, WindowsOfAnyLengthGiveTheSameResult) {
+    const User<Network, TypeParam> recurrence(110, 3, {.gain = 0.9});
+    const auto expected = evaluate(recurrence, {.method = Method::sequential});
+    for (const Guess guess : {Guess::initial_state, Guess::first_step, Guess::given})
+        for (const index window : {1, 2, 7, 64, 109, 110, 1000}) {
+            const Buffer<TypeParam> start = Buffer<TypeParam>::random(recurrence.shape(), 5);
+            const auto [trajectory, report] =
+                evaluate_there<TypeParam>(recurrence, {.guess = guess, .window = window}, &start);
+            EXPECT_EQ(report.status, Status::converged) << window;
+            EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
+            EXPECT_EQ(report.window, std::min<index>(window, 110));
+            EXPECT_LE(report.error, 1000 * epsilon<TypeParam>);
+        }
+}
+
+TYPED_TEST(NewtonOnGpu, AfterKPassesTheFirstKStepsAreExact) {
+    const User<Network, TypeParam> recurrence(40, 2, {.gain = 3});
+    const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
+    for (const Surrogate surrogate : {Surrogate::full, Surrogate::zero})
+        for (const index passes : {1, 2, 5, 17}) {
+            const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.surrogate = surrogate,
+                                                                                     .absolute_tolerance = 0,
+                                                                                     .relative_tolerance = 0,
+                                                                                     .max_iterations = passes,
+                                                                                     .on_failure = OnFailure::report});
+            EXPECT_EQ(report.iterations, passes);
+            for (const Report::Sequence& sequence : report.sequences) EXPECT_GE(sequence.confirmed, passes - 1);
+            EXPECT_TRUE(same_bits<TypeParam>(trajectory.view().steps(0, passes - 1),
+                                             expected.trajectory.view().steps(0, passes - 1)));
+        }
+}
+
+TYPED_TEST(NewtonOnGpu, WhatDoesNotConvergeIsFinishedSequentiallyFromEachPrefix) {
+    const User<Network, TypeParam> recurrence(150, 4, {.gain = 6});
+    const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
+    Options options{.absolute_tolerance = 0, .relative_tolerance = 0, .max_iterations = 20};
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, options);
+    EXPECT_EQ(report.status, Status::finished_sequentially);
+    EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
+    EXPECT_LE(report.sequential_steps, 4 * (150 - 19));
+    EXPECT_GT(report.sequential_steps, 0);
+    EXPECT_TRUE(std::isnan(report.error));
+
+    options.on_failure = OnFailure::report;
+    const auto reported = evaluate_there<TypeParam>(recurrence, options);
+    EXPECT_EQ(reported.report.status, Status::max_iterations);
+    EXPECT_LT(reported.report.sequences[0].confirmed, 150);
+    options.on_failure = OnFailure::raise;
+    EXPECT_THROW(evaluate_there<TypeParam>(recurrence, options), NotConverged);
+    options = {.progress = [](index, index, index iterations) { return iterations < 2; }};
+    EXPECT_EQ(evaluate_there<TypeParam>(recurrence, options).report.status, Status::max_iterations);
+}
+
+TYPED_TEST(NewtonOnGpu, ChaosEndsInTheLadder) {
+    const User<Logistic, TypeParam> recurrence(700, 2);
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {});
+    EXPECT_TRUE(report.ok()) << report;
+    EXPECT_LT(report.iterations, 500);
+    EXPECT_GT(report.window_shrinks + report.sequential_steps, 0);
+    Buffer<TypeParam> after(recurrence.shape());
+    Buffer<TypeParam> before(recurrence.shape());
+    const std::vector<index> sequences = all(2);
+    recurrence.initial({0, 0, sequences}, before.view().steps(0, 1));
+    for (index t = 1; t < 700; ++t)
+        for (index j = 0; j < 2; ++j) before(t, j, 0) = trajectory(t - 1, j, 0);
+    recurrence.step({0, 700, sequences}, before.view(), after.view());
+    EXPECT_LE(largest_difference<TypeParam>(trajectory, after), 200 * epsilon<TypeParam>);
+}
+
+TYPED_TEST(NewtonOnGpu, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
+    for (const index window : {0, 16}) {
+        const User<Network, TypeParam> recurrence(100, 3, {.gain = 0.8, .bad_step = 37, .bad_sequence = 1});
+        const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
+        EXPECT_EQ(expected.report.status, Status::non_finite);
+        EXPECT_EQ(expected.report.sequences[1].confirmed, 37);
+        const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.window = window});
+        EXPECT_EQ(report.status, Status::non_finite);
+        for (const std::size_t j : {0U, 2U}) {
+            EXPECT_EQ(report.sequences[j].status, Status::converged);
+            EXPECT_LE(largest_difference<TypeParam>(trajectory.view().sequences(index(j), index(j) + 1),
+                                                    expected.trajectory.view().sequences(index(j), index(j) + 1)),
+                      1000 * epsilon<TypeParam>);
+        }
+        EXPECT_EQ(report.sequences[1].status, Status::non_finite);
+        EXPECT_EQ(report.sequences[1].confirmed, 37);
+        EXPECT_LE(
+            largest_difference<TypeParam>(trajectory.view().steps(0, 37), expected.trajectory.view().steps(0, 37)),
+            1000 * epsilon<TypeParam>);
+        for (index t = 37; t < 100; ++t) EXPECT_TRUE(std::isnan(trajectory(t, 1, 0)));
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, AnyGuessEndsInTheSameTrajectory) {
+    const User<Network, TypeParam> recurrence(80, 2);
+    const auto expected = evaluate(recurrence, {.method = Method::sequential});
+    Buffer<TypeParam> guess = Buffer<TypeParam>::random(recurrence.shape(), 5);
+    guess(40, 1, 2) = std::numeric_limits<TypeParam>::quiet_NaN();
+    guess(60, 0, 0) = std::numeric_limits<TypeParam>::infinity();
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.guess = Guess::given}, &guess);
+    EXPECT_TRUE(report.ok());
+    EXPECT_GE(report.non_finite_resets, 2);
+    EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
+    const auto again = evaluate_there<TypeParam>(recurrence, {.guess = Guess::given}, &trajectory);
+    EXPECT_EQ(again.report.iterations, 1);
+    EXPECT_TRUE(same_bits<TypeParam>(again.trajectory, trajectory));
+}
+
+TYPED_TEST(NewtonOnGpu, SequencesConvergeAtDifferentPasses) {
+    // A guess that is right for one sequence, for half of another, and for none of the third.
+    const User<Network, TypeParam> recurrence(90, 3);
+    const auto expected = evaluate_there<TypeParam>(recurrence, {});
+    Buffer<TypeParam> guess = expected.trajectory.clone();
+    for (index t = 0; t < 90; ++t)
+        for (index k = 0; k < 5; ++k) {
+            if (t > 45) guess(t, 1, k) = 0;
+            guess(t, 2, k) = TypeParam(0.5);
+        }
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.guess = Guess::given}, &guess);
+    EXPECT_EQ(report.sequences[0].iterations, 1);
+    EXPECT_GT(report.sequences[1].iterations, 1);
+    EXPECT_GE(report.sequences[2].iterations, report.sequences[1].iterations);
+    EXPECT_TRUE(same_bits<TypeParam>(trajectory.view().sequences(0, 1), expected.trajectory.view().sequences(0, 1)));
+    EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
+}
+
+TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
+    const User<Pendulum, TypeParam> recurrence(300, 2);
+    const auto expected = evaluate_there<TypeParam>(recurrence, {});
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    {
+        Workspace workspace(Device::cuda());
+        for (int times = 0; times < 2; ++times) {
+            const auto found =
+                evaluate_there<TypeParam>(recurrence, {.execution = {.stream = stream}, .workspace = &workspace});
+            EXPECT_TRUE(same_bits<TypeParam>(found.trajectory, expected.trajectory));
+            EXPECT_EQ(found.report.error, expected.report.error);
+            EXPECT_EQ(workspace.used_bytes(), 0);
+        }
+    }
+    cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+TYPED_TEST(NewtonOnGpu, APassThatIsCapturedIntoAGraphGivesTheSameBits) {
+    const User<Network, TypeParam> recurrence(70, 3);
+    const auto expected = evaluate_there<TypeParam>(recurrence, {});
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    const Options options{.max_iterations = 12, .execution = {.backend = Backend::cuda, .stream = stream}};
+    const Buffer<TypeParam> there(recurrence.shape(), Layout::steps_first, Device::cuda());
+    {
+        EnqueuedEvaluation<TypeParam> evaluation(recurrence, there.view(), options);
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
+        evaluation.enqueue();
+        cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
+        cuda::check(cudaGraphInstantiate(&executable, graph, 0), "making a graph");
+        for (int times = 0; times < 2; ++times) {
+            detail::fill_zeros(there.data(), there.size() * index(sizeof(TypeParam)), Device::cuda());
+            cuda::check(cudaGraphLaunch(executable, stream), "launching a graph");
+            const Report report = evaluation.finish();
+            EXPECT_EQ(report.status, Status::converged) << report;
+            EXPECT_EQ(report.iterations, expected.report.iterations);
+            EXPECT_EQ(report.error, expected.report.error);
+            EXPECT_TRUE(same_bits<TypeParam>(there.on(Device::host()), expected.trajectory));
+        }
+        cuda::check(cudaGraphExecDestroy(executable), "ending a graph");
+        cuda::check(cudaGraphDestroy(graph), "ending a graph");
+    }
+    cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+TYPED_TEST(NewtonOnGpu, WhatIsEnqueuedIsFinishedSequentiallyOrReported) {
+    const User<Network, TypeParam> recurrence(90, 2, {.gain = 6});
+    const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
+    const Buffer<TypeParam> there(recurrence.shape(), Layout::steps_first, Device::cuda());
+    Options options{.absolute_tolerance = 0, .relative_tolerance = 0, .max_iterations = 4, .execution = gpu};
+    EnqueuedEvaluation<TypeParam> finished(recurrence, there.view(), options);
+    finished.enqueue();
+    EXPECT_EQ(finished.finish().status, Status::finished_sequentially);
+    EXPECT_TRUE(same_bits<TypeParam>(there.on(Device::host()), expected.trajectory));
+    options.on_failure = OnFailure::report;
+    EnqueuedEvaluation<TypeParam> reported(recurrence, there.view(), options);
+    EXPECT_EQ(reported.finish().status, Status::max_iterations);
+    options.on_failure = OnFailure::raise;
+    EnqueuedEvaluation<TypeParam> raising(recurrence, there.view(), options);
+    EXPECT_THROW(raising.finish(), NotConverged);
+    options.max_iterations = 0;
+    EXPECT_THROW(EnqueuedEvaluation<TypeParam>(recurrence, there.view(), options), InvalidArgument);
+    options = {.window = 30, .max_iterations = 3, .execution = gpu};
+    EXPECT_THROW(EnqueuedEvaluation<TypeParam>(recurrence, there.view(), options), InvalidArgument);
+}
+
+template <class S, class T>
+void adjoints_agree(index steps, index batch) {
+    const User<S, T> recurrence(steps, batch);
+    const auto here = evaluate(recurrence, {.method = Method::sequential});
+    const Buffer<T> gradient = Buffer<T>::random(recurrence.shape(), 3, Layout::batch_first);
+    const auto expected = adjoint<T>(recurrence, here.trajectory, here.report, gradient);
+    const Buffer<T> trajectory = here.trajectory.on(Device::cuda()), there = gradient.on(Device::cuda());
+    for (const index window : {0, 1, 16}) {
+        const auto found = adjoint<T>(recurrence, trajectory, here.report, there, {.window = window, .execution = gpu});
+        EXPECT_LE(largest_difference<T>(found.states.on(Device::host()), expected.states), 2000 * epsilon<T>);
+        EXPECT_LE(largest_difference<T>(found.initial.on(Device::host()), expected.initial), 2000 * epsilon<T>);
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, AdjointsEqualTheProcessors) {
+    adjoints_agree<Sines, TypeParam>(1, 1);
+    adjoints_agree<Sines, TypeParam>(67, 2);
+    adjoints_agree<Pendulum, TypeParam>(50, 3);
+    adjoints_agree<Network, TypeParam>(45, 2);
+}
+
+/// The same on the processor, another one on the GPU.
+class Different : public User<Network, double> {
+public:
+    Different() : User(6, 2), there_(6, 2, {.gain = 0.71}) {}
+    void linearise(const Section& section, View<const double> before, View<double> after,
+                   Jacobian<double> jacobian) const override {
+        if (section.execution.backend == Backend::cuda)
+            there_.linearise(section, before, after, jacobian);
+        else
+            User::linearise(section, before, after, jacobian);
+    }
+
+private:
+    User<Network, double> there_;
+};
+
+TEST(CheckRecurrenceOnGpu, ComparesTheBackends) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const CheckReport good = check_recurrence(User<Pendulum, double>(6, 3));
+    EXPECT_TRUE(good.ok()) << good;
+    EXPECT_EQ(good.entries_checked, 2 * 4 * 3 * 2 * 2) << "both backends";
+    EXPECT_TRUE(check_recurrence(User<Sines, float>(6, 2)).ok());
+    const CheckReport bad = check_recurrence(Different());
+    ASSERT_FALSE(bad.ok());
+    std::ostringstream text;
+    text << bad;
+    EXPECT_NE(text.str().find("on the GPU, step against linearise's result"), std::string::npos) << text.str();
+    const CheckReport backends = check_backends();
+    EXPECT_TRUE(backends.ok()) << backends;
+}
+
+TEST(NewtonOnGpuArguments, SayWhatIsWrong) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const auto message = [](const auto& call) -> std::string {
+        try {
+            call();
+        } catch (const Error& error) {
+            return error.what();
+        }
+        return "";
+    };
+    const User<Sines, float> recurrence(10, 2);
+    const Buffer<float> here(recurrence.shape()), there(recurrence.shape(), Layout::steps_first, Device::cuda());
+    EXPECT_EQ(message([&] { evaluate(recurrence, here.view(), {.execution = gpu}); }),
+              "trajectory: expected memory of a GPU, for Backend::cuda, got main memory");
+    EXPECT_EQ(message([&] { evaluate(recurrence, there.view(), {.anderson = 2, .execution = gpu}); }),
+              "options.anderson: expected 0, for Backend::cuda, got 2");
+    Workspace workspace;
+    EXPECT_EQ(message([&] { evaluate(recurrence, there.view(), {.execution = gpu, .workspace = &workspace}); }),
+              "options.workspace: expected a workspace on the current GPU, got one elsewhere");
+    const auto good = evaluate(recurrence, there.view(), {.execution = gpu});
+    EXPECT_EQ(message([&] { adjoint<float>(recurrence, there, good, here, {.execution = gpu}); }),
+              "output_gradient: expected memory of a GPU, for Backend::cuda, got main memory");
+}
+
+}  // namespace
+}  // namespace deeppcr
