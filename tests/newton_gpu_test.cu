@@ -184,7 +184,7 @@ void agree_with_sequential(index steps, index batch, double tolerance) {
     const auto expected = evaluate(recurrence, {.method = Method::sequential});
     for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::identity, Surrogate::zero})
         for (const Guess guess : {Guess::initial_state, Guess::first_step, Guess::given})
-            for (const Reduction reduction : {Reduction::automatic, Reduction::sequential, Reduction::pcr}) {
+            for (const Reduction reduction : {Reduction::automatic, Reduction::pcr}) {
                 const Buffer<T> start = Buffer<T>::random(recurrence.shape(), 5);
                 const auto [trajectory, report] = evaluate_there<T>(
                     recurrence, {.surrogate = surrogate, .reduction = reduction, .guess = guess}, &start);
@@ -197,7 +197,7 @@ void agree_with_sequential(index steps, index batch, double tolerance) {
 }
 
 TYPED_TEST(NewtonOnGpu, EverySurrogateGuessAndReductionAgreesWithSequential) {
-    for (const index steps : {1, 2, 37}) {
+    for (const index steps : {1, 2, 23}) {
         agree_with_sequential<Sines, TypeParam>(steps, 3, 1000);
         agree_with_sequential<Pendulum, TypeParam>(steps, 2, 20000);  // forgets slowly
         agree_with_sequential<Network, TypeParam>(steps, 2, 1000);
@@ -211,14 +211,15 @@ TYPED_TEST(NewtonOnGpu, ReportsAsTheProcessorDoes) {
     const auto there = evaluate_there<TypeParam>(recurrence, options);
     ASSERT_EQ(there.report.status, Status::converged);
     EXPECT_EQ(there.report.iterations, here.report.iterations);
-    EXPECT_NEAR(there.report.residual, here.report.residual, 0.01 * here.report.residual);
+    const double rounding = 0.01 * here.report.residual + 4 * epsilon<TypeParam>;
+    EXPECT_NEAR(there.report.residual, here.report.residual, rounding);
     EXPECT_NEAR(there.report.error, here.report.error, 0.05 * here.report.error);
     EXPECT_NEAR(there.report.lyapunov, here.report.lyapunov, 0.1);
     ASSERT_EQ(there.report.sequences.size(), 3U);
     for (std::size_t j = 0; j < 3; ++j) {
         EXPECT_EQ(there.report.sequences[j].confirmed, 131);
         EXPECT_EQ(there.report.sequences[j].iterations, here.report.sequences[j].iterations);
-        EXPECT_NEAR(there.report.sequences[j].residual, here.report.sequences[j].residual, 0.01 * here.report.residual);
+        EXPECT_NEAR(there.report.sequences[j].residual, here.report.sequences[j].residual, rounding);
     }
 }
 
@@ -244,18 +245,18 @@ TYPED_TEST(NewtonOnGpu, SequentialEqualsAWindowOfOneStepBitForBit) {
 }
 
 TYPED_TEST(NewtonOnGpu, WindowsOfAnyLengthGiveTheSameResult) {
-    const User<Network, TypeParam> recurrence(110, 3, {.gain = 0.9});
+    const User<Network, TypeParam> recurrence(70, 3, {.gain = 0.9});
     const auto expected = evaluate(recurrence, {.method = Method::sequential});
-    for (const Guess guess : {Guess::initial_state, Guess::first_step, Guess::given})
-        for (const index window : {1, 2, 7, 64, 109, 110, 1000}) {
-            const Buffer<TypeParam> start = Buffer<TypeParam>::random(recurrence.shape(), 5);
-            const auto [trajectory, report] =
-                evaluate_there<TypeParam>(recurrence, {.guess = guess, .window = window}, &start);
-            EXPECT_EQ(report.status, Status::converged) << window;
-            EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
-            EXPECT_EQ(report.window, std::min<index>(window, 110));
-            EXPECT_LE(report.error, 1000 * epsilon<TypeParam>);
-        }
+    for (const index window : {1, 2, 7, 31, 69, 70, 1000}) {
+        const Guess guess = window % 3 == 1 ? Guess::initial_state : window % 3 == 2 ? Guess::first_step : Guess::given;
+        const Buffer<TypeParam> start = Buffer<TypeParam>::random(recurrence.shape(), 5);
+        const auto [trajectory, report] =
+            evaluate_there<TypeParam>(recurrence, {.guess = guess, .window = window}, &start);
+        EXPECT_EQ(report.status, Status::converged) << window;
+        EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
+        EXPECT_EQ(report.window, std::min<index>(window, 70));
+        EXPECT_LE(report.error, 1000 * epsilon<TypeParam>);
+    }
 }
 
 TYPED_TEST(NewtonOnGpu, AfterKPassesTheFirstKStepsAreExact) {
@@ -276,20 +277,20 @@ TYPED_TEST(NewtonOnGpu, AfterKPassesTheFirstKStepsAreExact) {
 }
 
 TYPED_TEST(NewtonOnGpu, WhatDoesNotConvergeIsFinishedSequentiallyFromEachPrefix) {
-    const User<Network, TypeParam> recurrence(150, 4, {.gain = 6});
+    const User<Network, TypeParam> recurrence(70, 4, {.gain = 6});
     const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
     Options options{.absolute_tolerance = 0, .relative_tolerance = 0, .max_iterations = 20};
     const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, options);
     EXPECT_EQ(report.status, Status::finished_sequentially);
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
-    EXPECT_LE(report.sequential_steps, 4 * (150 - 19));
+    EXPECT_LE(report.sequential_steps, 4 * (70 - 19));
     EXPECT_GT(report.sequential_steps, 0);
     EXPECT_TRUE(std::isnan(report.error));
 
     options.on_failure = OnFailure::report;
     const auto reported = evaluate_there<TypeParam>(recurrence, options);
     EXPECT_EQ(reported.report.status, Status::max_iterations);
-    EXPECT_LT(reported.report.sequences[0].confirmed, 150);
+    EXPECT_LT(reported.report.sequences[0].confirmed, 70);
     options.on_failure = OnFailure::raise;
     EXPECT_THROW(evaluate_there<TypeParam>(recurrence, options), NotConverged);
     options = {.progress = [](index, index, index iterations) { return iterations < 2; }};
@@ -297,24 +298,24 @@ TYPED_TEST(NewtonOnGpu, WhatDoesNotConvergeIsFinishedSequentiallyFromEachPrefix)
 }
 
 TYPED_TEST(NewtonOnGpu, ChaosEndsInTheLadder) {
-    const User<Logistic, TypeParam> recurrence(700, 2);
+    const User<Logistic, TypeParam> recurrence(300, 2);
     const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {});
     EXPECT_TRUE(report.ok()) << report;
-    EXPECT_LT(report.iterations, 500);
+    EXPECT_LT(report.iterations, 250);
     EXPECT_GT(report.window_shrinks + report.sequential_steps, 0);
     Buffer<TypeParam> after(recurrence.shape());
     Buffer<TypeParam> before(recurrence.shape());
     const std::vector<index> sequences = all(2);
     recurrence.initial({0, 0, sequences}, before.view().steps(0, 1));
-    for (index t = 1; t < 700; ++t)
+    for (index t = 1; t < 300; ++t)
         for (index j = 0; j < 2; ++j) before(t, j, 0) = trajectory(t - 1, j, 0);
-    recurrence.step({0, 700, sequences}, before.view(), after.view());
+    recurrence.step({0, 300, sequences}, before.view(), after.view());
     EXPECT_LE(largest_difference<TypeParam>(trajectory, after), 200 * epsilon<TypeParam>);
 }
 
 TYPED_TEST(NewtonOnGpu, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
     for (const index window : {0, 16}) {
-        const User<Network, TypeParam> recurrence(100, 3, {.gain = 0.8, .bad_step = 37, .bad_sequence = 1});
+        const User<Network, TypeParam> recurrence(60, 3, {.gain = 0.8, .bad_step = 37, .bad_sequence = 1});
         const auto expected = evaluate_there<TypeParam>(recurrence, {.method = Method::sequential});
         EXPECT_EQ(expected.report.status, Status::non_finite);
         EXPECT_EQ(expected.report.sequences[1].confirmed, 37);
@@ -331,7 +332,7 @@ TYPED_TEST(NewtonOnGpu, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
         EXPECT_LE(
             largest_difference<TypeParam>(trajectory.view().steps(0, 37), expected.trajectory.view().steps(0, 37)),
             1000 * epsilon<TypeParam>);
-        for (index t = 37; t < 100; ++t) EXPECT_TRUE(std::isnan(trajectory(t, 1, 0)));
+        for (index t = 37; t < 60; ++t) EXPECT_TRUE(std::isnan(trajectory(t, 1, 0)));
     }
 }
 
@@ -369,7 +370,7 @@ TYPED_TEST(NewtonOnGpu, SequencesConvergeAtDifferentPasses) {
 }
 
 TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
-    const User<Pendulum, TypeParam> recurrence(300, 2);
+    const User<Pendulum, TypeParam> recurrence(150, 2);
     const auto expected = evaluate_there<TypeParam>(recurrence, {});
     cudaStream_t stream = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
@@ -387,11 +388,11 @@ TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
 }
 
 TYPED_TEST(NewtonOnGpu, APassThatIsCapturedIntoAGraphGivesTheSameBits) {
-    const User<Network, TypeParam> recurrence(70, 3);
+    const User<Network, TypeParam> recurrence(40, 3);
     const auto expected = evaluate_there<TypeParam>(recurrence, {});
     cudaStream_t stream = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-    const Options options{.max_iterations = 12, .execution = {.backend = Backend::cuda, .stream = stream}};
+    const Options options{.max_iterations = 9, .execution = {.backend = Backend::cuda, .stream = stream}};
     const Buffer<TypeParam> there(recurrence.shape(), Layout::steps_first, Device::cuda());
     {
         EnqueuedEvaluation<TypeParam> evaluation(recurrence, there.view(), options);
@@ -461,17 +462,20 @@ TYPED_TEST(NewtonOnGpu, AdjointsEqualTheProcessors) {
 /// The same on the processor, another one on the GPU.
 class Different : public User<Network, double> {
 public:
-    Different() : User(6, 2), there_(6, 2, {.gain = 0.71}) {}
+    Different() : User(6, 2), here_(6, 2), there_(6, 2, {.gain = 0.71}) {}
+    void step(const Section& section, View<const double> before, View<double> after) const override {
+        which(section).step(section, before, after);
+    }
     void linearise(const Section& section, View<const double> before, View<double> after,
                    Jacobian<double> jacobian) const override {
-        if (section.execution.backend == Backend::cuda)
-            there_.linearise(section, before, after, jacobian);
-        else
-            User::linearise(section, before, after, jacobian);
+        which(section).linearise(section, before, after, jacobian);
     }
 
 private:
-    User<Network, double> there_;
+    const User<Network, double>& which(const Section& section) const {
+        return section.execution.backend == Backend::cuda ? there_ : here_;
+    }
+    User<Network, double> here_, there_;
 };
 
 TEST(CheckRecurrenceOnGpu, ComparesTheBackends) {
@@ -484,7 +488,7 @@ TEST(CheckRecurrenceOnGpu, ComparesTheBackends) {
     ASSERT_FALSE(bad.ok());
     std::ostringstream text;
     text << bad;
-    EXPECT_NE(text.str().find("on the GPU, step against linearise's result"), std::string::npos) << text.str();
+    EXPECT_NE(text.str().find("a step on the processor against the GPU's"), std::string::npos) << text.str();
     const CheckReport backends = check_backends();
     EXPECT_TRUE(backends.ok()) << backends;
 }

@@ -1,5 +1,6 @@
 #include "device/cuda.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <memory>
@@ -29,6 +30,8 @@ void check(cudaError_t error, const char* doing) {
 }
 
 Launch one_each(index count, cudaStream_t stream, int threads) {
+    constexpr index warp = 32;
+    threads = int(std::min<index>(threads, std::max<index>(1, (count + warp - 1) / warp) * warp));
     const index blocks = (count + threads - 1) / threads;
     if (blocks > std::numeric_limits<int>::max())
         throw InvalidArgument("shape", "fewer than 2^31 blocks of threads", std::to_string(blocks));

@@ -461,7 +461,7 @@ private:
     // --- passes
 
     void begin_passes() {
-        first_ = base_ = passes_ = 0;
+        first_ = base_ = stored_ = passes_ = 0;
         report_.window = window_;
         device::fill_bytes(tracks_, 0, batch_ * index(sizeof(Track)), stream_);
         device::fill_bytes(resets_, 0, index(sizeof(Word)), stream_);
@@ -494,7 +494,8 @@ private:
         linearise();
         const cuda::Launch by_row = cuda::one_each(rows() * batch_ * pass.lanes, stream_);
         cuda::launch(by_row, test_rows<T>, pass);
-        cuda::launch({dim3(unsigned(batch_)), dim3(plain_threads), 0, stream_}, advance_tracks<T>, pass);
+        const dim3 per_sequence = cuda::one_each(width_ * std::max<index>(block_, 1), stream_).threads;
+        cuda::launch({dim3(unsigned(batch_)), per_sequence, 0, stream_}, advance_tracks<T>, pass);
         if (options_.surrogate != Surrogate::zero) {
             const View<T> update(update_, shape(rows()));
             solve(BidiagonalSystem<T>{jacobian(), update}, update, solve_options());
@@ -598,12 +599,14 @@ private:
         const index kept = rows() - shift;
         estimate_errors(shift);
         follow(shift);
-        store(next_window_ < window_ ? rows() : shift, false);
+        if (next_window_ < window_) store(first_ + rows(), false);  // what is confirmed leaves the window, too
         base_ += shift;
         first_ += shift;
         window_ = std::min(window_, next_window_);
         if (rows() <= kept) return;
         if (base_ + rows() > capacity_) {  // what is kept lies behind all that it moves to
+            store(first_, false);
+            stored_ = first_;
             device::copy_on_gpu(states_, row(0), (kept + 1) * batch_ * width_ * index(sizeof(T)), stream_);
             base_ = 0;
         }
@@ -622,9 +625,12 @@ private:
         for_each(entering, stream_, take_guesses<T>, after_, tracks_, first_ + from, entering, states);
     }
 
-    void store(index count, bool everything) {
-        const Elements stored = elements_of(shape(count));
-        for_each(stored, stream_, store_rows<T>, row(1), tracks_, first_, everything, stored, Strided<T>(trajectory_));
+    /// Writes the steps up to `last` that have not been to the caller's array: what is confirmed, or everything. As
+    /// late as possible, so that a first pass that fails leaves the array as it was.
+    void store(index last, bool everything) {
+        const Elements stored = elements_of(shape(last - stored_));
+        for_each(stored, stream_, store_rows<T>, row(stored_ - first_ + 1), tracks_, stored_, everything, stored,
+                 Strided<T>(trajectory_));
     }
 
     /// First-order error of the confirmed rows among the window's first `count`: e_t = J_t e_{t-1} + r_t. Between
@@ -653,7 +659,7 @@ private:
 
     void end_passes() {
         estimate_errors(rows());
-        store(rows(), true);
+        store(first_ + rows(), true);
     }
 
     // --- outcome
@@ -779,6 +785,7 @@ private:
     index capacity_ = 0;     // rows that `states_` has room for, beside the first state
     index first_ = 0;        // steps before the window
     index base_ = 0;         // rows before it in `states_`
+    index stored_ = 0;       // steps that are in the caller's array for good
     index passes_ = 0;
     std::optional<LyapunovEstimate<T>> growth_;
     index followed_ = 0;

@@ -1,6 +1,7 @@
 #include "cuda_runtime.h"
 
 #include <ucontext.h>
+#include <csetjmp>
 
 #include <algorithm>
 #include <array>
@@ -15,6 +16,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -40,6 +44,8 @@ struct Fiber {
     uint3 thread{};
     Block* block = nullptr;
     ucontext_t context{};
+    std::jmp_buf place{};
+    bool begun = false;
     std::unique_ptr<unsigned char[]> stack;
     Meeting* waiting = nullptr;  // for the end of `round`
     std::size_t round = 0;
@@ -68,6 +74,7 @@ struct Scheduler {
     const std::function<void()>* kernel = nullptr;
     Fiber* now = nullptr;
     ucontext_t context{};
+    std::jmp_buf place{};
     const void* stack = nullptr;
     std::size_t stack_size = 0;
     void* fake_stack = nullptr;
@@ -84,7 +91,15 @@ void switch_to_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler.fake_stack, fiber.stack.get(), stack_bytes);
 #endif
+#if defined(SANITIZED)
     swapcontext(&scheduler.context, &fiber.context);
+#else  // without swapcontext's system calls
+    if (_setjmp(scheduler.place) == 0) {
+        if (fiber.begun) _longjmp(fiber.place, 1);
+        fiber.begun = true;
+        setcontext(&fiber.context);
+    }
+#endif
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
 #endif
@@ -97,7 +112,11 @@ void switch_to_scheduler(Fiber& fiber, bool for_ever) {
 #else
     (void)for_ever;
 #endif
+#if defined(SANITIZED)
     swapcontext(&fiber.context, &scheduler.context);
+#else
+    if (_setjmp(fiber.place) == 0) _longjmp(scheduler.place, 1);
+#endif
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler.stack, &scheduler.stack_size);
 #endif
@@ -143,7 +162,7 @@ std::size_t meet(Meeting& meeting, std::size_t expected) {
 std::unique_ptr<Block> make_block(std::size_t number, std::size_t shared_bytes) {
     auto block = std::make_unique<Block>();
     block->shared = std::make_unique<unsigned char[]>(shared_bytes);  // aligned to 16
-    std::memset(block->shared.get(), 0xFF, shared_bytes);  // NaN
+    std::memset(block->shared.get(), 0xFF, shared_bytes);             // NaN
     block->where = {unsigned(number) % gridDim.x, unsigned(number) / gridDim.x % gridDim.y,
                     unsigned(number) / gridDim.x / gridDim.y};
     for (unsigned t = 0; t < blockDim.x * blockDim.y * blockDim.z; ++t) {
@@ -200,7 +219,7 @@ struct CUevent_st {
 };
 
 struct Operation {
-    long number;                 // in the order of all calls
+    long number;  // in the order of all calls
     std::function<void()> run;
     CUevent_st* event = nullptr;  // waited for
     long recorded = 0;            // how often it must have been recorded by then
