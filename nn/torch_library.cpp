@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor> shape_cell(int64_t kind, const Tensor& gates, const T
 std::tuple<Tensor, Tensor, Tensor> shape_cell_backward(int64_t kind, const Tensor& gates, const Tensor& parameters,
                                                        const c10::optional<Tensor>&, const Tensor&, const Tensor&,
                                                        const Tensor&, bool) {
-    return {at::empty_like(gates, at::MemoryFormat::Contiguous), at::empty_like(parameters),
+    return {at::empty_like(gates, at::MemoryFormat::Contiguous),
+            at::empty_like(parameters, at::MemoryFormat::Contiguous),
             at::empty_symint({gates.sym_size(1), state_width(kind, parameters)}, gates.options())};
 }
 
