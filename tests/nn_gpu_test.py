@@ -152,7 +152,7 @@ check("a stream of its own", torch.equal(again, expected))
 check("a stream of its own: gradients repeat", same)
 
 # Memory is torch's: after some calls nothing is left over, and what is free is used again.
-del late, states, again, first
+del late, again, first
 gc.collect()
 torch.cuda.synchronize()
 before = torch.cuda.memory_allocated()

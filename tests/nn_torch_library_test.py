@@ -165,8 +165,8 @@ else:
 assert torch.ops.deeppcr.para_lstm(gates.to("meta"), torch.empty(5, channels, dtype=torch.double, device="meta")
                                    ).shape == (steps, batch, 2 * channels)
 if hasattr(torch, "compile"):
-    for x in (initial, None):
-        torch.library.opcheck(torch.ops.deeppcr._cell.default, (0, gates, parameters, x, True))
+    for start in (initial, None):
+        torch.library.opcheck(torch.ops.deeppcr._cell.default, (0, gates, parameters, start, True))
 
     def network(u, p, x):
         return torch.ops.deeppcr.para_gru(u.tanh(), p, x, True).square().sum()
