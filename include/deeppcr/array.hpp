@@ -194,8 +194,8 @@ void fill_normal(double* data, index count, std::uint64_t seed);
 }  // namespace detail
 
 /// While it lives, the memory of `device` that this thread asks for comes from `allocate`: that of Buffers and
-/// Workspaces, and so of every call. For another library's allocator whose memory belongs to a stream: `stream` is where
-/// Buffers are then filled with zeros, and where the calls meanwhile are to run.
+/// Workspaces, and so of every call. For another library's allocator whose memory belongs to a stream: `stream` is
+/// where Buffers are then filled with zeros, and where the calls meanwhile are to run.
 class MemorySource {
 public:
     /// Uninitialised, 64-byte aligned; throws OutOfMemory.
