@@ -224,6 +224,7 @@ void add_train(Program& program) {
     given.value("--skip", field(&TrainingOptions::skip), "Layers that a skip connection spans; 0: none");
     given.choice("--activation", field(&TrainingOptions::activation), nn::activation_names, "Of the layers");
     given.evaluation(field(&TrainingOptions::evaluation));
+    given.value("--device", field(&TrainingOptions::device), "Where to train: cpu, cuda or cuda:<number>");
     given.value("--batch", field(&TrainingOptions::batch), "Images per step");
     given.value("--epochs", field(&TrainingOptions::epochs), "Passes over the training images");
     given.value("--steps", field(&TrainingOptions::steps), "Steps, instead of epochs; 0: as --epochs says");

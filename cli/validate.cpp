@@ -66,6 +66,7 @@ void add_validate(Program& program) {
         return [=](nn::ValidationOptions & options) -> auto& { return options.*member; };
     };
     given.evaluation(field(&nn::ValidationOptions::evaluation));
+    given.value("--device", field(&nn::ValidationOptions::device), "Where: cpu, cuda or cuda:<number>");
     given.value("--batch", field(&nn::ValidationOptions::batch), "Images at once; 0: as in the training");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");

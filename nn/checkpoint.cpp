@@ -65,7 +65,7 @@ std::string to_text(Number number) {
 }
 
 files::Tensor to_file(const at::Tensor& tensor) {
-    const at::Tensor values = tensor.detach().contiguous();
+    const at::Tensor values = tensor.detach().cpu().contiguous();
     files::Tensor result{values.sizes().vec(), {}};
     const auto fill = [&]<class T>(T) {
         result.values = std::vector<T>(values.data_ptr<T>(), values.data_ptr<T>() + values.numel());

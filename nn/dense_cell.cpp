@@ -1,12 +1,12 @@
 #include <deeppcr/nn/dense_cell.hpp>
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
 #include <utility>
 
+#include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
@@ -16,7 +16,10 @@ using at::Tensor;
 
 template <class T>
 View<const T> view_inputs(const Tensor& gates) {
-    return {gates.data_ptr<T>(), {gates.size(0), gates.size(1), gates.size(2)}, gates.stride(0), gates.stride(1)};
+    return {static_cast<const T*>(gates.data_ptr()),
+            {gates.size(0), gates.size(1), gates.size(2)},
+            gates.stride(0),
+            gates.stride(1)};
 }
 
 /// What the backward pass needs and autograd does not keep: the cell's packed weights and the report.
@@ -38,7 +41,7 @@ struct Forward : torch::CustomClassHolder {
     /// PyTorch's [gates * hidden, hidden] (or [gates * hidden]) as one matrix (or row) per gate.
     static View<const T> per_gate(DenseCellKind kind, const Tensor& tensor, index rows) {
         const index gates = gate_count(kind), hidden = tensor.size(0) / gates;
-        return {tensor.data_ptr<T>(), {gates, rows, hidden}};
+        return {static_cast<const T*>(tensor.data_ptr()), {gates, rows, hidden}};
     }
 
     Tensor gates, weights, biases, initial;  // detached: the cell's views point into them
@@ -49,11 +52,11 @@ struct Forward : torch::CustomClassHolder {
 };
 
 template <class T>
-Tensor run_forward(Forward<T>& forward) {
+Tensor run_forward(Forward<T>& forward, const DeviceScope& here) {
     const Shape shape = forward.cell.shape();
     DenseCellMemory& memory = *forward.memory;
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
-    Options options = forward.evaluation;
+    Options options = here.options(forward.evaluation);
     const bool given = options.guess == Guess::given && options.method != Method::sequential;
     if (given && memory.trajectory.defined() && memory.trajectory.sizes() == trajectory.sizes())
         trajectory.copy_(memory.trajectory);
@@ -70,8 +73,9 @@ struct DenseCellFunction : torch::autograd::Function<DenseCellFunction<T>> {
     static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& gates, const Tensor& weights,
                           const Tensor& biases, const Tensor& initial, DenseCellKind kind, const Options& evaluation,
                           const std::shared_ptr<DenseCellMemory>& memory) {
+        const DeviceScope here(gates);
         auto pass = c10::make_intrusive<Forward<T>>(kind, gates, weights, biases, initial, evaluation, memory);
-        Tensor trajectory = run_forward(*pass);
+        Tensor trajectory = run_forward(*pass, here);
         context->save_for_backward({gates, weights, biases, initial, trajectory});
         context->saved_data["pass"] = c10::IValue::make_capsule(pass);
         return trajectory;
@@ -87,9 +91,10 @@ struct DenseCellFunction : torch::autograd::Function<DenseCellFunction<T>> {
         if (!pass->report.ok())
             throw InvalidArgument("backward of dense_cell", "a trajectory that converged or was finished sequentially",
                                   "one that is " + to_string(pass->report.status));
+        const DeviceScope here(trajectory);
         const Tensor output_gradient = output_gradients[0].contiguous();
         auto gradients = adjoint(pass->cell, view<const T>(trajectory), pass->report, view<const T>(output_gradient),
-                                 pass->evaluation);
+                                 here.options(pass->evaluation));
         pass->memory->backward = gradients.report;
         const auto options = trajectory.options();
         return {adopt(gradients.inputs, pass->gates.sizes(), options),
@@ -110,16 +115,21 @@ Tensor dense_cell(DenseCellKind kind, const Tensor& gates, const Tensor& weight_
         throw InvalidArgument("kind", "one of DenseCellKind", std::to_string(int(kind)));
     const index count = gate_count(kind);
     if (!gates.defined() || gates.dim() != 3 || gates.size(2) < count || gates.size(2) % count != 0 ||
-        (gates.scalar_type() != at::kFloat && gates.scalar_type() != at::kDouble) || !gates.device().is_cpu())
+        !is_real(gates.scalar_type()) || !is_on_cpu_or_cuda(gates))
         throw InvalidArgument("gates",
-                              "float or double [steps,batch," + std::to_string(count) + " * hidden] on the CPU",
+                              "float, double, bfloat16 or float16 [steps,batch," + std::to_string(count) +
+                                  " * hidden] on the CPU or a GPU",
                               describe(gates));
-    const index hidden = gates.size(2) / count;
     const auto type = gates.scalar_type();
-    require("weight_hh", weight_hh, {count * hidden, hidden}, type);
+    if (is_16_bit(type))
+        return dense_cell(kind, gates.to(at::kFloat), widen("weight_hh", weight_hh, type),
+                          widen("bias_hh", bias_hh, type), widen("initial", initial, type), options, std::move(memory))
+            .to(type);
+    const index hidden = gates.size(2) / count;
+    require("weight_hh", weight_hh, {count * hidden, hidden}, type, gates.device());
     const Tensor biases = bias_hh.defined() ? bias_hh : at::zeros({count * hidden}, gates.options());
-    require("bias_hh", biases, {count * hidden}, type);
-    require("initial", initial, {gates.size(1), state_width(kind, hidden)}, type);
+    require("bias_hh", biases, {count * hidden}, type, gates.device());
+    require("initial", initial, {gates.size(1), state_width(kind, hidden)}, type, gates.device());
     if (!memory) memory = std::make_shared<DenseCellMemory>();
     return type == at::kFloat
                ? DenseCellFunction<float>::apply(gates, weight_hh, biases, initial, kind, options.evaluation, memory)

@@ -2,19 +2,19 @@
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_solve.h>
+#include <ATen/ops/linalg_solve_ex.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
 #include <numeric>
 #include <string>
 
+#include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
@@ -25,7 +25,7 @@ using at::Tensor;
 /// [layers,width] as the [layers,1,width] that DenseChain takes.
 template <class T>
 View<T> view_biases(const Tensor& biases) {
-    return View<T>(biases.data_ptr<std::remove_const_t<T>>(), {biases.size(0), 1, biases.size(1)});
+    return view<T>(biases.unsqueeze(1));
 }
 
 Report sequential_report(index batch, index steps) {
@@ -38,43 +38,42 @@ Report sequential_report(index batch, index steps) {
     return report;
 }
 
-/// The first step at which a sequence is not finite, or `steps`.
-template <class T>
-index finite_steps(View<const T> trajectory, index sequence) {
-    for (index step = 0; step < trajectory.steps(); ++step)
-        for (index element = 0; element < trajectory.width(); ++element)
-            if (!std::isfinite(trajectory(step, sequence, element))) return step;
-    return trajectory.steps();
-}
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-/// Step by step, keeping the slopes for the backward pass. A state that is not finite stays so in a residual network;
-/// in an MLP that recovers from one, the trajectory is what its formula says, and counts as right.
+/// Marks the sequences whose last state is not finite; one that is not stays so in a residual network, and in an MLP
+/// that recovers from one, the trajectory is what its formula says, and counts as right.
+void find_non_finite(const Tensor& trajectory, Report& report) {
+    const Tensor ends_well = trajectory.select(0, trajectory.size(0) - 1).isfinite().all(1).cpu();
+    const auto* const finite = ends_well.data_ptr<bool>();
+    for (index sequence = 0; sequence < index(report.sequences.size()); ++sequence) {
+        if (finite[sequence]) continue;
+        Report::Sequence& entry = report.sequences[std::size_t(sequence)];
+        entry.status = report.status = Status::non_finite;
+        const Tensor steps = trajectory.select(1, sequence).isfinite().all(1);
+        entry.confirmed = steps.to(at::kLong).cumprod(0).sum().item<index>();
+    }
+}
+
+/// Step by step, keeping the slopes for the backward pass.
 template <class T>
-Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, View<T> trajectory, View<T> slopes) {
+Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, Device device, const Tensor& trajectory,
+                        View<T> slopes) {
     const auto start = std::chrono::steady_clock::now();
     const Shape shape = chain.shape();
     std::vector<index> sequences(std::size_t(shape.batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
     const Section section{0, shape.steps, sequences, execution};
-    const auto state = Buffer<T>::uninitialised({1, shape.batch, shape.width});
+    const auto state = Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, device);
     chain.initial(section, state);
     if (slopes.empty())
-        chain.run(section, state, trajectory);
+        chain.run(section, state, view<T>(trajectory));
     else
-        chain.run_with_slopes(section, state, trajectory, slopes);
+        chain.run_with_slopes(section, state, view<T>(trajectory), slopes);
 
     Report report = sequential_report(shape.batch, shape.steps);
-    for (index sequence = 0; sequence < shape.batch && shape.steps > 0; ++sequence) {
-        const T* last = trajectory.at(shape.steps - 1, sequence);
-        if (std::all_of(last, last + shape.width, [](T value) { return std::isfinite(value); })) continue;
-        auto& entry = report.sequences[std::size_t(sequence)];
-        entry.status = report.status = Status::non_finite;
-        entry.confirmed = finite_steps<T>(trajectory, sequence);
-    }
+    if (shape.steps > 0) find_non_finite(trajectory, report);
     report.seconds = report.sequential.seconds = seconds_since(start);
     return report;
 }
@@ -93,16 +92,17 @@ Tensor with_ones(const Tensor& initial) {
 /// cannot tell apart.
 Tensor fit_prediction(const Tensor& trajectory, const Tensor& initial, index skip) {
     const Tensor inputs = with_ones(initial);
-    Tensor gram = inputs.t().mm(inputs);
-    const double ridge = 1e-3 * gram.diagonal().mean().item<double>();
+    const Tensor gram = inputs.t().mm(inputs), ridge = gram.diagonal().mean().mul(1e-3);
     gram.diagonal().add_(ridge);
-    const Tensor solver = at::linalg_solve(gram, inputs.t());  // [width + 1, batch]
+    // Unchecked, for a look at the outcome would wait for the GPU: the matrix is positive definite.
+    const Tensor solver = std::get<0>(at::linalg_solve_ex(gram, inputs.t()));  // [width + 1, batch]
     const Tensor targets = relative_to_initial(trajectory, initial, skip);
     return at::bmm(solver.unsqueeze(0).expand({trajectory.size(0), -1, -1}), targets);
 }
 
 bool fits(const Tensor& prediction, const Tensor& trajectory) {
     return prediction.defined() && prediction.scalar_type() == trajectory.scalar_type() &&
+           prediction.device() == trajectory.device() &&
            prediction.sizes() == at::IntArrayRef({trajectory.size(0), trajectory.size(2) + 1, trajectory.size(2)});
 }
 
@@ -135,30 +135,28 @@ struct Forward : torch::CustomClassHolder {
 };
 
 template <class T>
-Tensor run_forward(Forward<T>& forward, bool backward_follows) {
+Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_follows) {
     const DenseChain<T>& chain = forward.chain;
     const index skip = forward.options.skip;
-    Options& evaluation = forward.options.evaluation;
+    Options options = here.options(forward.options.evaluation);
     DenseChainMemory& memory = *forward.memory;
     const Shape shape = chain.shape();
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
-    const View<T> states = view<T>(trajectory);
 
-    if (evaluation.method == Method::sequential) {
+    if (options.method == Method::sequential) {
         View<T> slopes;
         if (backward_follows) {
             forward.slopes = at::empty({chain.layers(), shape.batch, shape.width}, forward.initial.options());
             slopes = view<T>(forward.slopes);
         }
-        forward.report = run_sequentially(chain, evaluation.execution, states, slopes);
+        forward.report = run_sequentially(chain, options.execution, here.device(), trajectory, slopes);
     } else {
-        const bool predicted = evaluation.guess == Guess::given;
-        Options options = evaluation;
+        const bool predicted = options.guess == Guess::given;
         if (predicted && fits(memory.prediction, trajectory))
             predict(memory.prediction, forward.initial, skip, trajectory);
         else if (predicted)
             options.guess = Guess::initial_state;
-        forward.report = evaluate(chain, states, options);
+        forward.report = evaluate(chain, view<T>(trajectory), options);
         if (predicted && forward.report.ok()) memory.prediction = fit_prediction(trajectory, forward.initial, skip);
     }
     memory.forward = forward.report;
@@ -170,6 +168,7 @@ std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& traj
     if (!forward.report.ok())
         throw InvalidArgument("backward of dense_chain", "a trajectory that converged or was finished sequentially",
                               "one that is " + to_string(forward.report.status));
+    const DeviceScope here(trajectory);
     const Shape shape = forward.chain.shape();
     Tensor state_gradients;
     if (forward.options.whole_trajectory) {
@@ -178,9 +177,9 @@ std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& traj
         state_gradients = at::zeros(trajectory.sizes(), trajectory.options());
         state_gradients[shape.steps - 1].copy_(output_gradient);
     }
-    auto gradients =
-        adjoint(forward.chain, view<const T>(trajectory), forward.report, view<const T>(state_gradients),
-                forward.options.evaluation, forward.slopes.defined() ? view<const T>(forward.slopes) : View<const T>());
+    auto gradients = adjoint(forward.chain, view<const T>(trajectory), forward.report, view<const T>(state_gradients),
+                             here.options(forward.options.evaluation),
+                             forward.slopes.defined() ? view<const T>(forward.slopes) : View<const T>());
     forward.memory->backward = gradients.report;
 
     return {adopt(gradients.initial, forward.initial.sizes(), trajectory.options()),
@@ -193,9 +192,11 @@ struct DenseChainFunction : torch::autograd::Function<DenseChainFunction<T>> {
     static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& initial, const Tensor& weights,
                           const Tensor& biases, const DenseChainOptions& options,
                           const std::shared_ptr<DenseChainMemory>& memory, bool backward_follows) {
+        const DeviceScope here(initial);
+        const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         auto pass = c10::make_intrusive<Forward<T>>(initial.detach().contiguous(), weights.detach().contiguous(),
                                                     biases.detach().contiguous(), options, memory);
-        Tensor trajectory = run_forward(*pass, backward_follows);
+        Tensor trajectory = run_forward(*pass, here, backward_follows);
         Tensor output = options.whole_trajectory ? trajectory : trajectory[trajectory.size(0) - 1].clone();
         context->save_for_backward({initial, weights, biases, trajectory});
         context->saved_data["pass"] = c10::IValue::make_capsule(pass);
@@ -226,18 +227,23 @@ Tensor apply(const Tensor& initial, const Tensor& weights, const Tensor& biases,
 
 Tensor dense_chain(const Tensor& initial, const Tensor& weights, const Tensor& biases, const DenseChainOptions& options,
                    std::shared_ptr<DenseChainMemory> memory) {
-    if (!initial.defined() || initial.dim() != 2 || !initial.device().is_cpu())
-        throw InvalidArgument("initial", "[batch,width] on the CPU", describe(initial));
+    if (!initial.defined() || initial.dim() != 2 || !is_real(initial.scalar_type()) || !is_on_cpu_or_cuda(initial))
+        throw InvalidArgument("initial", "float, double, bfloat16 or float16 [batch,width] on the CPU or a GPU",
+                              describe(initial));
     const auto type = initial.scalar_type();
-    if (type != at::kFloat && type != at::kDouble)
-        throw InvalidArgument("initial", "float or double", describe(initial));
+    if (is_16_bit(type))
+        return dense_chain(initial.to(at::kFloat), widen("weights", weights, type), widen("biases", biases, type),
+                           options, std::move(memory))
+            .to(type);
     const std::string width = std::to_string(initial.size(1));
     if (!weights.defined() || weights.dim() != 3 || weights.size(1) != initial.size(1) ||
-        weights.size(2) != initial.size(1) || weights.scalar_type() != type || !weights.device().is_cpu())
-        throw InvalidArgument("weights", "[layers," + width + "," + width + "] of initial's type", describe(weights));
+        weights.size(2) != initial.size(1) || weights.scalar_type() != type || weights.device() != initial.device())
+        throw InvalidArgument("weights", "[layers," + width + "," + width + "] of initial's type and device",
+                              describe(weights));
     if (!biases.defined() || biases.dim() != 2 || biases.size(0) != weights.size(0) ||
-        biases.size(1) != initial.size(1) || biases.scalar_type() != type || !biases.device().is_cpu())
-        throw InvalidArgument("biases", "[" + std::to_string(weights.size(0)) + "," + width + "] of initial's type",
+        biases.size(1) != initial.size(1) || biases.scalar_type() != type || biases.device() != initial.device())
+        throw InvalidArgument("biases",
+                              "[" + std::to_string(weights.size(0)) + "," + width + "] of initial's type and device",
                               describe(biases));
     if (weights.size(0) == 0 && !options.whole_trajectory) return initial.clone();
     if (!memory) memory = std::make_shared<DenseChainMemory>();

@@ -1,12 +1,20 @@
-// What differs between LibTorch 1.13 and 2.x, in one place.
+// What differs between LibTorch 1.13 and 2.x, in one place: here, and in libtorch_1.cpp or libtorch_2.cpp.
 #pragma once
 
-#include <torch/optim/optimizer.h>
+#include <ATen/core/Tensor.h>
 
 #include <sstream>
 #include <type_traits>
 
+#include <deeppcr/execution.hpp>
+
 namespace deeppcr::nn {
+
+/// LibTorch's current stream of a GPU. Throws NoDevice where this LibTorch is too old to say.
+CUstream_st* current_cuda_stream(c10::Device device);
+
+/// Bytes that the current GPU has available, those included that LibTorch holds and does not use; 0: unknown.
+index available_cuda_memory(c10::Device device);
 
 /// Under which key an optimiser keeps the state of a parameter: its address, which 1.13 writes out as text.
 template <class Optimiser>

@@ -1,6 +1,7 @@
 #include <deeppcr/nn/recurrent.hpp>
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/dropout.h>
@@ -10,6 +11,7 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <cmath>
 #include <utility>
@@ -26,7 +28,7 @@ constexpr std::size_t weights_per_direction = 3;
 
 /// Packed data, whose rows are ordered by step and then sequence, laid out sequence after sequence.
 struct Layout {
-    explicit Layout(const Tensor& batch_sizes) {
+    Layout(const Tensor& batch_sizes, at::Device device) {
         const Tensor sizes = batch_sizes.contiguous();
         const auto* const running = sizes.data_ptr<std::int64_t>();  // sequences that have a step t
         const index steps = sizes.size(0);
@@ -42,8 +44,13 @@ struct Layout {
             }
             ends.push_back(index(from.size()));
         }
-        laid_out = at::tensor(from, at::kLong);
-        packed = at::tensor(back, at::kLong);
+        laid_out = indices(from, device);
+        packed = indices(back, device);
+    }
+
+    /// Enqueued, not waited for: what the vector holds has been read when it returns.
+    static Tensor indices(const std::vector<std::int64_t>& rows, at::Device device) {
+        return at::tensor(rows, at::kLong).to(device, /*non_blocking=*/true);
     }
 
     /// Where sequences begin in the one row that holds them all, from its first step or from its last.
@@ -69,7 +76,8 @@ Tensor project(const Tensor& input, const Tensor& weight, const Tensor& bias, in
     const Tensor products = at::bmm(parts, blocks.reshape({heads, -1, gates * hidden / heads}));
     auto sizes = input.sizes().vec();
     sizes.back() = gates * hidden;
-    return products.view({heads, rows, gates, hidden / heads}).permute({1, 2, 0, 3}).reshape(sizes) + bias;
+    return products.view({heads, rows, gates, hidden / heads}).permute({1, 2, 0, 3}).reshape(sizes) +
+           bias.to(products.scalar_type());
 }
 
 struct Result {
@@ -95,7 +103,7 @@ Result run_direction(CellKind kind, const Tensor& gates, const Tensor& parameter
         std::vector<std::int64_t> rows;
         for (std::size_t j = 0; j < layout->begins.size(); ++j)
             rows.push_back(reversed ? layout->begins[j] : layout->ends[j] - 1);
-        result.last = states.select(1, 0).index_select(0, at::tensor(rows, at::kLong));
+        result.last = states.select(1, 0).index_select(0, Layout::indices(rows, states.device()));
     } else {
         result.last = states.select(0, reversed ? 0 : states.size(0) - 1);
     }
@@ -104,8 +112,21 @@ Result run_direction(CellKind kind, const Tensor& gates, const Tensor& parameter
     return result;
 }
 
+bool is_autocast_on(at::Device device) {
+    return !c10::impl::tls_is_dispatch_key_excluded(
+        at::autocast::get_autocast_dispatch_key_from_device_type(device.type()));
+}
+
+/// As `require`; under autocast, which casts them, float and numbers of 16 bits may come together.
+void require_weight(const std::string& name, const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type,
+                    at::Device device) {
+    const auto is_cast = [](at::ScalarType given) { return given == at::kFloat || is_16_bit(given); };
+    const bool mixed = tensor.defined() && is_autocast_on(device) && is_cast(type) && is_cast(tensor.scalar_type());
+    require(name.c_str(), tensor, sizes, mixed ? tensor.scalar_type() : type, device);
+}
+
 void check_weights(CellKind kind, const std::vector<Tensor>& weights, std::size_t directions, index inputs,
-                   at::ScalarType type) {
+                   at::ScalarType type, at::Device device) {
     const std::size_t per_layer = weights_per_direction * directions;
     if (weights.empty() || weights.size() % per_layer != 0)
         throw InvalidArgument("weights", "a multiple of " + std::to_string(per_layer) + " tensors, at least one",
@@ -127,13 +148,13 @@ void check_weights(CellKind kind, const std::vector<Tensor>& weights, std::size_
         const index width = i < per_layer ? inputs : hidden * index(directions);
         switch (i % weights_per_direction) {
             case 0:
-                require(name.c_str(), weights[i], {sizes.inputs * hidden, width / heads}, type);
+                require_weight(name, weights[i], {sizes.inputs * hidden, width / heads}, type, device);
                 break;
             case 1:
-                require(name.c_str(), weights[i], {sizes.inputs * hidden}, type);
+                require_weight(name, weights[i], {sizes.inputs * hidden}, type, device);
                 break;
             default:
-                require(name.c_str(), weights[i], {sizes.parameters, hidden}, type);
+                require_weight(name, weights[i], {sizes.parameters, hidden}, type, device);
         }
     }
 }
@@ -167,34 +188,36 @@ std::tuple<Tensor, Tensor> recurrent(CellKind kind, const Tensor& input, const s
     const CellSizes sizes = sizes_of(kind);
     const bool is_packed = call.batch_sizes.defined();
     const index dimensions = is_packed ? 2 : 3;
-    if (!input.defined() || input.dim() != dimensions || input.numel() == 0 ||
-        (input.scalar_type() != at::kFloat && input.scalar_type() != at::kDouble) || !input.device().is_cpu())
+    if (!input.defined() || input.dim() != dimensions || input.numel() == 0 || !is_real(input.scalar_type()) ||
+        !is_on_cpu_or_cuda(input))
         throw InvalidArgument("input",
-                              std::string("float or double ") +
+                              std::string("float, double, bfloat16 or float16 ") +
                                   (is_packed          ? "[rows,inputs]"
                                    : call.batch_first ? "[batch,steps,inputs]"
                                                       : "[steps,batch,inputs]") +
-                                  " on the CPU, at least one of each",
+                                  " on the CPU or a GPU, at least one of each",
                               describe(input));
     if (!(call.dropout >= 0 && call.dropout <= 1))
         throw InvalidArgument("dropout", "0 to 1", std::to_string(call.dropout));
     const std::size_t directions = call.bidirectional ? 2 : 1;
     const auto type = input.scalar_type();
-    check_weights(kind, weights, directions, input.size(-1), type);
+    const at::Device device = input.device();
+    check_weights(kind, weights, directions, input.size(-1), type, device);
     const index hidden = weights[2].size(1), layers = index(weights.size() / (weights_per_direction * directions));
 
     std::optional<Layout> layout;
     Tensor signal = input;
     if (is_packed) {
         check_batch_sizes(call.batch_sizes, input.size(0));
-        layout.emplace(call.batch_sizes);
+        layout.emplace(call.batch_sizes, device);
         signal = input.index_select(0, layout->laid_out).unsqueeze(1);
     }
     // The first projection reads the input as it lies; from the gates on, steps come first.
     const bool transposed = !is_packed && call.batch_first;
     const index sequences = is_packed ? layout->sequences : input.size(transposed ? 0 : 1);
     if (initial.defined())
-        require("initial", initial, {layers * index(directions), sequences, hidden * sizes.states}, type);
+        require_weight("initial", initial, {layers * index(directions), sequences, hidden * sizes.states}, type,
+                       device);
     if (call.reports != nullptr) call.reports->clear();
     std::vector<Tensor> last;
     for (index layer = 0; layer < layers; ++layer) {
@@ -203,7 +226,7 @@ std::tuple<Tensor, Tensor> recurrent(CellKind kind, const Tensor& input, const s
             const std::size_t at = (std::size_t(layer) * directions + direction) * weights_per_direction;
             Tensor gates = project(signal, weights[at], weights[at + 1], sizes.inputs);
             if (transposed && layer == 0) gates = gates.transpose(0, 1);
-            const Tensor start = initial.defined() ? initial[index(last.size())] : Tensor();
+            const Tensor start = initial.defined() ? initial[index(last.size())].to(gates.scalar_type()) : Tensor();
             const Result result =
                 run_direction(kind, gates, weights[at + 2], start, direction == 1, layout ? &*layout : nullptr, call);
             outputs.push_back(result.hidden);

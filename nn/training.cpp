@@ -102,6 +102,21 @@ void limit_threads() {
     if (const Blas blas; blas.set_threads) blas.set_threads(1);
 }
 
+/// The device of this name. Throws InvalidArgument, NoDevice.
+at::Device device_of(const std::string& name) {
+    at::Device device = at::kMeta;
+    try {
+        device = at::Device(name);
+    } catch (const c10::Error&) {  // no device has this name
+    }
+    if (!device.is_cpu() && !device.is_cuda()) throw InvalidArgument("device", "cpu, cuda or cuda:<number>", name);
+    if (device.is_cuda() && !at::hasCUDA())
+        throw NoDevice("device " + name + ": this LibTorch, " TORCH_VERSION ", has no GPU to use");
+    if (const std::string problem = cuda_problem(); device.is_cuda() && !problem.empty())
+        throw NoDevice("device " + name + ": there is no GPU to use: " + problem);
+    return device;
+}
+
 // ------------------------------------------------------------------------------------------------- network
 
 ResidualNetwork make_network(const TrainingOptions& options) {
@@ -140,6 +155,12 @@ ResidualNetwork make_network(const std::filesystem::path& path, const Checkpoint
     if (const auto found = checkpoint.tensors.find("prediction"); found != checkpoint.tensors.end())
         network->memory->prediction = found->second;
     return network;
+}
+
+void move(ResidualNetwork& network, at::Device device) {
+    network->to(device);
+    Tensor& prediction = network->memory->prediction;
+    if (prediction.defined()) prediction = prediction.to(device);
 }
 
 index correct(const Tensor& logits, const Tensor& labels) {
@@ -298,6 +319,7 @@ Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor&
 
 TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks) {
     check(options);
+    const at::Device device = device_of(options.device);
     if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     limit_threads();
 
@@ -312,8 +334,10 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         network->options.evaluation(options.evaluation);
     }
     state.options = options;
+    move(network, device);
 
-    const FashionMnist data = load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images);
+    const FashionMnist data =
+        load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images).to(device);
     const index epoch_steps = data.training.size() / options.batch;
     require(epoch_steps >= 1, "batch", "at most the number of training images, " + std::to_string(data.training.size()),
             options.batch);
@@ -326,7 +350,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
     Schedule schedule(network, options, steps);
     if (state.step > 0)
         schedule.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
-            return find(options.resume, state, name, like).clone();
+            return find(options.resume, state, name, like).to(device, like.scalar_type(), false, /*copy=*/true);
         });
 
     const auto save = [&] {
@@ -346,7 +370,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
     while (state.step < steps && !result.interrupted) {
         const Stopwatch step_watch;
         const index epoch = state.step / epoch_steps, position = state.step % epoch_steps;
-        if (!order.defined() || position == 0) order = shuffled(data.training.size(), options.seed, epoch);
+        if (!order.defined() || position == 0) order = shuffled(data.training.size(), options.seed, epoch).to(device);
         const auto batch =
             data.training.batch(order.slice(0, position * options.batch, (position + 1) * options.batch));
 
@@ -426,12 +450,15 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
 
 ValidationResult validate(const std::filesystem::path& checkpoint, const ValidationOptions& options) {
     require(options.batch >= 0, "batch", "at least 0", options.batch);
+    const at::Device device = device_of(options.device);
     limit_threads();
     const Checkpoint saved = read_checkpoint(checkpoint);
     ResidualNetwork network = make_network(checkpoint, saved);
     network->options.evaluation(options.evaluation);
+    move(network, device);
     const FashionMnist data =
-        load_fashion_mnist(options.data, saved.options.seed, saved.options.held_out, saved.options.train_images);
+        load_fashion_mnist(options.data, saved.options.seed, saved.options.held_out, saved.options.train_images)
+            .to(device);
     return measure(network, options.held_out ? data.held_out : data.test,
                    options.batch > 0 ? options.batch : std::max<index>(1, saved.options.batch), options.progress,
                    options.interrupted);
@@ -443,12 +470,14 @@ MethodComparison compare_methods(const TrainingOptions& training, const std::fil
     limit_threads();
     ResidualNetwork network =
         checkpoint.empty() ? make_network(training) : make_network(checkpoint, read_checkpoint(checkpoint));
+    const at::Device device = device_of(training.device);
+    move(network, device);
     const FashionMnist data =
-        load_fashion_mnist(training.data, training.seed, training.held_out, training.train_images);
+        load_fashion_mnist(training.data, training.seed, training.held_out, training.train_images).to(device);
     require(data.training.size() >= training.batch, "batch",
             "at most the number of training images, " + std::to_string(data.training.size()), training.batch);
     const auto batch =
-        data.training.batch(shuffled(data.training.size(), training.seed, 0).slice(0, 0, training.batch));
+        data.training.batch(shuffled(data.training.size(), training.seed, 0).slice(0, 0, training.batch).to(device));
 
     MethodComparison result;
     std::vector<std::pair<std::string, Tensor>> values[2];

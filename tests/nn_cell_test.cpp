@@ -1,5 +1,6 @@
-// nn::cell against loops of LibTorch's own operations: states, gradients, time reversed, sequences in one row, errors.
-// tests/nn_torch_library_test.py checks the gradients of every cell.
+// nn::cell against loops of LibTorch's own operations: states, gradients, time reversed, sequences in one row, numbers
+// of 16 bits, errors; and the core's memory as tensors. tests/nn_torch_library_test.py checks the gradients of every
+// cell, tests/nn_gpu_test.py that GPUs agree with processors.
 #include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -10,6 +11,9 @@
 
 #include <deeppcr/nn/cell.hpp>
 #include <deeppcr/nn/trained_cell.hpp>
+
+#include "nn/device_scope.hpp"
+#include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -117,6 +121,49 @@ TEST(Cell, RecomputedBackwardEqualsTheOther) {
     }
 }
 
+TEST(Cell, NumbersOf16BitsAreWidenedAndTheStatesNarrowed) {
+    for (const auto type : {at::kBFloat16, at::kHalf}) {
+        const Tensor gates = normal({20, 2, 9}, 1).to(type).requires_grad_();
+        const Tensor parameters = normal({3, 3}, 2, at::kFloat).requires_grad_();
+        const Tensor initial = normal({2, 3}, 3).to(type).requires_grad_();
+        const Tensor states = cell(CellKind::para_gru, gates, parameters, initial);
+        const Tensor wide = cell(CellKind::para_gru, gates.to(at::kFloat), parameters, initial.to(at::kFloat));
+        EXPECT_EQ(states.scalar_type(), type);
+        EXPECT_TRUE(at::equal(states, wide.to(type)));
+        const Tensor weights = normal(states.sizes(), 4).to(type);
+        const std::vector<Tensor> arguments{gates, parameters, initial};
+        const auto found = torch::autograd::grad({(states * weights).sum()}, arguments);
+        const auto expected = torch::autograd::grad({(wide * weights.to(at::kFloat)).sum()}, arguments);
+        for (std::size_t i = 0; i < found.size(); ++i) {
+            EXPECT_EQ(found[i].scalar_type(), arguments[i].scalar_type()) << i;
+            EXPECT_TRUE(at::equal(found[i], expected[i])) << i;
+        }
+        EXPECT_TRUE(at::equal(cell(CellKind::para_gru, gates, parameters.to(type)),
+                              cell(CellKind::para_gru, gates, parameters.to(type).to(at::kFloat))));
+    }
+}
+
+TEST(Cell, TheCoresMemoryIsLibTorchsWhereItIsAskedFor) {
+    Tensor adopted;
+    {
+        const MemorySource source(Device::host(), allocate_tensors(at::kCPU));
+        Buffer<float> buffer({3, 1, 5});
+        ASSERT_NE(std::get_deleter<TensorMemory>(buffer.memory()), nullptr);
+        buffer(2, 0, 4) = 7;
+        const float* const data = buffer.data();
+        adopted = adopt(buffer, {3, 5}, at::TensorOptions(at::kFloat));
+        EXPECT_EQ(adopted.data_ptr<float>(), data);
+        Workspace workspace;
+        EXPECT_NE(workspace.take<double>(100'000), nullptr);
+    }
+    EXPECT_EQ(adopted.sizes(), at::IntArrayRef({3, 5}));
+    EXPECT_EQ(adopted.sum().item<float>(), 7);
+    EXPECT_GE(adopted.storage().nbytes(), 60U);
+    Buffer<float> own({3, 1, 5});
+    EXPECT_EQ(std::get_deleter<TensorMemory>(own.memory()), nullptr);
+    EXPECT_EQ(adopt(own, {15}, at::TensorOptions(at::kFloat)).sum().item<float>(), 0);
+}
+
 TEST(Cell, ErrorsNameTheArgument) {
     const Tensor gates = normal({5, 2, 9}, 1), parameters = normal({3, 3}, 2);
     const auto message = [](const auto& call) -> std::string {
@@ -132,6 +179,14 @@ TEST(Cell, ErrorsNameTheArgument) {
     EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters.to(at::kFloat)); }), HasSubstr("parameters"));
     EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, normal({1, 3}, 3)); }), HasSubstr("initial"));
     EXPECT_THAT(message([&] { cell(CellKind(9), gates, parameters); }), HasSubstr("kind"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kBFloat16), parameters); }),
+                HasSubstr("parameters: expected BFloat16 or Float, got Double"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kInt), parameters); }), HasSubstr("gates"));
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kMeta), parameters); }), HasSubstr("on meta"));
+    CellOptions options;
+    options.evaluation.execution.backend = Backend::cuda;
+    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, {}, options); }),
+                HasSubstr("evaluation.execution.backend"));
 }
 
 TEST(TrainedCell, LearnsAndIsTheSameForTheSameSeed) {

@@ -219,6 +219,20 @@ TEST(DenseChainInputs, OfAnyStrides) {
                           torch::autograd::grad({expected}, {inputs[1]}, {ones})[0]));
 }
 
+TEST(DenseChainInputs, Of16BitsAreWidenedAndTheResultNarrowed) {
+    const auto inputs = leaves(4, 2, 3, at::kFloat);
+    const Tensor narrow = inputs[0].detach().to(at::kBFloat16).requires_grad_();
+    const Tensor output = dense_chain(narrow, inputs[1], inputs[2], {});
+    EXPECT_EQ(output.scalar_type(), at::kBFloat16);
+    const Tensor wide = dense_chain(narrow.to(at::kFloat), inputs[1], inputs[2], {});
+    EXPECT_TRUE(at::equal(output, wide.to(at::kBFloat16)));
+    const auto found = torch::autograd::grad({output.sum()}, {narrow, inputs[1]});
+    EXPECT_EQ(found[0].scalar_type(), at::kBFloat16);
+    EXPECT_EQ(found[1].scalar_type(), at::kFloat);
+    EXPECT_THAT(message_of([&] { dense_chain(narrow, inputs[1].to(at::kHalf), inputs[2], {}); }),
+                HasSubstr("weights: expected BFloat16 or Float"));
+}
+
 TEST(DenseChainInputs, WithoutGradientsAreNotFollowed) {
     const auto inputs = leaves(4, 2, 3, at::kFloat);
     DenseChainOptions options;
@@ -286,13 +300,15 @@ TEST(DenseChainErrors, NameTheArgument) {
     const auto call = [&](const Tensor& initial, const Tensor& weights, const Tensor& biases) {
         return message_of([&] { dense_chain(initial, weights, biases, options); });
     };
-    EXPECT_THAT(call({}, inputs[1], inputs[2]),
-                HasSubstr("initial: expected [batch,width] on the CPU, got an undefined"));
+    EXPECT_THAT(
+        call({}, inputs[1], inputs[2]),
+        HasSubstr("initial: expected float, double, bfloat16 or float16 [batch,width] on the CPU or a GPU, got an "
+                  "undefined"));
     EXPECT_THAT(call(inputs[0].detach()[0], inputs[1], inputs[2]), HasSubstr("Float [3]"));
     EXPECT_THAT(call(inputs[0].detach().to(at::kLong), inputs[1], inputs[2]),
-                HasSubstr("initial: expected float or double"));
+                HasSubstr("initial: expected float, double"));
     EXPECT_THAT(call(inputs[0], inputs[1].detach().to(at::kDouble), inputs[2]),
-                HasSubstr("weights: expected [layers,3,3] of initial's type, got Double [4,3,3]"));
+                HasSubstr("weights: expected [layers,3,3] of initial's type and device, got Double [4,3,3]"));
     EXPECT_THAT(call(inputs[0], inputs[1].slice(2, 0, 2), inputs[2]), HasSubstr("got Float [4,3,2]"));
     EXPECT_THAT(call(inputs[0], inputs[1], inputs[2].slice(0, 0, 3)), HasSubstr("biases: expected [4,3]"));
     DenseChainOptions odd;
@@ -650,6 +666,8 @@ TEST_F(Training, RefusesOptionsThatMakeNoSense) {
     EXPECT_THAT(message([](auto& o) { o.layers = 25, o.skip = 2; }),
                 HasSubstr("layers: expected a multiple of skip = 2"));
     EXPECT_THAT(message([](auto& o) { o.data = "/nonexistent"; }), HasSubstr("dataset-fashion-mnist"));
+    EXPECT_THAT(message([](auto& o) { o.device = "tpu"; }), HasSubstr("device: expected cpu, cuda or cuda:<number>"));
+    EXPECT_THAT(message([](auto& o) { o.device = "cuda:7"; }), HasSubstr("device cuda:7"));
     EXPECT_THAT(message([](auto& o) { o.checkpoint = "/nonexistent/file"; }), HasSubstr("/nonexistent"));
     EXPECT_THAT(message([](auto& o) { o.layers = index(1) << 40; }), HasSubstr("bytes"));
 }

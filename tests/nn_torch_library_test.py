@@ -1,4 +1,4 @@
-"""torch.ops.deeppcr.* from Python: states against a plain loop, gradients against finite differences.
+"""torch.ops.deeppcr.* from Python: states against a plain loop, gradients against finite differences, autocast.
 
 Called with the path of libdeeppcr_nn.so and the version of the LibTorch that it was linked with; exits with 77 (ctest:
 skipped) where this Python has no torch, or another one.
@@ -64,6 +64,23 @@ ours = torch.ops.deeppcr.dense_cell("gru", projected, gru.weight_hh_l0, gru.bias
                                     torch.zeros(2, 6, dtype=torch.double))
 assert torch.allclose(ours, gru(x)[0], atol=1e-12)
 
+newton = torch.ops.deeppcr.dense_cell("gru", projected, gru.weight_hh_l0, gru.bias_hh_l0,
+                                      torch.zeros(2, 6, dtype=torch.double), "newton")
+assert torch.allclose(newton, ours, atol=1e-12)
+
+# A chain of layers.
+x0 = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
+weights = (torch.randn(7, 4, 4, dtype=torch.double) / 2).requires_grad_()
+biases = torch.randn(7, 4, dtype=torch.double, requires_grad=True)
+for method in ("newton", "sequential"):
+    expected = x0
+    for w, b in zip(weights, biases):
+        expected = expected + torch.tanh(expected @ w.T + b)
+    ours = torch.ops.deeppcr.dense_chain(x0, weights, biases, "tanh", 1, method)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *values: torch.ops.deeppcr.dense_chain(*values, "tanh", 1, method),
+                                    (x0, weights, biases))
+
 # Whole layers: two of them, both directions, two heads, packed; a script may call them.
 inputs, hidden, heads = 4, 6, 2
 layers = []
@@ -120,14 +137,56 @@ for j, sequence in enumerate(sequences):
 for a, b in zip(torch.autograd.grad(ours, layers + sequences), torch.autograd.grad(loss, layers + sequences)):
     assert torch.allclose(a, b, atol=1e-9), (a - b).abs().max()
 
+# Under autocast on processors: projections of 16 bits; cells and what is dense stay float, and double stays double.
+single = [tensor.detach().float().requires_grad_() for tensor in layers]
+rows = torch.randn(2, 9, inputs)
+exact, _ = torch.ops.deeppcr.recurrent("para_gru", rows, single, bidirectional=True)
+with torch.autocast("cpu", torch.bfloat16):
+    coarse, end = torch.ops.deeppcr.recurrent("para_gru", rows, single, torch.zeros(4, 2, hidden), bidirectional=True)
+    again, _ = torch.ops.deeppcr.recurrent("para_gru", rows.bfloat16(), single, bidirectional=True)
+    states = torch.ops.deeppcr.para_gru(gates.detach().bfloat16(), parameters.detach().bfloat16())
+    assert torch.ops.deeppcr.para_gru(gates, parameters, initial).dtype == torch.double
+    chain = torch.ops.deeppcr.dense_chain(x0.bfloat16(), weights.float(), biases.float(), "tanh", 1)
+    dense = torch.ops.deeppcr.dense_cell("gru", projected.bfloat16(), gru.weight_hh_l0.float(),
+                                         gru.bias_hh_l0.float(), torch.zeros(2, 6))
+assert coarse.dtype == end.dtype == again.dtype == torch.bfloat16
+assert states.dtype == chain.dtype == dense.dtype == torch.float
+assert torch.allclose(coarse.float(), exact, atol=0.1) and torch.allclose(again.float(), exact, atol=0.1)
+for gradient, tensor in zip(torch.autograd.grad(coarse.float().square().sum(), single), single):
+    assert gradient.dtype == torch.float and gradient.abs().max() > 0, tensor.shape
+try:
+    torch.ops.deeppcr.recurrent("para_gru", rows.bfloat16(), single, bidirectional=True)
+except RuntimeError as error:
+    assert "weights[0]" in str(error), error
+else:
+    raise AssertionError("mixed types without autocast")
+
+# Shapes alone, and torch.compile, where there is one: a network with cells in it is traced, forward and backward.
+assert torch.ops.deeppcr.para_lstm(gates.to("meta"), torch.empty(5, channels, dtype=torch.double, device="meta")
+                                   ).shape == (steps, batch, 2 * channels)
+if hasattr(torch, "compile"):
+    for start in (initial, None):
+        torch.library.opcheck(torch.ops.deeppcr._cell.default, (0, gates, parameters, start, True))
+
+    def network(u, p, x):
+        return torch.ops.deeppcr.para_gru(u.tanh(), p, x, True).square().sum()
+
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for length in (steps, 5, 7):
+        ours = torch.autograd.grad(compiled(gates[:length], parameters, initial), (gates, parameters, initial))
+        theirs = torch.autograd.grad(network(gates[:length], parameters, initial), (gates, parameters, initial))
+        for a, b in zip(ours, theirs):
+            assert torch.allclose(a, b, atol=1e-12), (a - b).abs().max()
+
 for call in (lambda: torch.ops.deeppcr.para_gru(gates, parameters[:2]),
+             lambda: torch.ops.deeppcr.dense_chain(x0, weights, biases, "no such activation"),
              lambda: torch.ops.deeppcr.recurrent("no such cell", x, layers),
              lambda: torch.ops.deeppcr.recurrent("slstm", x, layers),
              lambda: torch.ops.deeppcr.dense_cell("no such cell", projected, gru.weight_hh_l0, gru.bias_hh_l0, x[0])):
     try:
         call()
     except RuntimeError as error:
-        assert any(name in str(error) for name in ("parameters", "kind", "cell", "weights")), error
+        assert any(name in str(error) for name in ("parameters", "kind", "cell", "weights", "activation")), error
     else:
         raise AssertionError("no error")
 print("torch.ops.deeppcr: all as expected")

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <string>
@@ -192,6 +193,31 @@ void fill_normal(float* data, index count, std::uint64_t seed);
 void fill_normal(double* data, index count, std::uint64_t seed);
 }  // namespace detail
 
+/// While it lives, the memory of `device` that this thread asks for comes from `allocate`: that of Buffers and
+/// Workspaces, and so of every call. For another library's allocator whose memory belongs to a stream: `stream` is
+/// where Buffers are then filled with zeros, and where the calls meanwhile are to run.
+class MemorySource {
+public:
+    /// Uninitialised, 64-byte aligned; throws OutOfMemory.
+    using Allocate = std::function<std::shared_ptr<void>(index bytes)>;
+
+    explicit MemorySource(Device device, Allocate allocate, CUstream_st* stream = nullptr);
+    ~MemorySource();
+    MemorySource(const MemorySource&) = delete;
+    MemorySource& operator=(const MemorySource&) = delete;
+
+    /// The innermost one of this thread for `device`, or null.
+    static const MemorySource* find(Device device);
+    const Allocate& allocate() const { return allocate_; }
+    CUstream_st* stream() const { return stream_; }
+
+private:
+    Device device_;
+    Allocate allocate_;
+    CUstream_st* stream_;
+    const MemorySource* outer_;
+};
+
 /// Owns a contiguous, 64-byte aligned array of states, in main memory or on a GPU; there its elements cannot be read by
 /// operator() or data(). Moves are cheap; copies are explicit (`clone`, `on`). Throws OutOfMemory, NoDevice.
 template <class T>
@@ -242,6 +268,8 @@ public:
         return result;
     }
     Device device() const { return device_; }
+    /// Who frees it: what MemorySource::Allocate returned, where there was one.
+    const std::shared_ptr<void>& memory() const { return storage_; }
 
     T* data() const { return view_.data(); }
     index size() const { return view_.steps() * view_.batch() * view_.width(); }

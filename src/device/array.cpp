@@ -41,9 +41,26 @@ index available_memory() {
     return index(sysconf(_SC_AVPHYS_PAGES)) * index(sysconf(_SC_PAGESIZE));
 }
 
+namespace {
+thread_local const MemorySource* innermost_source = nullptr;
+}
+
+MemorySource::MemorySource(Device device, Allocate allocate, CUstream_st* stream)
+    : device_(device), allocate_(std::move(allocate)), stream_(stream), outer_(innermost_source) {
+    innermost_source = this;
+}
+MemorySource::~MemorySource() { innermost_source = outer_; }
+
+const MemorySource* MemorySource::find(Device device) {
+    const MemorySource* source = innermost_source;
+    while (source != nullptr && source->device_ != device) source = source->outer_;
+    return source;
+}
+
 namespace detail {
 
 std::shared_ptr<void> allocate(index bytes, Device device) {
+    if (const MemorySource* const source = MemorySource::find(device)) return source->allocate()(bytes);
     if (!device.is_host()) return device::allocate_on_gpu(bytes, device);
     // Large arrays lie on huge pages where the system grants them: streams through them then miss the TLB rarely.
     constexpr std::size_t cache_line = 64, huge_page = std::size_t(2) << 20;
@@ -61,6 +78,8 @@ void copy(void* to, const void* from, index bytes) { device::copy_by_gpu(to, fro
 void fill_zeros(void* data, index bytes, Device device) {
     if (device.is_host())
         std::memset(data, 0, std::size_t(bytes));
+    else if (const MemorySource* const source = MemorySource::find(device))
+        device::fill_bytes(data, 0, bytes, source->stream());
     else
         device::fill_zeros_on_gpu(data, bytes, device);
 }

@@ -29,11 +29,12 @@ public:
 /// gates: the projected inputs W_ih x_t + b_ih, [steps, batch, gates * hidden], in PyTorch's order of gates; any
 /// strides (where the last dimension is contiguous, nothing is copied: [batch,steps,...] transposed will do).
 /// weight_hh: [gates * hidden, hidden]; bias_hh: [gates * hidden], or undefined for zeros; initial: x_0,
-/// [batch, state_width(kind, hidden)], of an LSTM h and then c. All float or all double, on the CPU. Returns x_1..x_T,
-/// [steps, batch, state_width(kind, hidden)]. memory: null for none.
+/// [batch, state_width(kind, hidden)], of an LSTM h and then c. Returns x_1..x_T, [steps, batch, state_width(kind,
+/// hidden)], of the gates' type. memory: null for none. Types and devices as in `cell`; the memory's workspace serves
+/// tensors on the CPU.
 /// A trajectory that does not converge follows evaluation.on_failure; one that is not right (`report`, or non-finite
 /// states) has no gradient: backward throws InvalidArgument. Deterministic as `evaluate`.
-/// Throws InvalidArgument, OutOfMemory, NotConverged.
+/// Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 at::Tensor dense_cell(DenseCellKind kind, const at::Tensor& gates, const at::Tensor& weight_hh,
                       const at::Tensor& bias_hh, const at::Tensor& initial, const DenseCellOptions& options = {},
                       std::shared_ptr<DenseCellMemory> memory = {});

@@ -32,12 +32,12 @@ public:
 };
 
 /// The chain of DenseChain, differentiable once with respect to its three tensors.
-/// initial: x_0, [batch,width]; weights: [layers, out = width, in = width]; biases: [layers,width]; float or double,
-/// on the CPU, any strides (those not contiguous are copied). Returns x_T [batch,width], or the trajectory
-/// [steps,batch,width]. memory: null for none.
-/// A trajectory that does not converge follows evaluation.on_failure; one that is not right (`report`, or non-finite
-/// states) has no gradient: backward throws InvalidArgument. Deterministic as `evaluate`.
-/// Throws InvalidArgument, OutOfMemory, NotConverged.
+/// initial: x_0, [batch,width]; weights: [layers, out = width, in = width]; biases: [layers,width]; any strides (those
+/// not contiguous are copied). Returns x_T [batch,width], or the trajectory [steps,batch,width], of initial's type.
+/// memory: null for none. Types and devices as in `cell`, with initial in the place of its gates; the memory's
+/// workspace serves tensors on the CPU. A trajectory that does not converge follows evaluation.on_failure; one that is
+/// not right (`report`, or non-finite states) has no gradient: backward throws InvalidArgument. Deterministic as
+/// `evaluate`. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 at::Tensor dense_chain(const at::Tensor& initial, const at::Tensor& weights, const at::Tensor& biases,
                        const DenseChainOptions& options, std::shared_ptr<DenseChainMemory> memory = {});
 

@@ -19,7 +19,9 @@ struct ImageSet {
         at::Tensor images;  ///< [batch,784], normalised to mean 0 and deviation 1 over the training images
         at::Tensor labels;  ///< [batch]
     };
-    /// rows: which images, 64-bit. type: float or double.
+    /// On that device, where the batches are then.
+    ImageSet to(at::Device device) const { return {images.to(device), labels.to(device)}; }
+    /// rows: which images, 64-bit, on the images' device. type: float or double.
     Batch batch(const at::Tensor& rows, at::ScalarType type = at::kFloat) const;
     /// Images [first, last).
     Batch batch(index first, index last, at::ScalarType type = at::kFloat) const;
@@ -27,6 +29,7 @@ struct ImageSet {
 
 struct FashionMnist {
     ImageSet training, held_out, test;
+    FashionMnist to(at::Device device) const { return {training.to(device), held_out.to(device), test.to(device)}; }
 };
 
 /// Reads the data set (folder: see files::find_fashion_mnist) and splits the 60,000 training images: `held_out` of

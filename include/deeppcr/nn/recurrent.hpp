@@ -55,7 +55,9 @@ struct RecurrentCall {
 /// like the input, with hidden numbers per direction: the cell's h. last: like initial, the whole state after each
 /// sequence's last step (of the reversed direction: its first), channel after channel, the cell's states side by side.
 /// Packed sequences count in the order of the packed data. Each runs as one of several sequences in one row: no step of
-/// padding is computed. Deterministic as `cell`. Throws InvalidArgument, OutOfMemory, NotConverged.
+/// padding is computed. All of one type and device, as in `cell`; under autocast, float and numbers of 16 bits may come
+/// together: the projections run in autocast's type, and the cells read and write it. batch_sizes: on the CPU.
+/// Deterministic as `cell`. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 std::tuple<at::Tensor, at::Tensor> recurrent(CellKind kind, const at::Tensor& input,
                                              const std::vector<at::Tensor>& weights, const at::Tensor& initial,
                                              const RecurrentCall& call);

@@ -22,6 +22,8 @@ struct TrainingOptions {
     /// last one predicts. execution.threads are the trunk's; LibTorch gets one.
     Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = Estimates::none};
 
+    std::string device = "cpu";  ///< where it is trained: "cpu", "cuda" or "cuda:<number>"
+
     // The data: 60,000 training images, of which `held_out` are kept for validation, and 10,000 test images.
     std::filesystem::path data = {};  ///< folder of the four files; empty: DEEPPCR_DATA, else where Debian has them
     index train_images = 0;           ///< use this many of the 54,000; 0: all
@@ -43,7 +45,7 @@ struct TrainingOptions {
     // Checkpoints: written at the end of every epoch and of the training, also of an interrupted one.
     std::filesystem::path checkpoint = {};  ///< empty: none
     index checkpoint_interval = 0;          ///< also every so many steps; 0: not
-    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same machine and threads).
+    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads).
     /// The network, the data and the seed must be those of the checkpoint.
     std::filesystem::path resume = {};
 
@@ -104,15 +106,17 @@ struct TrainingDiverged : NotConverged {
     using NotConverged::NotConverged;
 };
 
-/// Trains. Deterministic: the same options, machine, thread count and LibTorch give the same numbers.
-/// Sets LibTorch's number of threads to 1 for the whole process, as `validate` and `compare_methods` do.
-/// Throws InvalidArgument, OutOfMemory, FileError (data, checkpoint), TrainingDiverged, NotConverged.
+/// Trains. Deterministic: the same options, machine, thread count and LibTorch give the same numbers (on a GPU as far
+/// as LibTorch's own operations do). Sets LibTorch's number of threads to 1 for the whole process, as `validate` and
+/// `compare_methods` do. Throws InvalidArgument, OutOfMemory, FileError (data, checkpoint), TrainingDiverged,
+/// NotConverged, NoDevice.
 TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks = {});
 
 /// The options that a checkpoint was written with. Throws FileError where it is none.
 TrainingOptions checkpoint_options(const std::filesystem::path& checkpoint);
 
 struct ValidationOptions {
+    std::string device = "cpu";       ///< as in TrainingOptions
     std::filesystem::path data = {};  ///< as in TrainingOptions
     bool held_out = false;            ///< validate on the images held out of the training instead of the test set
     index batch = 0;                  ///< 0: the checkpoint's

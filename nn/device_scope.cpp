@@ -1,0 +1,44 @@
+#include "nn/device_scope.hpp"
+
+#include <algorithm>
+#include <string>
+
+#include "nn/libtorch.hpp"
+#include "nn/tensors.hpp"
+
+namespace deeppcr::nn {
+
+MemorySource::Allocate allocate_tensors(c10::Device device) {
+    return [device](index bytes) -> std::shared_ptr<void> {
+        try {
+            const at::Tensor tensor =
+                at::empty({std::max<index>(bytes, 1)}, at::TensorOptions(device).dtype(at::kByte));
+            return {tensor.data_ptr(), TensorMemory{tensor}};
+        } catch (const c10::OutOfMemoryError& error) {
+            throw OutOfMemory(error.what_without_backtrace());
+        }
+    };
+}
+
+DeviceScope::DeviceScope(const at::Tensor& tensor)
+    : device_(tensor.device()), is_cuda_(device_.is_cuda()), guard_(device_) {
+    if (!is_cuda_) return;
+    if (const std::string problem = cuda_problem(); !problem.empty())
+        throw NoDevice("tensors on " + device_.str() + ", but there is no GPU to use: " + problem);
+    stream_ = current_cuda_stream(device_);
+    memory_.emplace(device(), allocate_tensors(device_), stream_);
+}
+
+Options DeviceScope::options(Options given) const {
+    if (!is_cuda_ && given.execution.backend == Backend::cuda)
+        throw InvalidArgument("evaluation.execution.backend", "cpu or reference, for tensors on the CPU", "cuda");
+    if (!is_cuda_) return given;
+    given.execution.backend = Backend::cuda;
+    given.execution.stream = stream_;
+    given.workspace = nullptr;
+    if (given.method == Method::newton && given.memory_limit == 0)
+        given.memory_limit = available_cuda_memory(device_) / 2;
+    return given;
+}
+
+}  // namespace deeppcr::nn
