@@ -105,11 +105,21 @@ void require_block(const std::string& name, const Jacobian<const T>& jacobian) {
                               "block " + std::to_string(block));
 }
 
+/// Numbers of 16 bits are for GPUs.
+template <class T>
+void require_backend(const std::string& name, Backend backend) {
+    if constexpr (is_stored_in_16_bits<T>)
+        if (backend != Backend::cuda)
+            throw InvalidArgument(name, "Backend::cuda, which alone computes with numbers of 16 bits",
+                                  backend == Backend::cpu ? "Backend::cpu" : "Backend::reference");
+}
+
 /// Checks everything that a solve is given. False where there is nothing to solve.
 template <class T>
 bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const SolveOptions& options) {
     const auto& [subdiagonal, right_side, initial] = system;
     const Shape& shape = subdiagonal.states();
+    require_backend<T>("options.execution.backend", options.execution.backend);
     if (options.chunk < 0) throw InvalidArgument("options.chunk", "0 or more", std::to_string(options.chunk));
     const index count = shape.count();
     require_block("system.subdiagonal", subdiagonal);
@@ -285,13 +295,10 @@ Reduction nothing_to_solve(const SolveOptions& options) {
 
 template <class T>
 Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
-    switch (options.execution.backend) {
-        case Backend::reference:
-            return run<Backend::reference>(system, options);
-        case Backend::cpu:
-            return run<Backend::cpu>(system, options);
-        case Backend::cuda:
-            return run_on_gpu(system, options);
+    if (options.execution.backend == Backend::cuda) return run_on_gpu(system, options);
+    if constexpr (!is_stored_in_16_bits<T>) {
+        if (options.execution.backend == Backend::reference) return run<Backend::reference>(system, options);
+        if (options.execution.backend == Backend::cpu) return run<Backend::cpu>(system, options);
     }
     throw InvalidArgument("options.execution.backend", "a Backend", std::to_string(int(options.execution.backend)));
 }
@@ -315,6 +322,7 @@ Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_ide
 template <class T>
 void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T> product, const Execution& execution) {
     const Shape& shape = subdiagonal.states();
+    require_backend<T>("execution.backend", execution.backend);
     if (shape.steps != 1) throw InvalidArgument("subdiagonal", "one step", to_string(shape));
     const index count = shape.count();
     require_block("subdiagonal", subdiagonal);
@@ -335,11 +343,13 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
         device::require_on_gpu("product", product.data());
         return reduce::multiply_transposed<Backend::cuda, T>(subdiagonal, y, product, used);
     }
-    used.threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
-    if (execution.backend == Backend::reference)
-        reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, used);
-    else
-        reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, used);
+    if constexpr (!is_stored_in_16_bits<T>) {
+        used.threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
+        if (execution.backend == Backend::reference)
+            reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, used);
+        else
+            reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, used);
+    }
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                \
@@ -349,6 +359,8 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
     template void multiply_transposed(Jacobian<const T>, View<const T>, View<T>, const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr

@@ -15,6 +15,19 @@ T* shared_memory() {
 }
 inline unsigned load_acquire(const unsigned* word) { return *word; }
 inline void store_release(unsigned* word, unsigned value) { *word = value; }
+template <class T>
+T load_published(const T* word) {
+    return *word;
+}
+template <class T>
+bool is_published(T value) {
+    constexpr unsigned char nothing[] = {0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF};
+    return std::memcmp(&value, nothing, sizeof value) != 0;
+}
+template <class T>
+void publish(T* word, T value) {
+    *word = is_published(value) ? value : -value;
+}
 inline void pause() { emulation::yield(); }
 
 template <int bytes>
@@ -23,6 +36,9 @@ void begin_copy(void* shared, const void* global) {
     std::memcpy(shared, global, bytes);
 }
 inline void wait_for_copies() {}
+inline void commit_copies() {}
+template <int groups>
+void wait_for_copies_but() {}
 
 template <class T>
 Arithmetic<T> widen(T value) {
