@@ -1,5 +1,5 @@
-// What the kernels of the bidiagonal solvers share: the arrays of a system as they see them. Numbers are stored as T and
-// computed with as Arithmetic<T>, float for those of 16 bits.
+// What the kernels of the bidiagonal solvers share: the arrays of a system as they see them. Numbers are stored as T
+// and computed with as Arithmetic<T>, float for those of 16 bits.
 #pragma once
 
 #include <algorithm>

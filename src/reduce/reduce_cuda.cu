@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(plain_threads) substitute_rows(const __grid_co
     const index sequence = i / arrays.rows, row = i % arrays.rows;
     const bool without_initial = arrays.initial.data == nullptr;
     A x[K];
-    for (int k = 0; k < K; ++k)
-        x[k] = without_initial ? A(0) : cuda::widen(arrays.initial.at(0, sequence, row, K)[k]);
+    for (int k = 0; k < K; ++k) x[k] = without_initial ? A(0) : cuda::widen(arrays.initial.at(0, sequence, row, K)[k]);
     T m[ahead][K * K], b[ahead][K];
     const auto read = [&](index first) {
         DEEPPCR_UNROLL
@@ -116,7 +115,8 @@ __global__ void __launch_bounds__(plain_threads) scatter_rows(const A* right_sid
     const index i = index(blockIdx.x) * blockDim.x + threadIdx.x, chains = arrays.batch * arrays.rows;
     if (i >= arrays.steps * chains * K) return;
     const index chain = i / K % chains;
-    arrays.solution.at(i / K / chains, chain / arrays.rows, chain % arrays.rows, K)[i % K] = cuda::narrow<T>(right_side[i]);
+    arrays.solution.at(i / K / chains, chain / arrays.rows, chain % arrays.rows, K)[i % K] =
+        cuda::narrow<T>(right_side[i]);
 }
 
 template <class T>

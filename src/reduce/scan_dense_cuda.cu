@@ -6,10 +6,12 @@
 //                  2. the states at the chunks' ends: the same kind of system, a chunk for a step, solved the same way
 //                  3. substitution along each chunk: M is read twice, b too, and a product costs K times a step's work
 //
-// One kernel does both: it carries the state along a chunk, and where it summarises the product too. A product's columns
-// are independent: P <- M P takes M from shared memory, where the steps to come are copied meanwhile, and keeps P
+// One kernel does both: it carries the state along a chunk, and where it summarises the product too. A product's
+// columns are independent: P <- M P takes M from shared memory, where the steps to come are copied meanwhile, and keeps
+// P
 //
-//   K <= 32        in registers: a thread has one column, the threads of a column's K neighbours read the same entry of M
+//   K <= 32        in registers: a thread has one column, the threads of a column's K neighbours read the same entry of
+//   M
 //                  at the same time; 32, 16 or 8 threads make a chunk, and none waits for more than its warp
 //   K <= 256       in shared memory, `panel` columns to a block of 256 threads, each of which has up to 16 rows of
 //                  4 columns of the next P in registers; M comes in slices of 16 of its columns
@@ -28,8 +30,9 @@ struct Chunks {
     index length, count;
 };
 
-/// What is carried along the chunks: to `products` [chunks - 1, chains, K, K] and `sums` [chunks - 1, chains, K], of all
-/// chunks but the last, or, where there is no `products`, to the solution, from `sums`, the states at the chunks' ends.
+/// What is carried along the chunks: to `products` [chunks - 1, chains, K, K] and `sums` [chunks - 1, chains, K], of
+/// all chunks but the last, or, where there is no `products`, to the solution, from `sums`, the states at the chunks'
+/// ends.
 template <class A>
 struct Carried {
     A *products, *sums;
@@ -55,8 +58,8 @@ struct Run {
 
 /// An entry of the state before a chunk.
 template <class T>
-__device__ Arithmetic<T> before(const Arrays<T>& arrays, const Carried<Arithmetic<T>>& carried, const Run<T>& run, int K,
-                                int entry) {
+__device__ Arithmetic<T> before(const Arrays<T>& arrays, const Carried<Arithmetic<T>>& carried, const Run<T>& run,
+                                int K, int entry) {
     if (run.from_nothing) return 0;
     if (run.chunk == 0) return cuda::widen(arrays.initial.at(0, run.sequence, run.row, K)[entry]);
     return carried.sums[(((run.chunk - 1) * arrays.batch + run.sequence) * arrays.rows + run.row) * K + entry];
@@ -142,8 +145,8 @@ constexpr std::size_t small_shared_bytes() {
 
 /// `side` threads run along a chunk: thread c has row c of the state, and column c of the product.
 template <class T, int side, bool transposed, bool summarises>
-__global__ void __launch_bounds__(warps * 32)
-    run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks, Carried<Arithmetic<T>> carried) {
+__global__ void __launch_bounds__(warps * 32) run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes,
+                                                        Chunks chunks, Carried<Arithmetic<T>> carried) {
     using A = Arithmetic<T>;
     constexpr int pitch = pitch_of<T, side>, vector = 4;
     const index chains = arrays.batch * arrays.rows, runs = (chunks.count - (summarises ? 1 : 0)) * chains;
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(warps * 32)
 
 constexpr int most_threads = 1024;
 constexpr int large_threads = 256, slice = 16;  // columns of M
-constexpr int large_stages = 3;                   // slices in shared memory
+constexpr int large_stages = 3;                 // slices in shared memory
 
 /// How shared memory is divided: large_stages of slices of M, the panel of P, two states.
 template <class T, int rows, bool transposed, bool summarises>
@@ -252,8 +255,11 @@ struct LargeShape {
 /// A block of threads runs along a chunk: thread i has row i of the state, and, of a panel of the product's columns,
 /// `rows` rows of a few columns: ti + 16 r, or, where M is read transposed, neighbours by four.
 template <class T, int rows, bool transposed, bool summarises>
-__global__ void __launch_bounds__(large_threads)
-    run_large(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks, Carried<Arithmetic<T>> carried) {
+__global__ void __launch_bounds__(large_threads, rows <= 4   ? 3
+                                                 : rows <= 8 ? 2
+                                                             : 1)
+    run_large(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
+              Carried<Arithmetic<T>> carried) {
     using A = Arithmetic<T>;
     using Shape = LargeShape<T, rows, transposed, summarises>;
     constexpr int columns = Shape::columns, panel = Shape::panel, side = Shape::side, pitch = Shape::pitch;
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(large_threads)
     if (summarises && run.chunk == 0 && first_column > 0) return;
     T* const ring = shared_memory<T>();
     A* const state = reinterpret_cast<A*>(ring + large_stages * Shape::slice_numbers);  // [2, side]
-    A* const product = state + 2 * side;                                          // [side, panel]
+    A* const product = state + 2 * side;                                                // [side, panel]
     const int me = int(threadIdx.x), ti = me / 16, tj = me % 16;
     const auto row_of = [&](int r) { return transposed ? r / 4 * 64 + 4 * ti + r % 4 : ti + 16 * r; };
 
@@ -531,7 +537,7 @@ void substitute_dense(const OrderedSystem<T>& system, CUstream_st* stream) {
     run_chunks<false, T>(arrays_of(system), int(system.block()), system.transposed, {system.steps(), 1}, {}, stream);
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                           \
+#define DEEPPCR_INSTANTIATE(T)                                                          \
     template void scan_dense(const OrderedSystem<T>&, index, CUstream_st*, Workspace&); \
     template void substitute_dense(const OrderedSystem<T>&, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)

@@ -18,8 +18,8 @@
 //   every tile      looks at up to `window` spans before its own: the nearest published state, and the maps since.
 //
 // What is published is its own flag: memory starts as numbers that nothing publishes (NaN, all bits set), and a number
-// that is another one has come. A number is one word, so that it comes whole, and nothing else hangs on it: no fence, no
-// order between words, and one latency of memory for a look.
+// that is another one has come. A number is one word, so that it comes whole, and nothing else hangs on it: no fence,
+// no order between words, and one latency of memory for a look.
 //
 // Tiles begin in the order of their tickets, so that those before a tile are done or running. Which state a look finds
 // depends on time, what follows from it does not: the state after a span is always the span's map of the state before
@@ -109,9 +109,9 @@ struct Lie {
 
 /// How the sequences and rows are divided into groups of neighbours, and time into tiles.
 struct Tiling {
-    index sequences, rows;     ///< of a group, at most
-    index row_groups, groups;  ///< per sequence; of all
-    index tiles, spans;        ///< of a group
+    int sequences, rows;       ///< of a group, at most
+    int row_groups, groups;    ///< per sequence; of all
+    int tiles, spans;          ///< of a group
     int slots, chunks, chunk;  ///< rows of a tile; chunks; steps of one
     int steps;                 ///< of a tile
     int span, window;          ///< tiles of a span; spans that are looked at at once
@@ -135,12 +135,12 @@ struct Group {
     __device__ int slots() const { return sequences * rows; }
 };
 template <class T>
-__device__ Group group_of(const Arrays<T>& arrays, const Tiling& tiling, index group) {
+__device__ Group group_of(const Arrays<T>& arrays, const Tiling& tiling, unsigned group) {
     Group result;
-    result.sequence = group / tiling.row_groups * tiling.sequences;
-    result.sequences = int(min(tiling.sequences, arrays.batch - result.sequence));
-    result.row = group % tiling.row_groups * tiling.rows;
-    result.rows = int(min(tiling.rows, arrays.rows - result.row));
+    result.sequence = index(group / unsigned(tiling.row_groups)) * tiling.sequences;
+    result.sequences = int(min(index(tiling.sequences), arrays.batch - result.sequence));
+    result.row = index(group % unsigned(tiling.row_groups)) * tiling.rows;
+    result.rows = int(min(index(tiling.rows), arrays.rows - result.row));
     return result;
 }
 
@@ -176,7 +176,8 @@ __device__ void for_pieces(const Strided<T>& array, bool reversed, const Part& p
     while (run < runs) {
         const int step = part.skipped + (group.sequences == 1 ? run : run / group.sequences);
         const int sequence = group.sequences == 1 ? 0 : run % group.sequences;
-        const int place = ((reversed ? part.steps - 1 - step : step) * part.slots + sequence * group.rows) * Shape::size;
+        const int place =
+            ((reversed ? part.steps - 1 - step : step) * part.slots + sequence * group.rows) * Shape::size;
         move(Shape::place(place + piece * numbers),
              array.at(part.first + step, group.sequence + sequence, group.row, Shape::size) + piece * numbers);
         piece += piece_step;
@@ -243,9 +244,10 @@ __device__ void store(const Strided<T>& array, const Lie& lie, bool reversed, co
     if (lie.flat)
         for_flat<Shape>(
             beginning<Shape::size>(array, lie, part), 0, part.steps * part.slots * Shape::size,
-            lie.bytes == 16 &&
-                (reinterpret_cast<std::uintptr_t>(beginning<Shape::size>(array, lie, part)) -
-                 reinterpret_cast<std::uintptr_t>(shared)) % 16 == 0,
+            lie.bytes == 16 && (reinterpret_cast<std::uintptr_t>(beginning<Shape::size>(array, lie, part)) -
+                                reinterpret_cast<std::uintptr_t>(shared)) %
+                                       16 ==
+                                   0,
             [&](int at, T* to) { move.template operator()<numbers>(at, to); },
             [&](int at, T* to) { move.template operator()<1>(at, to); });
     else if (lie.bytes == 16)
@@ -383,8 +385,8 @@ __device__ void look_back(const Tiling& tiling, const A* records, int window, co
 template <class T, int K>
 struct TileShape {
     static constexpr int numbers = (K * K + K) * int(sizeof(T));
-    static constexpr int threads = K == 1 ? 512 : numbers <= 32 ? 256 : numbers <= 96 ? 192 : 128;
-    static constexpr int blocks = numbers <= 80 ? 3 : 2;
+    static constexpr int threads = numbers <= 32 ? 256 : numbers <= 96 ? 192 : 128;
+    static constexpr int blocks = sizeof(T) <= 4 ? 3 : 2;
 };
 
 template <class T, int K, bool transposed>
@@ -397,7 +399,7 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
     const Memory<T, K> memory(tiling);
     const int threads = int(blockDim.x), slots = tiling.slots;
 
-    index number = blockIdx.x;
+    unsigned number = blockIdx.x;
     if (tiling.tiles > 1) {
         auto* const ticket = reinterpret_cast<unsigned*>(memory.carried);
         if (threadIdx.x == 0) *ticket = atomicAdd(summaries.ticket, 1U) + 1;  // from all bits on
@@ -405,8 +407,9 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
         number = *ticket;
         __syncthreads();
     }
-    const index tile = number / tiling.groups, group_index = number % tiling.groups;
-    Part part{group_of(arrays, tiling, group_index), tile * tiling.steps, 0, 0, slots};
+    const int tile = int(number / unsigned(tiling.groups));
+    const unsigned group = number % unsigned(tiling.groups);
+    Part part{group_of(arrays, tiling, group), index(tile) * tiling.steps, 0, 0, slots};
     part.steps = int(min(index(tiling.steps), arrays.steps - part.first));
     T* const factor = memory.factor + offset_of<Factors::size>(arrays.factor, tiling.factor, part);
     T* const right_side = memory.right_side + offset_of<States::size>(arrays.right_side, tiling.right_side, part);
@@ -464,22 +467,19 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
     whole.write(memory.maps + threadIdx.x, threads);
 
     // 3. the state before the tile
-    const index span = tile / tiling.span;
-    const int in_span = int(tile % tiling.span);
+    const int span = tile / tiling.span, in_span = tile % tiling.span;
     const bool last_tile = tile + 1 == tiling.tiles, ends_span = in_span + 1 == tiling.span && !last_tile;
-    A* const maps = summaries.maps + group_index * tiling.tiles * summaries.map * slots;
-    A* const records = summaries.records + group_index * tiling.spans * summaries.record * slots;
-    A* const own_record = records + span * summaries.record * slots;
-    if (present && chunk == tiling.chunks - 1 && !ends_span && !last_tile)
-        whole.publish(maps + tile * summaries.map * slots + slot, slots);
+    constexpr int map = Map<A, K>::size, record = map + K;
+    A* const maps = summaries.maps + (index(group) * tiling.tiles + tile) * (map * slots);
+    A* const own_record = summaries.records + (index(group) * tiling.spans + span) * (record * slots);
+    if (present && chunk == tiling.chunks - 1 && !ends_span && !last_tile) whole.publish(maps + slot, slots);
     if (in_span > 0 || ends_span) {
         __syncthreads();
-        join_span<A, K>(tiling, in_span, maps + span * tiling.span * summaries.map * slots, memory,
-                        ends_span ? own_record : nullptr);
+        join_span<A, K>(tiling, in_span, maps - in_span * (map * slots), memory, ends_span ? own_record : nullptr);
     }
     if (span > 0) {
-        const int window = int(min(index(tiling.window), span));
-        look_back<A, K>(tiling, own_record - window * summaries.record * slots, window, memory);
+        const int window = min(tiling.window, span);
+        look_back<A, K>(tiling, own_record - window * (record * slots), window, memory);
     } else if (present && chunk == 0) {
         for (int k = 0; k < K; ++k)
             memory.carried[k * slots + slot] =
@@ -495,17 +495,24 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
         A state[K];
         for (int k = 0; k < K; ++k) state[k] = x[k];
         Map<A, K>::read(memory.through + slot, slots).apply(state);
-        for (int k = 0; k < K; ++k) cuda::publish(own_record + (summaries.map + k) * slots + slot, state[k]);
+        for (int k = 0; k < K; ++k) cuda::publish(own_record + (map + k) * slots + slot, state[k]);
     }
 
     // 4. the chunk from its first state
     if (present && in_span > 0) Map<A, K>::read(memory.before + slot, slots).apply(x);
     if (present && chunk > 0) Map<A, K>::read(memory.maps + threadIdx.x - slots, threads).apply(x);
-    for (int s = 0; s < count; ++s) {
-        A m[K * K], b[K];
-        read_step(s, m, b);
-        advance<K, transposed>(m, b, x);
-        write_numbers<K>(my_right_side + s * right_step, x);
+    constexpr int at_once = K == 1 ? 4 : K == 2 ? 2 : 1;  // steps that are read before one is written
+    for (int first = 0; first < count; first += at_once) {
+        A m[at_once][K * K], b[at_once][K];
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u)
+            if (first + u < count) read_step(first + u, m[u], b[u]);
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u) {
+            if (first + u >= count) break;
+            advance<K, transposed>(m[u], b[u], x);
+            write_numbers<K>(my_right_side + (first + u) * right_step, x);
+        }
     }
     __syncthreads();
     part.skipped = 0;
@@ -540,26 +547,36 @@ Lie lie_of(const Strided<U>& array, const Arrays<T>& arrays, const Tiling& tilin
 
 /// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as what
 /// the chip holds of one group needs.
-int tiles_of_a_span(index groups, int multiprocessors) {
+int tiles_of_a_span(int groups, int multiprocessors) {
     int span = 1;
-    while (span < 32 && 2 * span * span * groups < 3 * index(multiprocessors)) span *= 2;
+    while (span < 32 && 2 * index(span) * span * groups < 3 * index(multiprocessors)) span *= 2;
     return span;
+}
+
+void require_fewer(index tiles) {
+    if (tiles > std::numeric_limits<int>::max())
+        throw InvalidArgument("system", "fewer than 2^31 tiles", std::to_string(tiles));
 }
 
 template <class T, int K>
 Tiling tiling_of(const Arrays<T>& arrays) {
     using Tile = TileShape<T, K>;
-    constexpr index line = 128;                                                        // bytes
-    constexpr index fewest_rows = (line + K * sizeof(T) - 1) / (K * sizeof(T));        // of a group, where there are more
+    constexpr index line = 128;                                                  // bytes
+    constexpr index fewest_rows = (line + K * sizeof(T) - 1) / (K * sizeof(T));  // of a group, where there are more
     Tiling tiling{};
     // Rows of several sequences share a tile, but where the steps of each are nearer to each other than those.
     const bool apart = arrays.batch == 1 || std::abs(arrays.solution.step) < std::abs(arrays.solution.batch);
-    tiling.row_groups = std::max<index>(1, arrays.rows / fewest_rows);
-    tiling.rows = (arrays.rows + tiling.row_groups - 1) / tiling.row_groups;
-    tiling.row_groups = (arrays.rows + tiling.rows - 1) / tiling.rows;
-    tiling.sequences = apart ? 1 : std::clamp<index>(fewest_rows / tiling.rows, 1, arrays.batch);
-    tiling.groups = tiling.row_groups * ((arrays.batch + tiling.sequences - 1) / tiling.sequences);
-    tiling.slots = int(tiling.sequences * tiling.rows);
+    const auto parts = [](index count, index part) { return (count + part - 1) / part; };
+    const index rows = parts(arrays.rows, std::max<index>(1, arrays.rows / fewest_rows));
+    const index row_groups = parts(arrays.rows, rows);
+    const index sequences = apart ? 1 : std::clamp<index>(fewest_rows / rows, 1, arrays.batch);
+    const index groups = row_groups * parts(arrays.batch, sequences);
+    require_fewer(groups);
+    tiling.rows = int(rows);
+    tiling.row_groups = int(row_groups);
+    tiling.sequences = int(sequences);
+    tiling.groups = int(groups);
+    tiling.slots = int(sequences * rows);
     tiling.span = tiles_of_a_span(tiling.groups, device::multiprocessors());
     tiling.window = std::max(tiling.span, 4);
     tiling.factor = lie_of<K * K>(arrays.factor, arrays, tiling);
@@ -577,13 +594,14 @@ Tiling tiling_of(const Arrays<T>& arrays) {
         // A multiple of 16 bytes of each array, so that all tiles lie as the first does.
         const int steps = tiling.chunks * chunk;
         tiling.steps = steps >= arrays.steps ? int(arrays.steps) : steps >= 8 ? steps / 8 * 8 : steps;
-        tiling.tiles = (arrays.steps + tiling.steps - 1) / tiling.steps;
+        require_fewer(parts(arrays.steps, tiling.steps) * groups);
+        tiling.tiles = int(parts(arrays.steps, tiling.steps));
         tiling.spans = (tiling.tiles + tiling.span - 1) / tiling.span;
         return Memory<T, K>::bytes(tiling) <= shared;
     };
     int threads = Tile::threads, chunk = 1;
     while (threads > 64 && !with(threads, 3)) threads /= 2;
-    while (chunk < 31 && with(threads, chunk + 2)) chunk += 2;
+    while (chunk < 63 && with(threads, chunk + 2)) chunk += 2;
     if (!with(threads, chunk)) throw Error("a multiprocessor has too little shared memory");
     return tiling;
 }
@@ -593,23 +611,20 @@ void scan(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& worksp
     using A = Arithmetic<T>;
     const Arrays<T> arrays = arrays_of(system);
     const Tiling tiling = tiling_of<T, K>(arrays);
-    const index blocks = tiling.tiles * tiling.groups;
-    constexpr index most_blocks = std::numeric_limits<int>::max();
-    if (blocks > most_blocks)
-        throw InvalidArgument("system", "at most " + std::to_string(most_blocks) + " tiles", std::to_string(blocks));
+    const index blocks = index(tiling.tiles) * tiling.groups;
     const Workspace::Scope scope(workspace);
     Summaries<A, K> summaries{};
     if (tiling.tiles > 1) {
         const index maps = blocks * summaries.map * tiling.slots;
-        const index records = tiling.groups * tiling.spans * summaries.record * tiling.slots;
+        const index records = index(tiling.groups) * tiling.spans * summaries.record * tiling.slots;
         summaries.maps = workspace.take<A>(maps + records + 1);
         summaries.records = summaries.maps + maps;
         summaries.ticket = reinterpret_cast<unsigned*>(summaries.records + records);
         device::fill_bytes(summaries.maps, 0xFF, (maps + records + 1) * index(sizeof(A)), stream);
     }
-    cuda::launch({dim3(unsigned(blocks)), dim3(unsigned(tiling.threads)), std::size_t(Memory<T, K>::bytes(tiling)),
-                  stream},
-                 system.transposed ? scan_tile<T, K, true> : scan_tile<T, K, false>, arrays, tiling, summaries);
+    cuda::launch(
+        {dim3(unsigned(blocks)), dim3(unsigned(tiling.threads)), std::size_t(Memory<T, K>::bytes(tiling)), stream},
+        system.transposed ? scan_tile<T, K, true> : scan_tile<T, K, false>, arrays, tiling, summaries);
 }
 
 }  // namespace
