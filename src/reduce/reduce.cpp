@@ -267,16 +267,30 @@ Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     return run_method<backend>(method, system, chunk, execution, workspace);
 }
 
-/// Blocks of up to 4 by the scan, which costs no more memory traffic than substitution; larger ones, whose products
-/// cost `block` times as many operations, where there are too few chains to occupy the multiprocessors by substitution.
+/// Blocks of up to 4: a thread for each row where the rows lie side by side and alone keep the memory of every
+/// multiprocessor busy, else the scan, which moves as many bytes. Larger ones: the scan moves the blocks twice, and a
+/// product costs `block` times a step's operations, while the steps of substitution wait for each other. The smaller
+/// estimate counts: nanoseconds of a Hopper GPU, of whose multiprocessors each moves 30 bytes and does 100 of the
+/// products' multiplications in one.
 template <class T>
 Reduction choose_method_on_gpu(const OrderedSystem<T>& system) {
-    const index block = system.block(), chains = system.batch() * system.width() / block;
-    if (block <= 4) return Reduction::scan;
-    return chains * (2 + block / 16) <= 2 * device::multiprocessors() ? Reduction::scan : Reduction::sequential;
+    const double block = double(system.block()), steps = double(system.steps());
+    const double multiprocessors = device::multiprocessors();
+    const double chains = double(system.batch()) * double(system.width()) / block;
+    if (block <= 4) {
+        constexpr index few_steps = 8, warp = 32, rows_that_fill = 512;
+        const bool side_by_side = system.width() >= warp && block == 1;
+        const bool fill = chains >= double(rows_that_fill) * multiprocessors;
+        return system.steps() <= few_steps || (side_by_side && fill) ? Reduction::sequential : Reduction::scan;
+    }
+    const double moved = chains / multiprocessors * block * block * sizeof(T) / 30;
+    const double multiplied = chains / multiprocessors * block * block * block / 100;
+    const double latency = 150 * (1 + block / 16), launches = 40'000;
+    const double sequential = steps * std::max(latency, moved), scan = launches + steps * (2 * moved + multiplied);
+    return scan < sequential ? Reduction::scan : Reduction::sequential;
 }
 
-/// Arrays on a GPU.
+/// Arrays on a GPU. Only enqueues; allocates where no workspace is given, or the first time.
 template <class T>
 Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options) {
     if (options.workspace != nullptr && options.workspace->device() != device::current_gpu())

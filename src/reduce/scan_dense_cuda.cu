@@ -135,28 +135,30 @@ __device__ __forceinline__ void read_line(const T* m, int pitch, int row, int co
 // --- blocks of up to 32
 
 constexpr int stages = 4;  // steps that are in shared memory: one in use, the others coming
-constexpr int warps = 4;   // of a block
+/// Of a block.
+template <class T, int side>
+constexpr int warps = side * sizeof(T) <= 128 ? 4 : 2;
 
 template <class T, int side>
 constexpr std::size_t small_shared_bytes() {
-    return std::size_t(warps * 32 / side) *
+    return std::size_t(warps<T, side> * 32 / side) *
            (stages * side * pitch_of<T, side> * sizeof(T) + side * sizeof(Arithmetic<T>));
 }
 
 /// `side` threads run along a chunk: thread c has row c of the state, and column c of the product.
 template <class T, int side, bool transposed, bool summarises>
-__global__ void __launch_bounds__(warps * 32) run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes,
-                                                        Chunks chunks, Carried<Arithmetic<T>> carried) {
+__global__ void __launch_bounds__(warps<T, side> * 32)
+    run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
+              Carried<Arithmetic<T>> carried) {
     using A = Arithmetic<T>;
-    constexpr int pitch = pitch_of<T, side>, vector = 4;
+    constexpr int pitch = pitch_of<T, side>, vector = 4, teams = warps<T, side> * 32 / side;
     const index chains = arrays.batch * arrays.rows, runs = (chunks.count - (summarises ? 1 : 0)) * chains;
     const int team = int(threadIdx.x) / side, me = int(threadIdx.x) % side;
-    const index number = index(blockIdx.x) * (warps * 32 / side) + team;
+    const index number = index(blockIdx.x) * teams + team;
     const bool present = number < runs;  // the others go along, for the sake of their warp, and keep nothing
     const Run<T> run(arrays, chunks, min(number, runs - 1));
     T* const ring = shared_memory<T>() + team * (stages * side * pitch);
-    A* const state =
-        reinterpret_cast<A*>(shared_memory<T>() + warps * 32 / side * (stages * side * pitch)) + team * side;
+    A* const state = reinterpret_cast<A*>(shared_memory<T>() + teams * (stages * side * pitch)) + team * side;
 
     for (int i = me; i < stages * side * pitch; i += side) ring[i] = T();
     state[me] = me < K && !(summarises && run.chunk > 0) ? before(arrays, carried, run, K, me) : A(0);
@@ -456,8 +458,8 @@ void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const C
                      bytes_at_once(arrays, K), chunks, carried);
     };
     const auto small = [&]<int side>() {
-        constexpr int together = warps * 32 / side;
-        launch(run_small<T, side, transposed, summarises>, (runs + together - 1) / together, warps * 32,
+        constexpr int threads = warps<T, side> * 32, together = threads / side;
+        launch(run_small<T, side, transposed, summarises>, (runs + together - 1) / together, threads,
                small_shared_bytes<T, side>());
     };
     const auto large = [&]<int rows>() {

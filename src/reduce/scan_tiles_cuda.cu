@@ -164,27 +164,34 @@ __device__ int offset_of(const Strided<T>& array, const Lie& lie, const Part& pa
     return int(reinterpret_cast<std::uintptr_t>(beginning<size>(array, lie, part)) % 16 / sizeof(T));
 }
 
-/// Calls move(place in shared memory, in the array) for each run of `numbers` numbers of an array that is not flat,
+/// Calls move(place in shared memory, in the array) for each `numbers` numbers of an array that is not flat,
 /// neighbouring threads at neighbouring ones. `reversed`: how the tile lies in shared memory.
 template <int numbers, class Shape, class T, class Move>
 __device__ void for_pieces(const Strided<T>& array, bool reversed, const Part& part, const Move& move) {
     const Group& group = part.group;
     const int pieces = group.rows * Shape::size / numbers, threads = int(blockDim.x);
-    const int runs = (part.steps - part.skipped) * group.sequences;
-    const int piece_step = threads % pieces, run_step = threads / pieces;
-    int piece = int(threadIdx.x) % pieces, run = int(threadIdx.x) / pieces;
-    while (run < runs) {
-        const int step = part.skipped + (group.sequences == 1 ? run : run / group.sequences);
-        const int sequence = group.sequences == 1 ? 0 : run % group.sequences;
-        const int place =
-            ((reversed ? part.steps - 1 - step : step) * part.slots + sequence * group.rows) * Shape::size;
-        move(Shape::place(place + piece * numbers),
-             array.at(part.first + step, group.sequence + sequence, group.row, Shape::size) + piece * numbers);
-        piece += piece_step;
-        run += run_step;
-        if (piece >= pieces) {
+    const int first_piece = int(threadIdx.x) % pieces, first_step = part.skipped + int(threadIdx.x) / pieces;
+    const int piece_stride = threads % pieces, step_stride = threads / pieces;
+    const int step_places = (reversed ? -part.slots : part.slots) * Shape::size;
+    const index advance = step_stride * array.step + piece_stride * numbers, wrap = array.step - pieces * numbers;
+    const int advance_places = step_stride * step_places + piece_stride * numbers;
+    const int wrap_places = step_places - pieces * numbers;
+    for (int sequence = 0; sequence < group.sequences; ++sequence) {
+        int piece = first_piece, step = first_step;
+        int place = ((reversed ? part.steps - 1 : 0) * part.slots + sequence * group.rows) * Shape::size +
+                    step * step_places + piece * numbers;
+        T* at = array.at(part.first + step, group.sequence + sequence, group.row, Shape::size) + piece * numbers;
+        while (step < part.steps) {
+            move(Shape::place(place), at);
+            at += advance;
+            place += advance_places;
+            piece += piece_stride;
+            step += step_stride;
+            if (piece < pieces) continue;
+            at += wrap;
+            place += wrap_places;
             piece -= pieces;
-            ++run;
+            ++step;
         }
     }
 }
@@ -584,8 +591,8 @@ Tiling tiling_of(const Arrays<T>& arrays) {
     tiling.solution =
         lie_of<K>(arrays.solution, arrays, tiling, (arrays.solution.step < 0) == tiling.right_side.reversed);
 
-    // The longest chunk whose tile fits; odd, so that threads whose chunks follow each other in memory read different
-    // banks of shared memory.
+    // The longest spans, and then the longest chunk, whose tile fits; odd, so that threads whose chunks follow each
+    // other in memory read different banks of shared memory.
     const index shared = shared_bytes_of_each(Tile::blocks);
     const auto with = [&](int threads, int chunk) {
         tiling.chunk = chunk;
@@ -599,8 +606,13 @@ Tiling tiling_of(const Arrays<T>& arrays) {
         tiling.spans = (tiling.tiles + tiling.span - 1) / tiling.span;
         return Memory<T, K>::bytes(tiling) <= shared;
     };
+    constexpr int fewest_threads = 64;
+    while (tiling.span > 1 && !with(fewest_threads, 3)) {
+        tiling.span /= 2;
+        tiling.window = std::max(tiling.span, 4);
+    }
     int threads = Tile::threads, chunk = 1;
-    while (threads > 64 && !with(threads, 3)) threads /= 2;
+    while (threads > fewest_threads && !with(threads, 3)) threads /= 2;
     while (chunk < 63 && with(threads, chunk + 2)) chunk += 2;
     if (!with(threads, chunk)) throw Error("a multiprocessor has too little shared memory");
     return tiling;

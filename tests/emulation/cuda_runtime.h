@@ -48,8 +48,9 @@ void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::functio
 struct Machine {
     int devices = 1, multiprocessors = 3;
     std::size_t memory = std::size_t(1) << 30, used = 0;
-    unsigned seed = 1;       ///< of the order in which threads take turns
-    int blocks_at_once = 4;  ///< in flight
+    std::size_t shared_bytes = std::size_t(227) << 10;  ///< that a block can have
+    unsigned seed = 1;                                  ///< of the order in which threads take turns
+    int blocks_at_once = 4;                             ///< in flight
     long launches = 0, allocations = 0;
 };
 Machine& machine();
@@ -195,7 +196,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config);
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-    return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+    return std::size_t(bytes) <= emulation::machine().shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class... Parameters, class... Arguments>

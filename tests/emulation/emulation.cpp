@@ -298,7 +298,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             *value = 0;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = 227 * 1024;
+            *value = int(machine().shared_bytes);
             break;
     }
     return cudaSuccess;
@@ -353,6 +353,6 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config) {
     const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
     const bool good = threads >= 1 && threads <= 1024 && config.gridDim.x >= 1 && config.gridDim.y >= 1 &&
                       config.gridDim.z >= 1 && config.gridDim.x <= 0x7FFFFFFFU && config.gridDim.y <= 65535 &&
-                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= std::size_t(227) * 1024;
+                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= machine().shared_bytes;
     return failed(good ? cudaSuccess : cudaErrorInvalidValue);
 }
