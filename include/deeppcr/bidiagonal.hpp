@@ -24,22 +24,33 @@ enum class Reduction {
     pcr,         ///< parallel cyclic reduction, DeepPCR's Algorithm 1: ceil(log2 T) dependent steps, T log2 T products
     /// Serial per chunk, the chunks' summaries, replay: T products. The reference backend solves the summaries by PCR,
     /// chunk + log2(T/chunk) + chunk dependent steps; the cpu backend hands each one on to the next chunk, since few
-    /// chunks are in flight at a time there, and reads memory once.
+    /// chunks are in flight at a time there, and reads memory once. cuda: of blocks of up to 4 in one launch, which
+    /// reads memory once and has chunks of its own; larger ones by the same scan over the chunks' summaries, read
+    /// twice; those of more than 256 (128, where a multiprocessor has little shared memory) are one chunk.
     scan,
 };
 
 struct SolveOptions {
     Reduction method = Reduction::automatic;
     Execution execution = {};
-    index chunk = 0;                 ///< steps per chunk of `scan`; 0: from the thread count and the shape
-    Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
+    index chunk = 0;                 ///< steps per chunk of `scan`; 0: from the shape and the thread count or the GPU
+    Workspace* workspace = nullptr;  ///< memory to reuse between calls, on the GPU for cuda; null: the call's own
 };
 
 /// Solves `system` for `solution`: x, [steps,batch,width], out. `solution` may be the very view `right_side` (solved
 /// in place); any other overlap with the inputs is refused. steps == 0 is a no-op. Non-finite inputs propagate as in
 /// IEEE arithmetic (a sequence never affects another). Any sizes; width must be a multiple of block.
+/// T: float, double, or, with Backend::cuda, bfloat16 and float16: A, b, x_0 and x are stored so, everything between
+/// is computed and carried as float, and each x is rounded once, when it is stored.
+/// cuda: the call returns when its work is enqueued in execution.stream. The arrays and the workspace must live, and the
+/// arrays not be written by others, until the stream has done it (of the system and options structs themselves nothing is
+/// kept); work enqueued in the same stream later sees the solution. Errors of the running kernels are reported by a
+/// later call that waits. With a workspace that has been used for the same shape and method before, nothing is
+/// allocated and the host waits for nothing, so that a CUDA graph can capture the call; without one the call allocates and
+/// frees memory on the GPU, which waits for its work.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; `sequential` and `pcr`
-/// give the same bits for every thread count, `scan` for every thread count where `chunk` is given.
+/// give the same bits for every thread count, `scan` for every thread count where `chunk` is given. cuda: the same inputs,
+/// options and GPU model give the same bits.
 /// Returns the method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source: arXiv
 /// 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
 template <class T>
@@ -53,7 +64,7 @@ Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_ide
                            const SolveOptions& options = {});
 
 /// product = A^T y for one step of every sequence; `subdiagonal` has one step, y and product are [1,batch,width].
-/// `product` must not overlap the inputs.
+/// `product` must not overlap the inputs. Types, streams, and errors as of `solve`.
 template <class T>
 void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T> product,
                          const Execution& execution = {});

@@ -29,6 +29,29 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* word) {
 __device__ __forceinline__ void store_release(unsigned* word, unsigned value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
+/// A number that another block waits for is its own flag: memory whose bits are all set holds nothing yet. It comes
+/// whole, in no order with others.
+__device__ __forceinline__ float load_published(const float* word) {
+    float value;
+    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(word) : "memory");
+    return value;
+}
+__device__ __forceinline__ double load_published(const double* word) {
+    double value;
+    asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(word) : "memory");
+    return value;
+}
+__device__ __forceinline__ bool is_published(float value) { return __float_as_int(value) != -1; }
+__device__ __forceinline__ bool is_published(double value) { return __double_as_longlong(value) != -1; }
+/// Of what is NaN, that it is NaN.
+__device__ __forceinline__ void publish(float* word, float value) {
+    if (!is_published(value)) value = __int_as_float(0x7fffffff);
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(word), "f"(value) : "memory");
+}
+__device__ __forceinline__ void publish(double* word, double value) {
+    if (!is_published(value)) value = __longlong_as_double(0x7fffffffffffffff);
+    asm volatile("st.relaxed.gpu.global.f64 [%0], %1;" ::"l"(word), "d"(value) : "memory");
+}
 /// While waiting for another block.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 
@@ -42,6 +65,12 @@ __device__ __forceinline__ void begin_copy(void* shared, const void* global) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global), "n"(bytes) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+/// The copies begun since the last call are a group; waits for all groups but the last `groups`.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int groups>
+__device__ __forceinline__ void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
 
 /// From what is stored to what is computed with, and back, rounded to the nearest.
 template <class T>

@@ -10,6 +10,9 @@ namespace deeppcr::cuda {
 /// Throws OutOfMemory, NoDevice or Error, which say what was being done.
 void check(cudaError_t error, const char* doing);
 
+/// Lets a kernel have so much dynamic shared memory on the current GPU; asks CUDA once for each kernel and more memory.
+void allow_shared_memory(const void* kernel, std::size_t bytes);
+
 /// What a launch needs besides the kernel and its arguments.
 struct Launch {
     dim3 blocks, threads;
@@ -21,8 +24,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... arguments) {
     constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
     if (where.shared_bytes > granted_without_asking)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(where.shared_bytes)),
-              "asking for shared memory");
+        allow_shared_memory(reinterpret_cast<const void*>(kernel), where.shared_bytes);
     cudaLaunchConfig_t config{};
     config.gridDim = where.blocks;
     config.blockDim = where.threads;

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include <deeppcr/launch.cuh>
 
@@ -27,6 +28,19 @@ void check(cudaError_t error, const char* doing) {
         default:
             throw Error(text);
     }
+}
+
+void allow_shared_memory(const void* kernel, std::size_t bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, std::size_t> granted;
+    int gpu = 0;
+    check(cudaGetDevice(&gpu), "asking for the current GPU");
+    const std::lock_guard lock(mutex);
+    std::size_t& most = granted[{gpu, kernel}];
+    if (bytes <= most) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+          "asking for shared memory");
+    most = bytes;
 }
 
 Launch one_each(index count, cudaStream_t stream, int threads) {

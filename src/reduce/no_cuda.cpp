@@ -29,6 +29,8 @@ void multiply_transposed(const Jacobian<const T>&, const View<const T>&, const V
                                                         const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::reduce

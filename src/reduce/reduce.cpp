@@ -105,11 +105,21 @@ void require_block(const std::string& name, const Jacobian<const T>& jacobian) {
                               "block " + std::to_string(block));
 }
 
+/// Numbers of 16 bits are for GPUs.
+template <class T>
+void require_backend(const std::string& name, Backend backend) {
+    if constexpr (is_stored_in_16_bits<T>)
+        if (backend != Backend::cuda)
+            throw InvalidArgument(name, "Backend::cuda, which alone computes with numbers of 16 bits",
+                                  backend == Backend::cpu ? "Backend::cpu" : "Backend::reference");
+}
+
 /// Checks everything that a solve is given. False where there is nothing to solve.
 template <class T>
 bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const SolveOptions& options) {
     const auto& [subdiagonal, right_side, initial] = system;
     const Shape& shape = subdiagonal.states();
+    require_backend<T>("options.execution.backend", options.execution.backend);
     if (options.chunk < 0) throw InvalidArgument("options.chunk", "0 or more", std::to_string(options.chunk));
     const index count = shape.count();
     require_block("system.subdiagonal", subdiagonal);
@@ -257,16 +267,30 @@ Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     return run_method<backend>(method, system, chunk, execution, workspace);
 }
 
-/// Blocks of up to 4 by the scan, which costs no more memory traffic than substitution; larger ones, whose products
-/// cost `block` times as many operations, where there are too few chains to occupy the multiprocessors by substitution.
+/// Blocks of up to 4: a thread for each row where the rows lie side by side and alone keep the memory of every
+/// multiprocessor busy, else the scan, which moves as many bytes. Larger ones: the scan moves the blocks twice, and a
+/// product costs `block` times a step's operations, while the steps of substitution wait for each other. The smaller
+/// estimate counts: nanoseconds of a Hopper GPU, of whose multiprocessors each moves 30 bytes and does 100 of the
+/// products' multiplications in one.
 template <class T>
 Reduction choose_method_on_gpu(const OrderedSystem<T>& system) {
-    const index block = system.block(), chains = system.batch() * system.width() / block;
-    if (block <= 4) return Reduction::scan;
-    return chains * (2 + block / 16) <= 2 * device::multiprocessors() ? Reduction::scan : Reduction::sequential;
+    const double block = double(system.block()), steps = double(system.steps());
+    const double multiprocessors = device::multiprocessors();
+    const double chains = double(system.batch()) * double(system.width()) / block;
+    if (block <= 4) {
+        constexpr index few_steps = 8, warp = 32, rows_that_fill = 512;
+        const bool side_by_side = system.width() >= warp && block == 1;
+        const bool fill = chains >= double(rows_that_fill) * multiprocessors;
+        return system.steps() <= few_steps || (side_by_side && fill) ? Reduction::sequential : Reduction::scan;
+    }
+    const double moved = chains / multiprocessors * block * block * sizeof(T) / 30;
+    const double multiplied = chains / multiprocessors * block * block * block / 100;
+    const double latency = 150 * (1 + block / 16), launches = 40'000;
+    const double sequential = steps * std::max(latency, moved), scan = launches + steps * (2 * moved + multiplied);
+    return scan < sequential ? Reduction::scan : Reduction::sequential;
 }
 
-/// Arrays on a GPU.
+/// Arrays on a GPU. Only enqueues; allocates where no workspace is given, or the first time.
 template <class T>
 Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options) {
     if (options.workspace != nullptr && options.workspace->device() != device::current_gpu())
@@ -285,13 +309,10 @@ Reduction nothing_to_solve(const SolveOptions& options) {
 
 template <class T>
 Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
-    switch (options.execution.backend) {
-        case Backend::reference:
-            return run<Backend::reference>(system, options);
-        case Backend::cpu:
-            return run<Backend::cpu>(system, options);
-        case Backend::cuda:
-            return run_on_gpu(system, options);
+    if (options.execution.backend == Backend::cuda) return run_on_gpu(system, options);
+    if constexpr (!is_stored_in_16_bits<T>) {
+        if (options.execution.backend == Backend::reference) return run<Backend::reference>(system, options);
+        if (options.execution.backend == Backend::cpu) return run<Backend::cpu>(system, options);
     }
     throw InvalidArgument("options.execution.backend", "a Backend", std::to_string(int(options.execution.backend)));
 }
@@ -315,6 +336,7 @@ Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_ide
 template <class T>
 void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T> product, const Execution& execution) {
     const Shape& shape = subdiagonal.states();
+    require_backend<T>("execution.backend", execution.backend);
     if (shape.steps != 1) throw InvalidArgument("subdiagonal", "one step", to_string(shape));
     const index count = shape.count();
     require_block("subdiagonal", subdiagonal);
@@ -335,11 +357,13 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
         device::require_on_gpu("product", product.data());
         return reduce::multiply_transposed<Backend::cuda, T>(subdiagonal, y, product, used);
     }
-    used.threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
-    if (execution.backend == Backend::reference)
-        reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, used);
-    else
-        reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, used);
+    if constexpr (!is_stored_in_16_bits<T>) {
+        used.threads = useful_threads(shape, subdiagonal.block(), device::thread_count(execution));
+        if (execution.backend == Backend::reference)
+            reduce::multiply_transposed<Backend::reference, T>(subdiagonal, y, product, used);
+        else
+            reduce::multiply_transposed<Backend::cpu, T>(subdiagonal, y, product, used);
+    }
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                \
@@ -349,6 +373,8 @@ void multiply_transposed(Jacobian<const T> subdiagonal, View<const T> y, View<T>
     template void multiply_transposed(Jacobian<const T>, View<const T>, View<T>, const Execution&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr

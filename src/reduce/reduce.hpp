@@ -29,13 +29,13 @@ struct OrderedSystem {
 template <Backend backend, class T>
 void solve_sequential(const OrderedSystem<T>& system, const Execution& execution);
 
-/// Parallel cyclic reduction, out of place: takes `pcr_bytes` from `workspace`.
+/// Parallel cyclic reduction, out of place: takes two copies of the blocks and of the right sides from `workspace`.
 template <Backend backend, class T>
 void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Workspace& workspace);
 
 /// Chunk summaries, the states at the chunks' ends from the summaries, and the chunks again from those states.
-/// Takes `scan_bytes` from `workspace`. chunk >= 1; of the cuda backend 0 too, and blocks of
-/// up to 4 have chunks of their own there, as many steps as a block of threads holds.
+/// Takes the summaries from `workspace`. chunk >= 1; of the cuda backend 0 too, where the shape and the GPU decide;
+/// blocks of up to 4 always have chunks of their own there, and are solved in one launch.
 template <Backend backend, class T>
 void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace);
 

@@ -47,14 +47,18 @@ void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::functio
 
 /// A copy to shared memory that the running thread has begun: it happens in wait_for_copies.
 void begin_copy(void* shared, const void* global, std::size_t bytes);
-void wait_for_copies();
+/// A group of the copies that the running thread has begun since the last.
+void commit_copies();
+/// For all groups but the last so many; 0: for all copies.
+void wait_for_copies(int groups);
 
 /// What is emulated; for tests.
 struct Machine {
     int devices = 1, multiprocessors = 3, compute_capability = 90;
     std::size_t memory = std::size_t(1) << 30, used = 0;
-    unsigned seed = 1;       ///< of the order in which threads take turns
-    int blocks_at_once = 4;  ///< in flight
+    std::size_t shared_bytes = std::size_t(227) << 10;  ///< that a block can have
+    unsigned seed = 1;                                  ///< of the order in which threads take turns
+    int blocks_at_once = 4;                             ///< in flight
     long launches = 0, allocations = 0, waits = 0;
     long good_allocations = -1;  ///< until one fails for want of memory; negative: all are good
     int broken = 0;              ///< the error that every call returns, as after a kernel's crash; 0: none
@@ -278,7 +282,7 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-    return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+    return std::size_t(bytes) <= emulation::machine().shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class... Parameters, class... Arguments>

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <limits>
 #include <map>
 #include <memory>
 #include <random>
@@ -55,8 +56,10 @@ struct Fiber {
         void* to;
         const void* from;
         std::size_t bytes;
+        int group;
     };
     std::vector<Copy> copies;  // begun and not done
+    int copy_groups = 0;
 };
 
 struct Block {
@@ -379,12 +382,19 @@ void begin_copy(void* shared, const void* global, std::size_t bytes) {
     if (scheduler.order() % 2 == 0)
         std::memcpy(shared, global, bytes);
     else
-        scheduler.now->copies.push_back({shared, global, bytes});
+        scheduler.now->copies.push_back({shared, global, bytes, scheduler.now->copy_groups});
 }
 
-void wait_for_copies() {
-    for (const Fiber::Copy& copy : scheduler.now->copies) std::memcpy(copy.to, copy.from, copy.bytes);
-    scheduler.now->copies.clear();
+void commit_copies() { ++scheduler.now->copy_groups; }
+
+void wait_for_copies(int groups) {
+    auto& copies = scheduler.now->copies;
+    // Without a wait for groups, what no group has been made of is waited for too.
+    const int last = groups == 0 ? std::numeric_limits<int>::max() : scheduler.now->copy_groups - groups;
+    std::size_t done = 0;
+    for (; done < copies.size() && copies[done].group < last; ++done)
+        std::memcpy(copies[done].to, copies[done].from, copies[done].bytes);
+    copies.erase(copies.begin(), copies.begin() + std::ptrdiff_t(done));
 }
 
 void run(dim3 blocks, dim3 threads, std::size_t shared_bytes, const std::function<void()>& kernel) {
@@ -497,7 +507,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
             *value = machine().compute_capability % 10;
             break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = 227 * 1024;
+            *value = int(machine().shared_bytes);
             break;
         case cudaDevAttrMemoryPoolsSupported:
             *value = 1;
@@ -647,6 +657,6 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config) {
     const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
     const bool good = threads >= 1 && threads <= 1024 && config.gridDim.x >= 1 && config.gridDim.y >= 1 &&
                       config.gridDim.z >= 1 && config.gridDim.x <= 0x7FFFFFFFU && config.gridDim.y <= 65535 &&
-                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= std::size_t(227) * 1024;
+                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= machine().shared_bytes;
     return failed(good ? broken() : cudaErrorInvalidValue);
 }

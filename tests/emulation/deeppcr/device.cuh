@@ -15,6 +15,19 @@ T* shared_memory() {
 }
 inline unsigned load_acquire(const unsigned* word) { return *word; }
 inline void store_release(unsigned* word, unsigned value) { *word = value; }
+template <class T>
+T load_published(const T* word) {
+    return *word;
+}
+template <class T>
+bool is_published(T value) {
+    constexpr unsigned char nothing[] = {0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF};
+    return std::memcmp(&value, nothing, sizeof value) != 0;
+}
+template <class T>
+void publish(T* word, T value) {
+    *word = is_published(value) ? value : -value;
+}
 inline void pause() { emulation::yield(); }
 
 template <int bytes>
@@ -22,7 +35,12 @@ void begin_copy(void* shared, const void* global) {
     static_assert(bytes == 4 || bytes == 8 || bytes == 16);
     emulation::begin_copy(shared, global, bytes);
 }
-inline void wait_for_copies() { emulation::wait_for_copies(); }
+inline void wait_for_copies() { emulation::wait_for_copies(0); }
+inline void commit_copies() { emulation::commit_copies(); }
+template <int groups>
+void wait_for_copies_but() {
+    emulation::wait_for_copies(groups);
+}
 
 template <class T>
 Arithmetic<T> widen(T value) {

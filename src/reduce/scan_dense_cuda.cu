@@ -1,0 +1,551 @@
+// Bidiagonal systems x_s = M_s x_{s-1} + b_s of K x K blocks, K from 5 on: substitution along chunks of the steps.
+//
+//   substitution   each chunk of each chain from the state before it; all steps are one chunk where the chains alone
+//                  fill the chip: K^2 + 2 K numbers per step and chain, each moved once
+//   scan           1. of each chunk the product of its M and the sum of its b, carried along it
+//                  2. the states at the chunks' ends: the same kind of system, a chunk for a step, solved the same way
+//                  3. substitution along each chunk: M is read twice, b too, and a product costs K times a step's work
+//
+// One kernel does both: it carries the state along a chunk, and where it summarises the product too. A product's
+// columns are independent: P <- M P takes M from shared memory, where the steps to come are copied meanwhile, and keeps
+// P
+//
+//   K <= 32        in registers: a thread has one column, the threads of a column's K neighbours read the same entry of
+//   M
+//                  at the same time; 32, 16 or 8 threads make a chunk, and none waits for more than its warp
+//   K <= 256       in shared memory, `panel` columns to a block of 256 threads, each of which has up to 16 rows of
+//                  4 columns of the next P in registers; M comes in slices of 16 of its columns
+//   larger ones    are substituted only
+//
+// M^T, of transposed solves, is the same memory read along the other side, and P is stored transposed.
+#include "reduce/arrays_cuda.cuh"
+
+namespace deeppcr::reduce {
+namespace {
+
+using cuda::shared_memory;
+
+/// Chunks of `length` steps, the last one maybe shorter.
+struct Chunks {
+    index length, count;
+};
+
+/// What is carried along the chunks: to `products` [chunks - 1, chains, K, K] and `sums` [chunks - 1, chains, K], of
+/// all chunks but the last, or, where there is no `products`, to the solution, from `sums`, the states at the chunks'
+/// ends.
+template <class A>
+struct Carried {
+    A *products, *sums;
+};
+
+/// A chunk of a chain.
+template <class T>
+struct Run {
+    index chunk, sequence, row, first;
+    int steps;
+    bool from_nothing;  ///< no state is before the first step, whose M is not to be read
+
+    __device__ Run(const Arrays<T>& arrays, const Chunks& chunks, index number) {
+        const index chains = arrays.batch * arrays.rows, chain = number % chains;
+        chunk = number / chains;
+        sequence = chain / arrays.rows;
+        row = chain % arrays.rows;
+        first = chunk * chunks.length;
+        steps = int(min(chunks.length, arrays.steps - first));
+        from_nothing = chunk == 0 && arrays.initial.data == nullptr;
+    }
+};
+
+/// An entry of the state before a chunk.
+template <class T>
+__device__ Arithmetic<T> before(const Arrays<T>& arrays, const Carried<Arithmetic<T>>& carried, const Run<T>& run,
+                                int K, int entry) {
+    if (run.from_nothing) return 0;
+    if (run.chunk == 0) return cuda::widen(arrays.initial.at(0, run.sequence, run.row, K)[entry]);
+    return carried.sums[(((run.chunk - 1) * arrays.batch + run.sequence) * arrays.rows + run.row) * K + entry];
+}
+
+/// Bytes of a copy that every row of K numbers of every block allows.
+template <class T>
+int bytes_at_once(const Arrays<T>& arrays, int K) {
+    int bytes = int(sizeof(T));
+    for (const index wider : {4, 8, 16}) {
+        const auto fits = [&](index count) { return count * index(sizeof(T)) % wider == 0; };
+        if (wider > bytes && reinterpret_cast<std::uintptr_t>(arrays.factor.data) % std::uintptr_t(wider) == 0 &&
+            fits(K) && (arrays.steps == 1 || fits(arrays.factor.step)) &&
+            (arrays.batch == 1 || fits(arrays.factor.batch)))
+            bytes = int(wider);
+    }
+    return bytes;
+}
+
+/// Begins to copy `rows` rows of `numbers` numbers, `stride` apart, to shared memory, `pitch` apart: by thread `thread`
+/// of `threads`, `bytes` at once.
+template <int bytes, class T>
+__device__ void begin_copying_as(const T* from, int stride, int rows, int numbers, T* shared, int pitch, int thread,
+                                 int threads) {
+    constexpr int many = bytes / int(sizeof(T));
+    const int pieces = (numbers + many - 1) / many, row_step = threads / pieces, piece_step = threads % pieces;
+    int row = thread / pieces, piece = thread % pieces;
+    while (row < rows) {
+        T* const to = shared + row * pitch + piece * many;
+        const T* const at = from + index(row) * stride + piece * many;
+        if constexpr (bytes >= 4)
+            cuda::begin_copy<bytes>(to, at);
+        else
+            *to = *at;
+        row += row_step;
+        piece += piece_step;
+        if (piece >= pieces) {
+            piece -= pieces;
+            ++row;
+        }
+    }
+}
+template <class T>
+__device__ void begin_copying(int bytes, const T* from, int stride, int rows, int numbers, T* shared, int pitch,
+                              int thread, int threads) {
+    constexpr int one = int(sizeof(T));
+    if (bytes == 16)
+        begin_copying_as<16>(from, stride, rows, numbers, shared, pitch, thread, threads);
+    else if (bytes == 8)
+        begin_copying_as<8>(from, stride, rows, numbers, shared, pitch, thread, threads);
+    else if (bytes == 4)
+        begin_copying_as<(one > 4 ? one : 4)>(from, stride, rows, numbers, shared, pitch, thread, threads);
+    else
+        begin_copying_as<one>(from, stride, rows, numbers, shared, pitch, thread, threads);
+}
+
+/// Numbers from row to row of shared memory: an odd number of pieces of 16 bytes, so that neighbouring rows lie in
+/// different banks.
+template <class T, int numbers>
+inline constexpr int pitch_of = (numbers * int(sizeof(T)) / 16 | 1) * 16 / int(sizeof(T));
+
+/// Four neighbours in a row of M, or of M^T, that lies in shared memory.
+template <bool transposed, class T>
+__device__ __forceinline__ void read_line(const T* m, int pitch, int row, int column, Arithmetic<T> (&entries)[4]) {
+    if constexpr (transposed) {
+        DEEPPCR_UNROLL
+        for (int e = 0; e < 4; ++e) entries[e] = cuda::widen(m[(column + e) * pitch + row]);
+    } else {
+        read_numbers<4>(m + row * pitch + column, entries);
+    }
+}
+
+// --- blocks of up to 32
+
+constexpr int stages = 4;  // steps that are in shared memory: one in use, the others coming
+/// Of a block.
+template <class T, int side>
+constexpr int warps = side * sizeof(T) <= 128 ? 4 : 2;
+
+template <class T, int side>
+constexpr std::size_t small_shared_bytes() {
+    return std::size_t(warps<T, side> * 32 / side) *
+           (stages * side * pitch_of<T, side> * sizeof(T) + side * sizeof(Arithmetic<T>));
+}
+
+/// `side` threads run along a chunk: thread c has row c of the state, and column c of the product.
+template <class T, int side, bool transposed, bool summarises>
+__global__ void __launch_bounds__(warps<T, side> * 32)
+    run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
+              Carried<Arithmetic<T>> carried) {
+    using A = Arithmetic<T>;
+    constexpr int pitch = pitch_of<T, side>, vector = 4, teams = warps<T, side> * 32 / side;
+    const index chains = arrays.batch * arrays.rows, runs = (chunks.count - (summarises ? 1 : 0)) * chains;
+    const int team = int(threadIdx.x) / side, me = int(threadIdx.x) % side;
+    const index number = index(blockIdx.x) * teams + team;
+    const bool present = number < runs;  // the others go along, for the sake of their warp, and keep nothing
+    const Run<T> run(arrays, chunks, min(number, runs - 1));
+    T* const ring = shared_memory<T>() + team * (stages * side * pitch);
+    A* const state = reinterpret_cast<A*>(shared_memory<T>() + teams * (stages * side * pitch)) + team * side;
+
+    for (int i = me; i < stages * side * pitch; i += side) ring[i] = T();
+    state[me] = me < K && !(summarises && run.chunk > 0) ? before(arrays, carried, run, K, me) : A(0);
+    __syncwarp();
+
+    const auto right_side = [&](int n) {
+        return me < K && n < run.steps ? arrays.right_side.at(run.first + n, run.sequence, run.row, K)[me] : T();
+    };
+    const auto begin = [&](int n) {
+        if (n < run.steps && !(n == 0 && run.from_nothing))
+            begin_copying(bytes, arrays.factor.at(run.first + n, run.sequence, run.row, K * K), K, K, K,
+                          ring + n % stages * (side * pitch), pitch, me, side);
+        cuda::commit_copies();
+    };
+    for (int n = 0; n < stages - 1; ++n) begin(n);
+    T next_right_side = right_side(0);
+    A column[summarises ? side : 1];
+    const int longest = int(min(chunks.length, arrays.steps));
+    for (int n = 0; n < longest; ++n) {
+        cuda::wait_for_copies_but<stages - 2>();
+        __syncwarp();
+        begin(n + stages - 1);
+        const T* const m = ring + n % stages * (side * pitch);
+        A sum = cuda::widen(next_right_side);
+        next_right_side = right_side(n + 1);
+        if (n > 0 || !summarises || (run.chunk == 0 && !run.from_nothing)) {
+            DEEPPCR_UNROLL
+            for (int l = 0; l < side; l += vector) {
+                A entries[vector];
+                read_line<transposed>(m, pitch, me, l, entries);
+                DEEPPCR_UNROLL
+                for (int v = 0; v < vector; ++v) sum += entries[v] * state[l + v];
+            }
+        }
+        if constexpr (summarises) {
+            if (n == 0) {
+                DEEPPCR_UNROLL
+                for (int i = 0; i < side; ++i) column[i] = cuda::widen(m[transposed ? me * pitch + i : i * pitch + me]);
+            } else {
+                A next[side];
+                DEEPPCR_UNROLL
+                for (int i = 0; i < side; ++i) next[i] = A(0);
+                DEEPPCR_UNROLL
+                for (int i = 0; i < side; ++i) {
+                    DEEPPCR_UNROLL
+                    for (int l = 0; l < side; l += vector) {
+                        A entries[vector];
+                        read_numbers<vector>(m + i * pitch + l, entries);
+                        DEEPPCR_UNROLL
+                        for (int v = 0; v < vector; ++v) {
+                            if constexpr (transposed)
+                                next[l + v] += entries[v] * column[i];
+                            else
+                                next[i] += entries[v] * column[l + v];
+                        }
+                    }
+                }
+                DEEPPCR_UNROLL
+                for (int i = 0; i < side; ++i) column[i] = next[i];
+            }
+        }
+        __syncwarp();
+        state[me] = me < K ? sum : A(0);
+        if constexpr (!summarises)
+            if (present && me < K && n < run.steps)
+                arrays.solution.at(run.first + n, run.sequence, run.row, K)[me] = cuda::narrow<T>(sum);
+    }
+    if constexpr (summarises)
+        if (present && me < K) {
+            carried.sums[number * K + me] = state[me];
+            A* const product = carried.products + number * K * K;
+            DEEPPCR_UNROLL
+            for (int i = 0; i < side; ++i)
+                if (i < K) product[transposed ? me * K + i : i * K + me] = column[i];
+        }
+}
+
+// --- blocks of up to 256
+
+constexpr int most_threads = 1024;
+constexpr int large_threads = 256, slice = 16;  // columns of M
+constexpr int large_stages = 3;                 // slices in shared memory
+
+/// How shared memory is divided: large_stages of slices of M, the panel of P, two states.
+template <class T, int rows, bool transposed, bool summarises>
+struct LargeShape {
+    using A = Arithmetic<T>;
+    static constexpr int columns = 16 / int(sizeof(A));  // of a thread
+    static constexpr int panel = 16 * columns, side = 16 * rows;
+    static constexpr int pitch = transposed ? pitch_of<T, side> : pitch_of<T, slice>;
+    static constexpr int slice_numbers = (transposed ? slice : side) * pitch;
+    static constexpr std::size_t bytes =
+        large_stages * slice_numbers * sizeof(T) + ((summarises ? side * panel : 0) + 2 * side) * sizeof(A);
+};
+
+/// A block of threads runs along a chunk: thread i has row i of the state, and, of a panel of the product's columns,
+/// `rows` rows of a few columns: ti + 16 r, or, where M is read transposed, neighbours by four.
+template <class T, int rows, bool transposed, bool summarises>
+__global__ void __launch_bounds__(large_threads, rows <= 4   ? 3
+                                                 : rows <= 8 ? 2
+                                                             : 1)
+    run_large(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
+              Carried<Arithmetic<T>> carried) {
+    using A = Arithmetic<T>;
+    using Shape = LargeShape<T, rows, transposed, summarises>;
+    constexpr int columns = Shape::columns, panel = Shape::panel, side = Shape::side, pitch = Shape::pitch;
+    const int panels = summarises ? (K + panel - 1) / panel : 1;
+    const index number = index(blockIdx.x) / panels;
+    const int first_column = int(index(blockIdx.x) % panels) * panel;
+    const Run<T> run(arrays, chunks, number);
+    // The product of the first chunk is of no use.
+    if (summarises && run.chunk == 0 && first_column > 0) return;
+    T* const ring = shared_memory<T>();
+    A* const state = reinterpret_cast<A*>(ring + large_stages * Shape::slice_numbers);  // [2, side]
+    A* const product = state + 2 * side;                                                // [side, panel]
+    const int me = int(threadIdx.x), ti = me / 16, tj = me % 16;
+    const auto row_of = [&](int r) { return transposed ? r / 4 * 64 + 4 * ti + r % 4 : ti + 16 * r; };
+
+    const bool from_first = !summarises || (run.chunk == 0 && !run.from_nothing);
+    const bool keeps_state = first_column == 0;
+    for (int i = me; i < large_stages * Shape::slice_numbers; i += large_threads) ring[i] = T();
+    for (int i = me; i < 2 * side; i += large_threads) state[i] = A(0);
+    if constexpr (summarises)
+        for (int i = me; i < side * panel; i += large_threads) {
+            const int row = i / panel, column = first_column + i % panel;
+            product[i] = A(0);
+            if (run.chunk > 0 && row < K && column < K)
+                product[i] = cuda::widen(arrays.factor.at(run.first, run.sequence, run.row,
+                                                          K * K)[transposed ? column * K + row : row * K + column]);
+        }
+    __syncthreads();
+    const auto right_side = [&](int n) {
+        return me < K && n < run.steps ? arrays.right_side.at(run.first + n, run.sequence, run.row, K)[me] : T();
+    };
+    const int begin_step = from_first && !run.from_nothing ? 0 : 1;
+    if (me < K) {
+        if (begin_step == 1) {
+            state[me] = cuda::widen(right_side(0));
+            if constexpr (!summarises)
+                arrays.solution.at(run.first, run.sequence, run.row, K)[me] = cuda::narrow<T>(state[me]);
+        } else {
+            state[me] = before(arrays, carried, run, K, me);
+        }
+    }
+
+    const int slices = (K + slice - 1) / slice, items = (run.steps - begin_step) * slices;
+    const auto begin = [&](int item) {
+        if (item < items) {
+            const int n = begin_step + item / slices, l = item % slices * slice, width = min(slice, K - l);
+            const T* const m = arrays.factor.at(run.first + n, run.sequence, run.row, K * K);
+            begin_copying(bytes, m + (transposed ? l * K : l), K, transposed ? width : K, transposed ? K : width,
+                          ring + item % large_stages * Shape::slice_numbers, pitch, me, large_threads);
+        }
+        cuda::commit_copies();
+    };
+    for (int item = 0; item < large_stages - 1; ++item) begin(item);
+    T next_right_side = right_side(begin_step);
+    int item = 0;
+    for (int n = begin_step; n < run.steps; ++n) {
+        const A* const last = state + (n - begin_step) % 2 * side;
+        A sum = cuda::widen(next_right_side);
+        next_right_side = right_side(n + 1);
+        A next[summarises ? rows : 1][columns];
+        if constexpr (summarises) {
+            DEEPPCR_UNROLL
+            for (auto& row : next) {
+                DEEPPCR_UNROLL
+                for (A& entry : row) entry = A(0);
+            }
+        }
+        for (int l = 0; l < K; l += slice, ++item) {
+            cuda::wait_for_copies_but<large_stages - 2>();
+            __syncthreads();
+            begin(item + large_stages - 1);
+            const T* const m = ring + item % large_stages * Shape::slice_numbers;
+            if (keeps_state && me < K) {
+                DEEPPCR_UNROLL
+                for (int v = 0; v < slice; v += 4) {
+                    A entries[4];
+                    read_line<transposed>(m, pitch, me, v, entries);
+                    DEEPPCR_UNROLL
+                    for (int e = 0; e < 4; ++e) sum += entries[e] * last[l + v + e];
+                }
+            }
+            if constexpr (summarises) {
+                if (run.chunk == 0) continue;
+                DEEPPCR_UNROLL
+                for (int v = 0; v < slice; v += 4) {
+                    A of_product[4][columns];
+                    DEEPPCR_UNROLL
+                    for (int w = 0; w < 4; ++w)
+                        read_numbers<columns>(product + (l + v + w) * panel + columns * tj, of_product[w]);
+                    DEEPPCR_UNROLL
+                    for (int r = 0; r < rows; r += transposed ? 4 : 1) {
+                        DEEPPCR_UNROLL
+                        for (int w = 0; w < (transposed ? 4 : 1); ++w) {
+                            A entries[4];
+                            read_numbers<4>(m + (transposed ? (v + w) * pitch + row_of(r) : row_of(r) * pitch + v),
+                                            entries);
+                            DEEPPCR_UNROLL
+                            for (int e = 0; e < 4; ++e) {
+                                DEEPPCR_UNROLL
+                                for (int c = 0; c < columns; ++c)
+                                    next[transposed ? r + e : r][c] += entries[e] * of_product[transposed ? w : e][c];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        if (keeps_state && me < K) {
+            state[(n - begin_step + 1) % 2 * side + me] = sum;
+            if constexpr (!summarises)
+                arrays.solution.at(run.first + n, run.sequence, run.row, K)[me] = cuda::narrow<T>(sum);
+        }
+        if constexpr (summarises) {
+            if (run.chunk == 0) continue;
+            __syncthreads();
+            DEEPPCR_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                if (row_of(r) >= K) continue;
+                write_numbers<columns>(product + row_of(r) * panel + columns * tj, next[r]);
+            }
+        }
+    }
+    if constexpr (summarises) {
+        __syncthreads();
+        if (keeps_state && me < K) carried.sums[number * K + me] = state[(run.steps - begin_step) % 2 * side + me];
+        A* const to = carried.products + number * K * K;
+        for (int i = me; i < side * panel; i += large_threads) {
+            const int row = transposed ? i % side : i / panel, column = transposed ? i / side : i % panel;
+            if (row < K && first_column + column < K)
+                to[transposed ? (first_column + column) * K + row : row * K + first_column + column] =
+                    product[row * panel + column];
+        }
+    }
+}
+
+// --- larger blocks
+
+/// A block of threads runs along a chain, all of it: its warps share the rows of M x, their lanes the columns.
+template <class T>
+__global__ void __launch_bounds__(most_threads)
+    substitute_largest(const __grid_constant__ Arrays<T> arrays, int K, bool transposed) {
+    using A = Arithmetic<T>;
+    A* const x = shared_memory<A>();  // [2, K]: the state and the next one
+    const Run<T> run(arrays, {arrays.steps, 1}, blockIdx.x);
+    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+    for (int k = int(threadIdx.x); k < K; k += most_threads) x[k] = before(arrays, {}, run, K, k);
+    __syncthreads();
+    for (index s = 0; s < arrays.steps; ++s) {
+        const bool alone = s == 0 && run.from_nothing;
+        const T* const m = arrays.factor.at(s, run.sequence, run.row, K * K);
+        const T* const b = arrays.right_side.at(s, run.sequence, run.row, K);
+        T* const to = arrays.solution.at(s, run.sequence, run.row, K);
+        const A* const last = x + s % 2 * K;
+        A* const next = x + (s + 1) % 2 * K;
+        if (transposed || alone) {
+            for (int i = int(threadIdx.x); i < K; i += most_threads) {
+                A sum = cuda::widen(b[i]);
+                for (int k = 0; k < K && !alone; ++k) sum += cuda::widen(m[index(k) * K + i]) * last[k];
+                next[i] = sum;
+                to[i] = cuda::narrow<T>(sum);
+            }
+        } else {
+            for (int i = warp; i < K; i += most_threads / 32) {
+                A sum = 0;
+                for (int k = lane; k < K; k += 32) sum += cuda::widen(m[index(i) * K + k]) * last[k];
+                for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0U, sum, d);
+                if (lane > 0) continue;
+                next[i] = sum + cuda::widen(b[i]);
+                to[i] = cuda::narrow<T>(next[i]);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// --- on the host
+
+constexpr int largest_panel_block = 256;
+/// The largest block that is carried in slices on the current GPU.
+template <class T>
+int largest_in_slices() {
+    using Shape = LargeShape<T, largest_panel_block / 16, false, true>;
+    return index(Shape::bytes) <= shared_bytes_of_each(1) ? largest_panel_block : largest_panel_block / 2;
+}
+
+template <class T, bool transposed, bool summarises>
+void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const Carried<Arithmetic<T>>& carried,
+                   CUstream_st* stream) {
+    const index runs = (chunks.count - (summarises ? 1 : 0)) * arrays.batch * arrays.rows;
+    const auto launch = [&](auto kernel, index blocks, int threads, std::size_t shared_bytes) {
+        if (blocks > std::numeric_limits<int>::max())
+            throw InvalidArgument("system", "fewer than 2^31 chunks of all chains", std::to_string(blocks));
+        cuda::launch({dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream}, kernel, arrays, K,
+                     bytes_at_once(arrays, K), chunks, carried);
+    };
+    const auto small = [&]<int side>() {
+        constexpr int threads = warps<T, side> * 32, together = threads / side;
+        launch(run_small<T, side, transposed, summarises>, (runs + together - 1) / together, threads,
+               small_shared_bytes<T, side>());
+    };
+    const auto large = [&]<int rows>() {
+        using Shape = LargeShape<T, rows, transposed, summarises>;
+        const index panels = summarises ? (K + Shape::panel - 1) / Shape::panel : 1;
+        launch(run_large<T, rows, transposed, summarises>, runs * panels, large_threads, Shape::bytes);
+    };
+    if (K <= 8)
+        small.template operator()<8>();
+    else if (K <= 16)
+        small.template operator()<16>();
+    else if (K <= 32)
+        small.template operator()<32>();
+    else if (K <= 64)
+        large.template operator()<4>();
+    else if (K <= 128)
+        large.template operator()<8>();
+    else if (K <= largest_in_slices<T>())
+        large.template operator()<16>();
+    else  // one chunk
+        cuda::launch({dim3(unsigned(runs)), dim3(most_threads), std::size_t(2 * K) * sizeof(Arithmetic<T>), stream},
+                     substitute_largest<T>, arrays, K, transposed);
+}
+template <bool summarises, class T>
+void run_chunks(const Arrays<T>& arrays, int K, bool transposed, const Chunks& chunks,
+                const Carried<Arithmetic<T>>& carried, CUstream_st* stream) {
+    if (transposed)
+        run_chunks_as<T, true, summarises>(arrays, K, chunks, carried, stream);
+    else
+        run_chunks_as<T, false, summarises>(arrays, K, chunks, carried, stream);
+}
+
+/// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
+/// shorter than this one.
+index chunk_length(index steps, index chains, int K) {
+    constexpr index shortest = 16;
+    const index at_once = index(device::multiprocessors()) * (K <= 8 ? 64 : K <= 16 ? 32 : K <= 32 ? 16 : 2);
+    return std::max(shortest, (steps * chains + at_once - 1) / at_once);
+}
+
+template <class T>
+void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, CUstream_st* stream,
+                 Workspace& workspace) {
+    using A = Arithmetic<T>;
+    constexpr index few_steps = 48;  // which take less than the launches of a scan
+    const index chains = arrays.batch * arrays.rows, steps = arrays.steps;
+    index length = wanted > 0 ? wanted : steps <= few_steps ? steps : chunk_length(steps, chains, K);
+    if (length > steps || K > largest_in_slices<T>()) length = steps;
+    const Chunks chunks{length, (steps + length - 1) / length};
+    if (chunks.count == 1) return run_chunks<false, T>(arrays, K, transposed, chunks, {}, stream);
+    const Workspace::Scope scope(workspace);
+    const index maps = (chunks.count - 1) * chains;
+    const Carried<A> carried{workspace.take<A>(maps * K * K), workspace.take<A>(maps * K)};
+    run_chunks<true, T>(arrays, K, transposed, chunks, carried, stream);
+    // In place: sums become the states at the chunks' ends. The initial state is in the first sum.
+    const index block = index(K) * K;
+    const Arrays<A> ends{{carried.products, chains * block, arrays.rows * block},
+                         {carried.sums, chains * K, arrays.rows * K},
+                         {nullptr, 0, 0},
+                         {carried.sums, chains * K, arrays.rows * K},
+                         chunks.count - 1,
+                         arrays.batch,
+                         arrays.rows};
+    scan_chunks<A>(ends, K, transposed, 0, stream, workspace);
+    run_chunks<false, T>(arrays, K, transposed, chunks, carried, stream);
+}
+
+}  // namespace
+
+template <class T>
+void scan_dense(const OrderedSystem<T>& system, index chunk, CUstream_st* stream, Workspace& workspace) {
+    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, chunk, stream, workspace);
+}
+
+template <class T>
+void substitute_dense(const OrderedSystem<T>& system, CUstream_st* stream) {
+    run_chunks<false, T>(arrays_of(system), int(system.block()), system.transposed, {system.steps(), 1}, {}, stream);
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                          \
+    template void scan_dense(const OrderedSystem<T>&, index, CUstream_st*, Workspace&); \
+    template void substitute_dense(const OrderedSystem<T>&, CUstream_st*);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace deeppcr::reduce

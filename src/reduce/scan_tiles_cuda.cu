@@ -1,0 +1,654 @@
+// The scan of bidiagonal systems x_s = M_s x_{s-1} + b_s of K x K blocks, K up to 4, in one launch: M and b are read
+// once and x is written once, K^2 + 2 K numbers per step and row (a row is one K x K chain).
+//
+// A block of threads takes a tile, consecutive steps of neighbouring rows, into shared memory:
+//
+//          rows ->                 each thread owns one row of one chunk of the steps
+//   steps  [chunk 0 | 0 | 0 ...]   1. the chunk's map x -> M x + b: the product of its M, the sum of its b
+//     |    [chunk 1 | 1 | 1 ...]   2. the chunks' maps joined by PCR, log2(chunks) steps of exchange in shared memory
+//     v    [chunk 2 | 2 | 2 ...]   3. the state before the tile, from the tiles before it
+//          [  ...              ]   4. the chunk again, from its true first state; x takes the place of b
+//
+// The state before a tile (decoupled look-back, which Merrill & Garland (2016) describe for sums): as many tiles are on
+// their way as the chip holds, and what is known of them grows by one look at memory at a time, so that a look has to
+// reach far. Therefore `span` tiles in a row are one span:
+//
+//   a tile          publishes its map, and joins the maps of its span's earlier tiles;
+//   a span's last   publishes the join of all of its span's, and the state after it once that is known;
+//   every tile      looks at up to `window` spans before its own: the nearest published state, and the maps since.
+//
+// What is published is its own flag: memory starts as numbers that nothing publishes (NaN, all bits set), and a number
+// that is another one has come. A number is one word, so that it comes whole, and nothing else hangs on it: no fence,
+// no order between words, and one latency of memory for a look.
+//
+// Tiles begin in the order of their tickets, so that those before a tile are done or running. Which state a look finds
+// depends on time, what follows from it does not: the state after a span is always the span's map of the state before
+// it. The result is deterministic.
+#include "reduce/arrays_cuda.cuh"
+
+namespace deeppcr::reduce {
+namespace {
+
+using cuda::shared_memory;
+
+/// x -> M x + b.
+template <class A, int K>
+struct Map {
+    static constexpr int size = K * K + K;
+    A m[K * K], b[K];
+
+    /// Of the step x -> M x + b, M row-major or its transpose.
+    template <bool transposed>
+    __device__ static Map of(const A (&n)[K * K], const A (&c)[K]) {
+        Map map;
+        for (int i = 0; i < K; ++i) {
+            for (int j = 0; j < K; ++j) map.m[i * K + j] = n[transposed ? j * K + i : i * K + j];
+            map.b[i] = c[i];
+        }
+        return map;
+    }
+    __device__ static Map identity() {
+        Map map;
+        for (int i = 0; i < K; ++i) {
+            map.b[i] = A(0);
+            for (int j = 0; j < K; ++j) map.m[i * K + j] = A(i == j);
+        }
+        return map;
+    }
+    /// Entries `stride` apart.
+    __device__ static Map read(const A* from, int stride) {
+        Map map;
+        for (int e = 0; e < K * K; ++e) map.m[e] = from[e * stride];
+        for (int i = 0; i < K; ++i) map.b[i] = from[(K * K + i) * stride];
+        return map;
+    }
+    __device__ void write(A* to, int stride) const {
+        for (int e = 0; e < K * K; ++e) to[e * stride] = m[e];
+        for (int i = 0; i < K; ++i) to[(K * K + i) * stride] = b[i];
+    }
+    __device__ void publish(A* to, int stride) const {
+        for (int e = 0; e < K * K; ++e) cuda::publish(to + e * stride, m[e]);
+        for (int i = 0; i < K; ++i) cuda::publish(to + (K * K + i) * stride, b[i]);
+    }
+    __device__ void apply(A (&x)[K]) const { advance<K, false>(m, b, x); }
+    /// Followed by x -> N x + c, N row-major or its transpose: column by column, in place.
+    template <bool transposed>
+    __device__ void then(const A (&n)[K * K], const A (&c)[K]) {
+        DEEPPCR_UNROLL
+        for (int j = 0; j < K; ++j) {
+            A column[K];
+            DEEPPCR_UNROLL
+            for (int i = 0; i < K; ++i) {
+                column[i] = n[transposed ? i : i * K] * m[j];
+                DEEPPCR_UNROLL
+                for (int k = 1; k < K; ++k) column[i] += n[transposed ? k * K + i : i * K + k] * m[k * K + j];
+            }
+            DEEPPCR_UNROLL
+            for (int i = 0; i < K; ++i) m[i * K + j] = column[i];
+        }
+        advance<K, transposed>(n, c, b);
+    }
+};
+
+/// How the numbers of a row and step lie in shared memory, `pitch` from row to row: blocks of 16 are apart, so that
+/// threads that read neighbouring ones as pieces of 16 bytes read different banks.
+template <class T, int numbers>
+struct Layout {
+    static constexpr int size = numbers;
+    static constexpr int pitch = numbers == 16 && sizeof(T) >= 4 ? 16 + 16 / int(sizeof(T)) : numbers;
+    static constexpr int unit = piece_numbers<T, numbers> * int(sizeof(T));  // bytes that are read at once
+    __device__ static int place(int number) { return pitch == size ? number : number / size * pitch + number % size; }
+};
+
+/// How a tile's part of an array lies in memory.
+struct Lie {
+    int bytes;      ///< that can be copied at once
+    bool flat;      ///< all of it side by side, else each step of each sequence
+    bool reversed;  ///< the last step first
+};
+
+/// How the sequences and rows are divided into groups of neighbours, and time into tiles.
+struct Tiling {
+    int sequences, rows;       ///< of a group, at most
+    int row_groups, groups;    ///< per sequence; of all
+    int tiles, spans;          ///< of a group
+    int slots, chunks, chunk;  ///< rows of a tile; chunks; steps of one
+    int steps;                 ///< of a tile
+    int span, window;          ///< tiles of a span; spans that are looked at at once
+    int threads;
+    Lie factor, right_side, solution;
+};
+
+/// What tiles tell each other: every number starts as unpublished, the ticket as all bits.
+template <class A, int K>
+struct Summaries {
+    static constexpr int map = Map<A, K>::size, record = map + K;  ///< entries
+    unsigned* ticket;
+    A* maps;     ///< [groups, tiles, map, slots]
+    A* records;  ///< [groups, spans, map and state, slots]
+};
+
+/// The part of a tile that a group has of each array.
+struct Group {
+    index sequence, row;
+    int sequences, rows;
+    __device__ int slots() const { return sequences * rows; }
+};
+template <class T>
+__device__ Group group_of(const Arrays<T>& arrays, const Tiling& tiling, unsigned group) {
+    Group result;
+    result.sequence = index(group / unsigned(tiling.row_groups)) * tiling.sequences;
+    result.sequences = int(min(index(tiling.sequences), arrays.batch - result.sequence));
+    result.row = index(group % unsigned(tiling.row_groups)) * tiling.rows;
+    result.rows = int(min(index(tiling.rows), arrays.rows - result.row));
+    return result;
+}
+
+/// A tile's part of an array: steps [first, first + steps), of which the first `skipped` are left out.
+struct Part {
+    Group group;
+    index first;
+    int steps, skipped, slots;
+};
+
+/// Where the tile's part of a flat array begins: the numbers of its first place in shared memory, which is that of the
+/// last step where the array is reversed.
+template <int size, class T>
+__device__ T* beginning(const Strided<T>& array, const Lie& lie, const Part& part) {
+    return array.at(part.first + (lie.reversed ? part.steps - 1 : 0), part.group.sequence, part.group.row, size);
+}
+/// Numbers by which the tile's part is moved in shared memory, so that pieces of 16 bytes there are such in the array.
+template <int size, class T>
+__device__ int offset_of(const Strided<T>& array, const Lie& lie, const Part& part) {
+    if (!lie.flat || lie.bytes < 16) return 0;
+    return int(reinterpret_cast<std::uintptr_t>(beginning<size>(array, lie, part)) % 16 / sizeof(T));
+}
+
+/// Calls move(place in shared memory, in the array) for each `numbers` numbers of an array that is not flat,
+/// neighbouring threads at neighbouring ones. `reversed`: how the tile lies in shared memory.
+template <int numbers, class Shape, class T, class Move>
+__device__ void for_pieces(const Strided<T>& array, bool reversed, const Part& part, const Move& move) {
+    const Group& group = part.group;
+    const int pieces = group.rows * Shape::size / numbers, threads = int(blockDim.x);
+    const int first_piece = int(threadIdx.x) % pieces, first_step = part.skipped + int(threadIdx.x) / pieces;
+    const int piece_stride = threads % pieces, step_stride = threads / pieces;
+    const int step_places = (reversed ? -part.slots : part.slots) * Shape::size;
+    const index advance = step_stride * array.step + piece_stride * numbers, wrap = array.step - pieces * numbers;
+    const int advance_places = step_stride * step_places + piece_stride * numbers;
+    const int wrap_places = step_places - pieces * numbers;
+    for (int sequence = 0; sequence < group.sequences; ++sequence) {
+        int piece = first_piece, step = first_step;
+        int place = ((reversed ? part.steps - 1 : 0) * part.slots + sequence * group.rows) * Shape::size +
+                    step * step_places + piece * numbers;
+        T* at = array.at(part.first + step, group.sequence + sequence, group.row, Shape::size) + piece * numbers;
+        while (step < part.steps) {
+            move(Shape::place(place), at);
+            at += advance;
+            place += advance_places;
+            piece += piece_stride;
+            step += step_stride;
+            if (piece < pieces) continue;
+            at += wrap;
+            place += wrap_places;
+            piece -= pieces;
+            ++step;
+        }
+    }
+}
+
+/// Of a flat array, [begin, end) in shared memory: move_piece for what makes up pieces of 16 bytes, move for the rest.
+template <class Shape, class T, class MovePiece, class Move>
+__device__ void for_flat(T* first, int begin, int end, bool pieces, const MovePiece& move_piece, const Move& move) {
+    constexpr int numbers = 16 / int(sizeof(T));
+    const int threads = int(blockDim.x), thread = int(threadIdx.x);
+    const auto address = reinterpret_cast<std::uintptr_t>(first + begin);
+    const int head = pieces ? min(end, begin + int((16 - address % 16) % 16 / sizeof(T))) : end;
+    const int tail = head + (end - head) / numbers * numbers;
+    for (int i = begin + thread; i < head; i += threads) move(Shape::place(i), first + i);
+    for (int i = head + thread * numbers; i < tail; i += threads * numbers) move_piece(Shape::place(i), first + i);
+    for (int i = tail + thread; i < end; i += threads) move(Shape::place(i), first + i);
+}
+
+/// Begins to copy what is `bytes` long, or copies it where nothing so short is copied in the background.
+template <int bytes, class T>
+__device__ __forceinline__ void begin_copy(T* shared, const T* from) {
+    if constexpr (bytes >= 4)
+        cuda::begin_copy<bytes>(shared, from);
+    else
+        *shared = *from;
+}
+
+template <class Shape, class T>
+__device__ void begin_copying(const Strided<const T>& array, const Lie& lie, const Part& part, T* shared) {
+    constexpr int one = int(sizeof(T));
+    const auto pieces_of = [&]<int bytes>() {
+        for_pieces<bytes / one, Shape>(array, lie.reversed, part,
+                                       [&](int at, const T* from) { begin_copy<bytes>(shared + at, from); });
+    };
+    if (lie.flat)
+        for_flat<Shape>(
+            beginning<Shape::size>(array, lie, part), (lie.reversed ? 0 : part.skipped) * part.slots * Shape::size,
+            (part.steps - (lie.reversed ? part.skipped : 0)) * part.slots * Shape::size, lie.bytes == 16,
+            [&](int at, const T* from) { begin_copy<16>(shared + at, from); },
+            [&](int at, const T* from) { begin_copy<one>(shared + at, from); });
+    else if (lie.bytes == 16)
+        pieces_of.template operator()<16>();
+    else if (lie.bytes == 8 && one < 8)
+        pieces_of.template operator()<(one < 8 ? 8 : one)>();
+    else if (lie.bytes == 4 && one < 4)
+        pieces_of.template operator()<(one < 4 ? 4 : one)>();
+    else
+        pieces_of.template operator()<one>();
+}
+
+/// `reversed`: how the tile lies in shared memory.
+template <class Shape, class T>
+__device__ void store(const Strided<T>& array, const Lie& lie, bool reversed, const Part& part, const T* shared) {
+    constexpr int one = int(sizeof(T)), numbers = 16 / one;
+    const auto move = [&]<int many>(int at, T* to) {
+        *reinterpret_cast<Piece<T, many>*>(to) = *reinterpret_cast<const Piece<T, many>*>(shared + at);
+    };
+    if (lie.flat)
+        for_flat<Shape>(
+            beginning<Shape::size>(array, lie, part), 0, part.steps * part.slots * Shape::size,
+            lie.bytes == 16 && (reinterpret_cast<std::uintptr_t>(beginning<Shape::size>(array, lie, part)) -
+                                reinterpret_cast<std::uintptr_t>(shared)) %
+                                       16 ==
+                                   0,
+            [&](int at, T* to) { move.template operator()<numbers>(at, to); },
+            [&](int at, T* to) { move.template operator()<1>(at, to); });
+    else if (lie.bytes == 16)
+        for_pieces<numbers, Shape>(array, reversed, part,
+                                   [&](int at, T* to) { move.template operator()<numbers>(at, to); });
+    else
+        for_pieces<1, Shape>(array, reversed, part, [&](int at, T* to) { move.template operator()<1>(at, to); });
+}
+
+/// To `staged`, of shared memory, what has come of `count` numbers since the last call; whether this thread's share is
+/// complete. Each thread reads and writes its own share only.
+template <class A>
+__device__ bool collect(const A* from, A* staged, int count) {
+    constexpr int at_once = 4;  // on their way through memory
+    bool complete = true;
+    const int threads = int(blockDim.x);
+    for (int i = int(threadIdx.x); i < count; i += at_once * threads) {
+        A values[at_once];
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u)
+            if (const int at = i + u * threads; at < count) values[u] = cuda::load_published(from + at);
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u)
+            if (const int at = i + u * threads; at < count) {
+                complete = complete && cuda::is_published(values[u]);
+                staged[at] = values[u];
+            }
+    }
+    return complete;
+}
+
+/// The shared memory of a block.
+template <class T, int K>
+struct Memory {
+    using A = Arithmetic<T>;
+    static constexpr int map = Map<A, K>::size;
+    T *factor, *right_side;  // [steps, slots, pitch]
+    A* maps;                 // [map, threads]: of all chunks up to one
+    A* staged;               // of other tiles: [span - 1, map, slots], then [window, record, slots]
+    A* before;               // [map, slots]: of the span's tiles before this one
+    A* through;              // [map, slots]: and of this one too
+    A* carried;              // [K, slots]: the state before the tile
+
+    __host__ __device__ static constexpr index round_up(index bytes) { return (bytes + 15) / 16 * 16; }
+    __host__ __device__ static index factor_bytes(const Tiling& tiling) {
+        return round_up(index(tiling.steps) * tiling.slots * Layout<T, K * K>::pitch * index(sizeof(T)) + 16);
+    }
+    __host__ __device__ static index right_bytes(const Tiling& tiling) {
+        return round_up(index(tiling.steps) * tiling.slots * K * index(sizeof(T)) + 16);
+    }
+    __host__ __device__ static int staged_numbers(const Tiling& tiling) {
+        const int window = tiling.tiles > 1 ? tiling.window * Summaries<A, K>::record : 0;
+        return max((tiling.span - 1) * map, window) * tiling.slots;
+    }
+    static index bytes(const Tiling& tiling) {
+        return factor_bytes(tiling) + right_bytes(tiling) +
+               (index(map) * tiling.threads + staged_numbers(tiling) + (2 * map + K) * tiling.slots) * index(sizeof(A));
+    }
+    __device__ explicit Memory(const Tiling& tiling) {
+        unsigned char* const memory = shared_memory<unsigned char>();
+        factor = reinterpret_cast<T*>(memory);
+        right_side = reinterpret_cast<T*>(memory + factor_bytes(tiling));
+        maps = reinterpret_cast<A*>(memory + factor_bytes(tiling) + right_bytes(tiling));
+        staged = maps + map * tiling.threads;
+        before = staged + staged_numbers(tiling);
+        through = before + map * tiling.slots;
+        carried = through + map * tiling.slots;
+    }
+};
+
+/// Joins the maps of the span's tiles before this one, and with this one's, which the last tile of a span publishes.
+/// The columns of a product are independent: a thread for each, and one for the sum.
+template <class A, int K, class Memory>
+__device__ void join_span(const Tiling& tiling, int earlier, const A* published, const Memory& memory, A* whole_span) {
+    constexpr int map = Map<A, K>::size;
+    const int slots = tiling.slots, count = earlier * map * slots;
+    while (!collect(published, memory.staged, count)) cuda::pause();
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < (K + 1) * slots; i += int(blockDim.x)) {
+        const int column = i / slots, slot = i % slots;
+        const auto advance_column = [&](const Map<A, K>& tile, A(&x)[K]) {
+            A shift[K];
+            for (int k = 0; k < K; ++k) shift[k] = column == K ? tile.b[k] : A(0);
+            advance<K, false>(tile.m, shift, x);
+        };
+        const auto entry = [&](int k) { return (column == K ? K * K + k : k * K + column) * slots + slot; };
+        A x[K];
+        for (int k = 0; k < K; ++k) x[k] = A(k == column);
+        for (int t = 0; t < earlier; ++t)
+            advance_column(Map<A, K>::read(memory.staged + t * map * slots + slot, slots), x);
+        for (int k = 0; k < K; ++k) memory.before[entry(k)] = x[k];
+        if (whole_span == nullptr) continue;
+        const int last = (tiling.chunks - 1) * slots + slot;
+        advance_column(Map<A, K>::read(memory.maps + last, tiling.threads), x);
+        for (int k = 0; k < K; ++k) {
+            memory.through[entry(k)] = x[k];
+            cuda::publish(whole_span + entry(k), x[k]);
+        }
+    }
+    __syncthreads();
+}
+
+/// The state after the last of `window` spans, to `carried`: the nearest state that has come, and the maps since.
+template <class A, int K, class Memory>
+__device__ void look_back(const Tiling& tiling, const A* records, int window, const Memory& memory) {
+    constexpr int map = Map<A, K>::size, record = map + K;
+    const int slots = tiling.slots;
+    while (true) {
+        collect(records, memory.staged, window * record * slots);
+        __syncthreads();
+        bool waits = false;
+        for (int slot = int(threadIdx.x); slot < slots; slot += int(blockDim.x)) {
+            const auto come = [&](int span, int begin, int end) {
+                bool all = true;
+                for (int e = begin; e < end; ++e)
+                    all = all && cuda::is_published(memory.staged[(span * record + e) * slots + slot]);
+                return all;
+            };
+            int nearest = window - 1;
+            while (nearest >= 0 && !come(nearest, map, record)) nearest = come(nearest, 0, map) ? nearest - 1 : -1;
+            waits = waits || nearest < 0;
+            if (nearest < 0) continue;
+            A x[K];
+            for (int k = 0; k < K; ++k) x[k] = memory.staged[(nearest * record + map + k) * slots + slot];
+            for (int span = nearest + 1; span < window; ++span)
+                Map<A, K>::read(memory.staged + span * record * slots + slot, slots).apply(x);
+            for (int k = 0; k < K; ++k) memory.carried[k * slots + slot] = x[k];
+        }
+        if (__syncthreads_or(int(waits)) == 0) return;
+        cuda::pause();
+    }
+}
+
+/// Threads of a block, and blocks of a multiprocessor, between which the shared memory is divided.
+template <class T, int K>
+struct TileShape {
+    static constexpr int numbers = (K * K + K) * int(sizeof(T));
+    static constexpr int threads = numbers <= 32 ? 256 : numbers <= 96 ? 192 : 128;
+    static constexpr int blocks = sizeof(T) <= 4 ? 3 : 2;
+};
+
+template <class T, int K, bool transposed>
+__global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blocks)
+    scan_tile(const __grid_constant__ Arrays<T> arrays, const __grid_constant__ Tiling tiling,
+              const __grid_constant__ Summaries<Arithmetic<T>, K> summaries) {
+    using A = Arithmetic<T>;
+    using Factors = Layout<T, K * K>;
+    using States = Layout<T, K>;
+    const Memory<T, K> memory(tiling);
+    const int threads = int(blockDim.x), slots = tiling.slots;
+
+    unsigned number = blockIdx.x;
+    if (tiling.tiles > 1) {
+        auto* const ticket = reinterpret_cast<unsigned*>(memory.carried);
+        if (threadIdx.x == 0) *ticket = atomicAdd(summaries.ticket, 1U) + 1;  // from all bits on
+        __syncthreads();
+        number = *ticket;
+        __syncthreads();
+    }
+    const int tile = int(number / unsigned(tiling.groups));
+    const unsigned group = number % unsigned(tiling.groups);
+    Part part{group_of(arrays, tiling, group), index(tile) * tiling.steps, 0, 0, slots};
+    part.steps = int(min(index(tiling.steps), arrays.steps - part.first));
+    T* const factor = memory.factor + offset_of<Factors::size>(arrays.factor, tiling.factor, part);
+    T* const right_side = memory.right_side + offset_of<States::size>(arrays.right_side, tiling.right_side, part);
+    begin_copying<States>(arrays.right_side, tiling.right_side, part, right_side);
+    if (tile == 0 && arrays.initial.data == nullptr) {
+        // Without an initial state the first step has no M: what lies there in memory is not to be read.
+        const int place = (tiling.factor.reversed ? part.steps - 1 : 0) * slots * Factors::size;
+        for (int i = int(threadIdx.x); i < slots * Factors::size; i += threads) factor[Factors::place(place + i)] = T();
+        part.skipped = 1;
+    }
+    begin_copying<Factors>(arrays.factor, tiling.factor, part, factor);
+    cuda::wait_for_copies();
+    __syncthreads();
+
+    const int chunk = int(threadIdx.x) / slots, slot = int(threadIdx.x) % slots;
+    const bool present = chunk < tiling.chunks, owns = present && slot < part.group.slots();
+    const int begin = min(chunk * tiling.chunk, part.steps);
+    const int count = owns ? min(tiling.chunk, part.steps - begin) : 0;
+    const T* const my_factor =
+        factor + ((tiling.factor.reversed ? part.steps - 1 - begin : begin) * slots + slot) * Factors::pitch;
+    T* const my_right_side =
+        right_side + ((tiling.right_side.reversed ? part.steps - 1 - begin : begin) * slots + slot) * K;
+    const int factor_step = (tiling.factor.reversed ? -slots : slots) * Factors::pitch;
+    const int right_step = (tiling.right_side.reversed ? -slots : slots) * K;
+    const auto read_step = [&](int s, A(&m)[K * K], A(&b)[K]) {
+        read_numbers<K * K>(my_factor + s * factor_step, m);
+        read_numbers<K>(my_right_side + s * right_step, b);
+    };
+
+    // 1. the chunk's map
+    auto whole = Map<A, K>::identity();
+    if (count > 0) {
+        A m[K * K], b[K];
+        read_step(0, m, b);
+        whole = Map<A, K>::template of<transposed>(m, b);
+        for (int s = 1; s < count; ++s) {
+            read_step(s, m, b);
+            whole.template then<transposed>(m, b);
+        }
+    }
+
+    // 2. of all chunks up to this one
+    for (int distance = 1; distance < tiling.chunks; distance *= 2) {
+        whole.write(memory.maps + threadIdx.x, threads);
+        __syncthreads();
+        const bool joins = present && chunk >= distance;
+        auto before = Map<A, K>::identity();
+        if (joins) before = Map<A, K>::read(memory.maps + threadIdx.x - distance * slots, threads);
+        __syncthreads();
+        if (joins) {
+            before.template then<false>(whole.m, whole.b);
+            whole = before;
+        }
+    }
+    whole.write(memory.maps + threadIdx.x, threads);
+
+    // 3. the state before the tile
+    const int span = tile / tiling.span, in_span = tile % tiling.span;
+    const bool last_tile = tile + 1 == tiling.tiles, ends_span = in_span + 1 == tiling.span && !last_tile;
+    constexpr int map = Map<A, K>::size, record = map + K;
+    A* const maps = summaries.maps + (index(group) * tiling.tiles + tile) * (map * slots);
+    A* const own_record = summaries.records + (index(group) * tiling.spans + span) * (record * slots);
+    if (present && chunk == tiling.chunks - 1 && !ends_span && !last_tile) whole.publish(maps + slot, slots);
+    if (in_span > 0 || ends_span) {
+        __syncthreads();
+        join_span<A, K>(tiling, in_span, maps - in_span * (map * slots), memory, ends_span ? own_record : nullptr);
+    }
+    if (span > 0) {
+        const int window = min(tiling.window, span);
+        look_back<A, K>(tiling, own_record - window * (record * slots), window, memory);
+    } else if (present && chunk == 0) {
+        for (int k = 0; k < K; ++k)
+            memory.carried[k * slots + slot] =
+                owns && arrays.initial.data != nullptr
+                    ? cuda::widen(arrays.initial.at(0, part.group.sequence + slot / part.group.rows,
+                                                    part.group.row + slot % part.group.rows, K)[k])
+                    : A(0);
+    }
+    __syncthreads();
+    A x[K];
+    for (int k = 0; k < K; ++k) x[k] = present ? memory.carried[k * slots + slot] : A(0);
+    if (ends_span && present && chunk == 0) {
+        A state[K];
+        for (int k = 0; k < K; ++k) state[k] = x[k];
+        Map<A, K>::read(memory.through + slot, slots).apply(state);
+        for (int k = 0; k < K; ++k) cuda::publish(own_record + (map + k) * slots + slot, state[k]);
+    }
+
+    // 4. the chunk from its first state
+    if (present && in_span > 0) Map<A, K>::read(memory.before + slot, slots).apply(x);
+    if (present && chunk > 0) Map<A, K>::read(memory.maps + threadIdx.x - slots, threads).apply(x);
+    constexpr int at_once = K == 1 ? 4 : K == 2 ? 2 : 1;  // steps that are read before one is written
+    for (int first = 0; first < count; first += at_once) {
+        A m[at_once][K * K], b[at_once][K];
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u)
+            if (first + u < count) read_step(first + u, m[u], b[u]);
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u) {
+            if (first + u >= count) break;
+            advance<K, transposed>(m[u], b[u], x);
+            write_numbers<K>(my_right_side + (first + u) * right_step, x);
+        }
+    }
+    __syncthreads();
+    part.skipped = 0;
+    store<States>(arrays.solution, tiling.solution, tiling.right_side.reversed, part, right_side);
+}
+
+/// How an array of `numbers` per row lies for tiles of these groups. Where a tile is not flat, the widest copy that
+/// every step of every group allows.
+template <int numbers, class T, class U>
+Lie lie_of(const Strided<U>& array, const Arrays<T>& arrays, const Tiling& tiling, bool may_be_flat = true) {
+    constexpr index one = sizeof(T), unit = Layout<T, numbers>::unit;
+    const index address = index(reinterpret_cast<std::uintptr_t>(array.data) % 16);
+    const bool one_batch = arrays.batch == 1;
+    Lie lie{};
+    lie.reversed = array.step < 0;
+    lie.flat = may_be_flat && tiling.row_groups == 1 && tiling.sequences == 1 &&
+               (arrays.steps == 1 || std::abs(array.step) == arrays.rows * numbers);
+    if (lie.flat) {
+        const bool aligned = address % unit == 0 && (one_batch || array.batch * one % unit == 0);
+        lie.bytes = aligned ? 16 : int(one);
+        return lie;
+    }
+    lie.bytes = int(one);
+    for (const index bytes : {index(4), index(8), index(16)}) {
+        const auto fits = [&](index count) { return count * one % bytes == 0; };
+        if (bytes > one && address % bytes == 0 && (arrays.steps == 1 || fits(array.step)) &&
+            (one_batch || fits(array.batch)) && fits(arrays.rows * numbers) && fits(tiling.rows * numbers))
+            lie.bytes = int(bytes);
+    }
+    return lie;
+}
+
+/// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as what
+/// the chip holds of one group needs.
+int tiles_of_a_span(int groups, int multiprocessors) {
+    int span = 1;
+    while (span < 32 && 2 * index(span) * span * groups < 3 * index(multiprocessors)) span *= 2;
+    return span;
+}
+
+void require_fewer(index tiles) {
+    if (tiles > std::numeric_limits<int>::max())
+        throw InvalidArgument("system", "fewer than 2^31 tiles", std::to_string(tiles));
+}
+
+template <class T, int K>
+Tiling tiling_of(const Arrays<T>& arrays) {
+    using Tile = TileShape<T, K>;
+    constexpr index line = 128;                                                  // bytes
+    constexpr index fewest_rows = (line + K * sizeof(T) - 1) / (K * sizeof(T));  // of a group, where there are more
+    Tiling tiling{};
+    // Rows of several sequences share a tile, but where the steps of each are nearer to each other than those.
+    const bool apart = arrays.batch == 1 || std::abs(arrays.solution.step) < std::abs(arrays.solution.batch);
+    const auto parts = [](index count, index part) { return (count + part - 1) / part; };
+    const index rows = parts(arrays.rows, std::max<index>(1, arrays.rows / fewest_rows));
+    const index row_groups = parts(arrays.rows, rows);
+    const index sequences = apart ? 1 : std::clamp<index>(fewest_rows / rows, 1, arrays.batch);
+    const index groups = row_groups * parts(arrays.batch, sequences);
+    require_fewer(groups);
+    tiling.rows = int(rows);
+    tiling.row_groups = int(row_groups);
+    tiling.sequences = int(sequences);
+    tiling.groups = int(groups);
+    tiling.slots = int(sequences * rows);
+    tiling.span = tiles_of_a_span(tiling.groups, device::multiprocessors());
+    tiling.window = std::max(tiling.span, 4);
+    tiling.factor = lie_of<K * K>(arrays.factor, arrays, tiling);
+    tiling.right_side = lie_of<K>(arrays.right_side, arrays, tiling);
+    tiling.solution =
+        lie_of<K>(arrays.solution, arrays, tiling, (arrays.solution.step < 0) == tiling.right_side.reversed);
+
+    // The longest spans, and then the longest chunk, whose tile fits; odd, so that threads whose chunks follow each
+    // other in memory read different banks of shared memory.
+    const index shared = shared_bytes_of_each(Tile::blocks);
+    const auto with = [&](int threads, int chunk) {
+        tiling.chunk = chunk;
+        tiling.chunks = int(std::min<index>(threads / tiling.slots, (arrays.steps + chunk - 1) / chunk));
+        tiling.threads = (tiling.chunks * tiling.slots + 31) / 32 * 32;
+        // A multiple of 16 bytes of each array, so that all tiles lie as the first does.
+        const int steps = tiling.chunks * chunk;
+        tiling.steps = steps >= arrays.steps ? int(arrays.steps) : steps >= 8 ? steps / 8 * 8 : steps;
+        require_fewer(parts(arrays.steps, tiling.steps) * groups);
+        tiling.tiles = int(parts(arrays.steps, tiling.steps));
+        tiling.spans = (tiling.tiles + tiling.span - 1) / tiling.span;
+        return Memory<T, K>::bytes(tiling) <= shared;
+    };
+    constexpr int fewest_threads = 64;
+    while (tiling.span > 1 && !with(fewest_threads, 3)) {
+        tiling.span /= 2;
+        tiling.window = std::max(tiling.span, 4);
+    }
+    int threads = Tile::threads, chunk = 1;
+    while (threads > fewest_threads && !with(threads, 3)) threads /= 2;
+    while (chunk < 63 && with(threads, chunk + 2)) chunk += 2;
+    if (!with(threads, chunk)) throw Error("a multiprocessor has too little shared memory");
+    return tiling;
+}
+
+template <class T, int K>
+void scan(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& workspace) {
+    using A = Arithmetic<T>;
+    const Arrays<T> arrays = arrays_of(system);
+    const Tiling tiling = tiling_of<T, K>(arrays);
+    const index blocks = index(tiling.tiles) * tiling.groups;
+    const Workspace::Scope scope(workspace);
+    Summaries<A, K> summaries{};
+    if (tiling.tiles > 1) {
+        const index maps = blocks * summaries.map * tiling.slots;
+        const index records = index(tiling.groups) * tiling.spans * summaries.record * tiling.slots;
+        summaries.maps = workspace.take<A>(maps + records + 1);
+        summaries.records = summaries.maps + maps;
+        summaries.ticket = reinterpret_cast<unsigned*>(summaries.records + records);
+        device::fill_bytes(summaries.maps, 0xFF, (maps + records + 1) * index(sizeof(A)), stream);
+    }
+    cuda::launch(
+        {dim3(unsigned(blocks)), dim3(unsigned(tiling.threads)), std::size_t(Memory<T, K>::bytes(tiling)), stream},
+        system.transposed ? scan_tile<T, K, true> : scan_tile<T, K, false>, arrays, tiling, summaries);
+}
+
+}  // namespace
+
+template <class T>
+void scan_tiles(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& workspace) {
+    with_block(system.block(), [&]<int K>() { scan<T, K>(system, stream, workspace); });
+}
+
+template void scan_tiles(const OrderedSystem<float>&, CUstream_st*, Workspace&);
+template void scan_tiles(const OrderedSystem<double>&, CUstream_st*, Workspace&);
+template void scan_tiles(const OrderedSystem<bfloat16>&, CUstream_st*, Workspace&);
+template void scan_tiles(const OrderedSystem<float16>&, CUstream_st*, Workspace&);
+
+}  // namespace deeppcr::reduce
