@@ -85,17 +85,17 @@ struct Kernels {
     std::string name;
     const std::type_info* cell = nullptr;
     int states = 0, inputs = 0, parameters = 0;
-    Kernel<T> advance;      ///< state <- f(state), after = state
-    Kernel<T> advance_one;  ///< advance for lane 0 of each block alone: the shortest chain of operations
-    Kernel<T> multiply;     ///< state <- f(state), product <- J product
-    Kernel<T> apply;        ///< after = f(before), each step on its own
-    Kernel<T> linearise;    ///< jacobian = J at before
-    Kernel<T> backward;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
+    Kernel<T> advance = nullptr;      ///< state <- f(state), after = state
+    Kernel<T> advance_one = nullptr;  ///< advance for lane 0 of each block alone: the shortest chain of operations
+    Kernel<T> multiply = nullptr;     ///< state <- f(state), product <- J product
+    Kernel<T> apply = nullptr;        ///< after = f(before), each step on its own
+    Kernel<T> linearise = nullptr;    ///< jacobian = J at before
+    Kernel<T> backward = nullptr;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
                             ///< (added); state <- J^T a
-    Kernel<T> correct;      ///< backward without gradient, added to input_gradient and parameter_gradient
-    Kernel<T> plain_step;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
-    Kernel<T> plain_linearise;
-    Kernel<T> plain_backward;
+    Kernel<T> correct = nullptr;      ///< backward without gradient, added to input_gradient and parameter_gradient
+    Kernel<T> plain_step = nullptr;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
+    Kernel<T> plain_linearise = nullptr;
+    Kernel<T> plain_backward = nullptr;
 };
 
 /// Which of the instruction sets runs: 512, 256 (AVX2 and FMA) or 0 (plain).
@@ -133,15 +133,14 @@ struct Lane {
         return values;
     }
 
-    /// df applied to a direction (x', u', p').
-    DEEPPCR_INLINE std::array<Dual<T>, K> derivative(const std::array<T, K>& dx, const std::array<T, G>& du,
-                                                     const std::array<T, P>& dp) const {
+    /// df applied to a direction x' of the states.
+    DEEPPCR_INLINE std::array<Dual<T>, K> derivative(const std::array<T, K>& dx) const {
         std::array<Dual<T>, K> xs;
         std::array<Dual<T>, G> us;
         std::array<Dual<T>, P> ps;
-        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = {x[std::size_t(k)], dx[std::size_t(k)]};
-        for (int g = 0; g < G; ++g) us[std::size_t(g)] = {u[std::size_t(g)], du[std::size_t(g)]};
-        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = {p[std::size_t(q)], dp[std::size_t(q)]};
+        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = Dual<T>(x[std::size_t(k)], dx[std::size_t(k)]);
+        for (int g = 0; g < G; ++g) us[std::size_t(g)] = Dual<T>(u[std::size_t(g)]);
+        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = Dual<T>(p[std::size_t(q)]);
         return Cell::step(xs, us, ps);
     }
 
@@ -149,13 +148,13 @@ struct Lane {
     /// states.
     template <int direction>
     DEEPPCR_INLINE T sensitivity(const std::array<T, K>& adjoint) const {
-        std::array<T, K> dx;
-        std::array<T, G> du;
-        std::array<T, P> dp;
-        for (int k = 0; k < K; ++k) dx[std::size_t(k)] = T(k == direction);
-        for (int g = 0; g < G; ++g) du[std::size_t(g)] = T(K + g == direction);
-        for (int q = 0; q < P; ++q) dp[std::size_t(q)] = T(K + G + q == direction);
-        const std::array<Dual<T>, K> result = derivative(dx, du, dp);
+        std::array<Dual<T>, K> xs;
+        std::array<Dual<T>, G> us;
+        std::array<Dual<T>, P> ps;
+        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = Dual<T>::along(x[std::size_t(k)], k == direction);
+        for (int g = 0; g < G; ++g) us[std::size_t(g)] = Dual<T>::along(u[std::size_t(g)], K + g == direction);
+        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = Dual<T>::along(p[std::size_t(q)], K + G + q == direction);
+        const std::array<Dual<T>, K> result = Cell::step(xs, us, ps);
         T sum = adjoint[0] * result[0].derivative;
         for (int k = 1; k < K; ++k) sum += adjoint[std::size_t(k)] * result[std::size_t(k)].derivative;
         return sum;
@@ -171,7 +170,7 @@ struct Lane {
     DEEPPCR_INLINE std::array<Dual<T>, K> times_column(const T* matrix, index stride) const {
         std::array<T, K> dx;
         for (int k = 0; k < K; ++k) dx[std::size_t(k)] = matrix[(k * K + column) * stride];
-        return derivative(dx, {}, {});
+        return derivative(dx);
     }
     template <std::size_t... column>
     DEEPPCR_INLINE std::array<std::array<Dual<T>, K>, K> times_matrix(const T* matrix, index stride,
@@ -182,7 +181,7 @@ struct Lane {
     DEEPPCR_INLINE std::array<Dual<T>, K> jacobian_column() const {
         std::array<T, K> dx;
         for (int k = 0; k < K; ++k) dx[std::size_t(k)] = T(k == column);
-        return derivative(dx, {}, {});
+        return derivative(dx);
     }
     template <std::size_t... column>
     DEEPPCR_INLINE std::array<std::array<Dual<T>, K>, K> jacobian_columns(std::index_sequence<column...>) const {
@@ -359,15 +358,26 @@ struct Loops {
     }
 };
 
-/// The kernels of a Cell for this machine's instruction set.
+/// The kernels of a Cell for this machine's instruction set. Where numbers are stored in 16 bits, none: only its name and
+/// sizes.
 template <class Cell, class T>
 const Kernels<T>& kernels_of() {
     static const Kernels<T> kernels = [] {
-        if constexpr (!one_kernel_set) {
-            if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
-            if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
+        if constexpr (is_stored_in_16_bits<T>) {
+            Kernels<T> sizes;
+            sizes.name = Loops<Cell, float>::name();
+            sizes.cell = &typeid(Cell);
+            sizes.states = Cell::states;
+            sizes.inputs = Cell::inputs;
+            sizes.parameters = Cell::parameters;
+            return sizes;
+        } else {
+            if constexpr (!one_kernel_set) {
+                if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
+                if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
+            }
+            return Loops<Cell, T>::kernels_plain();
         }
-        return Loops<Cell, T>::kernels_plain();
     }();
     return kernels;
 }

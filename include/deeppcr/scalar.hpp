@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 // What a loop over lanes is made of must all lie in the loop itself. Under a sanitizer, which multiplies code, it need
@@ -142,39 +143,59 @@ DEEPPCR_INLINE constexpr T with_sign(T x, T sign) {
     return std::bit_cast<T>((std::bit_cast<bits>(x) & ~mask) | (std::bit_cast<bits>(sign) & mask));
 }
 
-#if defined(__CUDA_ARCH__)
-// A GPU has 2^x and 1/x in hardware, to about one unit in the last place of a float; subnormal numbers are 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
+/// The larger, as running maxima of errors are taken: NaN once either is.
+template <class T>
+DEEPPCR_INLINE constexpr T larger_or_nan(T largest, T more) {
+    return largest != largest || more <= largest ? largest : more;
 }
-__device__ __forceinline__ float reciprocal(float x) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F;
 
-__device__ __forceinline__ float fast_exponential(float x) {
+// A GPU has 2^x and 1/x in hardware, to about two units and one unit in the last place of a float; subnormal numbers are
+// 0. The functions of float made of them take that hardware as a parameter, so that a test can put in its own.
+#if defined(__CUDA_ARCH__)
+struct Hardware {
+    __device__ __forceinline__ static float power_of_two(float x) {
+        float result;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+    __device__ __forceinline__ static float reciprocal(float x) {
+        float result;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+};
+#endif
+constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F, ln_2 = 0.693147181F;
+
+template <class Hardware>
+DEEPPCR_INLINE float fast_exponential(float x) {
     // The product's rounding error is up to |x| units: what it leaves goes into a factor beside 1.
     const float kept = clamp(x, Format<float>::least, Format<float>::greatest), power = kept * log2_e;
-    const float left = fmaf(kept, log2_e, -power) + kept * log2_e_low, result = power_of_two(power);
-    return fmaf(result, left * 0.693147181F, result);
+    const float left = std::fma(kept, log2_e, -power) + kept * log2_e_low, result = Hardware::power_of_two(power);
+    return select(result > std::numeric_limits<float>::max(), result, std::fma(result, left * ln_2, result));
 }
-__device__ __forceinline__ float fast_logistic(float x) { return reciprocal(1 + power_of_two(x * -log2_e)); }
-__device__ __forceinline__ float fast_hyperbolic_tangent(float x) {
-    // Odd powers where 1 - 2 / (1 + e^2x) would cancel.
-    const float square = x * x, far = fmaf(-2, reciprocal(1 + power_of_two(x * (2 * log2_e))), 1);
-    const float series = fmaf(square, fmaf(square, fmaf(square, -0.05036624F, 0.13314832F), -0.33333061F), 1);
-    return square < 0.09F ? x * series : far;
+template <class Hardware>
+DEEPPCR_INLINE float fast_logistic(float x) {
+    // As above, for -x; from 88 on 1 / (1 + e^-x) is below the smallest normal number, thus 0.
+    const float kept = select(x < -88, -88.0F, x), power = kept * -log2_e;
+    const float left = std::fma(kept, -log2_e, -power) - kept * log2_e_low, result = Hardware::power_of_two(power);
+    return Hardware::reciprocal(1 + std::fma(result, left * ln_2, result));
 }
-#endif
+template <class Hardware>
+DEEPPCR_INLINE float fast_hyperbolic_tangent(float x) {
+    // Odd powers where 1 - 2 / (1 + e^2|x|) would cancel.
+    const float square = x * x;
+    const float far =
+        std::fma(-2.0F, Hardware::reciprocal(1 + Hardware::power_of_two(magnitude(x) * (2 * log2_e))), 1.0F);
+    const float series =
+        std::fma(square, std::fma(square, std::fma(square, -0.05036624F, 0.13314832F), -0.33333061F), 1.0F);
+    return square < 0.09F ? x * series : with_sign(far, x);
+}
 
 template <class T>
 DEEPPCR_INLINE constexpr T exponential(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_exponential(x);
+    if constexpr (std::is_same_v<T, float>) return fast_exponential<Hardware>(x);
 #endif
     const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
     const auto half = power >> 1;  // in two steps, so that subnormal results and the largest ones come out right
@@ -193,7 +214,7 @@ DEEPPCR_INLINE constexpr T decay(T x) {
 template <class T>
 DEEPPCR_INLINE constexpr T logistic(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_logistic(x);
+    if constexpr (std::is_same_v<T, float>) return fast_logistic<Hardware>(x);
 #endif
     const T e = decay(x);
     return select(x < 0, e, T(1)) / (1 + e);
@@ -202,7 +223,7 @@ DEEPPCR_INLINE constexpr T logistic(T x) {
 template <class T>
 DEEPPCR_INLINE constexpr T hyperbolic_tangent(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent(x);
+    if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent<Hardware>(x);
 #endif
     // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
     constexpr T least = -T(Format<T>::mantissa + 3);
@@ -224,19 +245,20 @@ DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
 
 /// Each function below states its error against the exact value in units in the last place (ULP) for float, the largest
 /// over all 2^32 floats under every instruction set (tests/scalar_test.cpp counts); for double, over many random ones.
-/// NaN gives NaN; overflow gives infinity.
+/// NaN gives NaN; overflow gives infinity. On a GPU, float's exp, sigmoid and tanh are made of its 2^x and 1/x: their
+/// errors are given beside, and results below the smallest normal number are 0.
 
-/// e^x. At most 1.05 ULP.
+/// e^x. At most 1.05 ULP; on a GPU EXPULP.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> exp(Scalar<T> x) {
     return scalar_functions::exponential(x.value);
 }
-/// 1 / (1 + e^-x). At most 2.5 ULP; results below the smallest normal number are 0.
+/// 1 / (1 + e^-x). At most 2.5 ULP, on a GPU SIGULP; results below the smallest normal number are 0.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> sigmoid(Scalar<T> x) {
     return scalar_functions::logistic(x.value);
 }
-/// At most 2.5 ULP.
+/// At most 2.5 ULP; on a GPU TANHULP.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> tanh(Scalar<T> x) {
     return scalar_functions::hyperbolic_tangent(x.value);
@@ -282,12 +304,35 @@ DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
 /// a step is evaluated once per direction in a row, the compiler computes all values once.
 template <class T>
 struct Dual {
+    // A derivative that is known to be 0 when all is compiled costs nothing: a direction does not reach most
+    // intermediate values. A host's compiler is asked; for a GPU, whose compiler cannot be, a flag goes along, which is
+    // gone once all is inlined.
+#if defined(__CUDA_ARCH__)
+    struct Slope {
+        T value = T(0);
+        bool zero = true;
+
+        constexpr Slope() = default;
+        DEEPPCR_INLINE constexpr Slope(T slope, bool is_zero = false)  // NOLINT(google-explicit-constructor)
+            : value(slope), zero(is_zero) {}
+    };
+#else
+    using Slope = T;
+#endif
+
     T value{}, derivative{};
+#if defined(__CUDA_ARCH__)
+    bool zero = true;
+#endif
 
     constexpr Dual() = default;
     template <class U>
     requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Dual(U number)
         : value(T(number)) {}  // NOLINT(google-explicit-constructor)
+#if defined(__CUDA_ARCH__)
+    DEEPPCR_INLINE constexpr Dual(T number, Slope slope)
+        : value(number), derivative(slope.zero ? T(0) : slope.value), zero(slope.zero) {}
+#else
     DEEPPCR_INLINE constexpr Dual(T number, T slope) : value(number), derivative(slope) {}
     // Copied member by member: GCC leaves some copies of whole structures in memory, and loops with them as they are.
     DEEPPCR_INLINE constexpr Dual(const Dual& other) : value(other.value), derivative(other.derivative) {}
@@ -296,43 +341,62 @@ struct Dual {
         derivative = other.derivative;
         return *this;
     }
+#endif
+    /// x, with derivative 1 or 0.
+    DEEPPCR_INLINE static constexpr Dual along(T number, bool direction) {
+        if (direction) return {number, T(1)};
+        return Dual(number);
+    }
 
     DEEPPCR_INLINE friend constexpr Dual operator+(Dual a, Dual b) {
-        return {a.value + b.value, plus(a.derivative, b.derivative)};
+        return {a.value + b.value, plus(a.slope(), b.slope())};
     }
     DEEPPCR_INLINE friend constexpr Dual operator-(Dual a, Dual b) {
-        return {a.value - b.value, plus(a.derivative, times(T(-1), b.derivative))};
+        return {a.value - b.value, plus(a.slope(), times(T(-1), b.slope()))};
     }
     DEEPPCR_INLINE friend constexpr Dual operator*(Dual a, Dual b) {
-        return {a.value * b.value, plus(times(b.value, a.derivative), times(a.value, b.derivative))};
+        return {a.value * b.value, plus(times(b.value, a.slope()), times(a.value, b.slope()))};
     }
     DEEPPCR_INLINE friend constexpr Dual operator/(Dual a, Dual b) {
         const T quotient = a.value / b.value, slope = 1 / b.value;
-        return {quotient, plus(times(slope, a.derivative), times(-quotient * slope, b.derivative))};
+        return {quotient, plus(times(slope, a.slope()), times(-quotient * slope, b.slope()))};
     }
-    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.derivative)}; }
+    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.slope())}; }
     DEEPPCR_INLINE friend constexpr bool operator<(Dual a, Dual b) { return a.value < b.value; }
     DEEPPCR_INLINE friend constexpr bool operator>(Dual a, Dual b) { return a.value > b.value; }
 
     /// f(a), given f and f' at a.
-    DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
+    DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.slope())}; }
+    /// condition ? a : b
+    DEEPPCR_INLINE static constexpr Dual select(bool condition, Dual a, Dual b) {
+        const T slope = scalar_functions::select(condition, a.derivative, b.derivative);
+        const T chosen = scalar_functions::select(condition, a.value, b.value);
+#if defined(__CUDA_ARCH__)
+        return {chosen, Slope(slope, a.zero && b.zero)};
+#else
+        return {chosen, slope};
+#endif
+    }
 
 private:
-    // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
-    // (Not so on a GPU: nvcc has no __builtin_constant_p.)
+#if defined(__CUDA_ARCH__)
+    DEEPPCR_INLINE constexpr Slope slope() const { return {derivative, zero}; }
+    DEEPPCR_INLINE static constexpr Slope times(T factor, Slope a) { return {factor * a.value, a.zero}; }
+    DEEPPCR_INLINE static constexpr Slope plus(Slope a, Slope b) {
+        return {a.zero ? b.value : b.zero ? a.value : a.value + b.value, a.zero && b.zero};
+    }
+#else
+    DEEPPCR_INLINE constexpr T slope() const { return derivative; }
     DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
-#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
-#endif
         return factor * derivative;
     }
     DEEPPCR_INLINE static constexpr T plus(T a, T b) {
-#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(a) && a == T(0)) return b;
         if (__builtin_constant_p(b) && b == T(0)) return a;
-#endif
         return a + b;
     }
+#endif
 };
 
 template <class T>
@@ -361,9 +425,7 @@ DEEPPCR_INLINE constexpr Dual<T> abs(Dual<T> x) {
 }
 template <class T>
 DEEPPCR_INLINE constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
-    using scalar_functions::select;
-    const bool first = a.value > b.value;
-    return {select(first, a.value, b.value), select(first, a.derivative, b.derivative)};
+    return Dual<T>::select(a.value > b.value, a, b);
 }
 template <class T>
 DEEPPCR_INLINE constexpr Dual<T> min(Dual<T> a, Dual<T> b) {

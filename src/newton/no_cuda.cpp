@@ -10,17 +10,20 @@ Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&)
     return {};
 }
 template <class T>
-CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, const Options&) {
+Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, const CellGradientViews<T>&,
+                      const Options&) {
     device::require_gpu();
     return {};
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                              \
-    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);              \
-    template CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                             const Options&);
+#define DEEPPCR_INSTANTIATE(T)                                                                    \
+    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);    \
+    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
+                                   const CellGradientViews<T>&, const Options&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::newton

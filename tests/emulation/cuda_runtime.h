@@ -110,6 +110,7 @@ inline unsigned __ballot_sync(unsigned mask, int value) {
     }
     return votes;
 }
+inline int __clz(int bits) { return __builtin_clz(unsigned(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
 inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, value) == mask; }
@@ -196,6 +197,12 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config);
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
     return bytes <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, std::size_t) {
+    *blocks = 1024 / threads;
+    return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>

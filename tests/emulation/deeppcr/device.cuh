@@ -6,6 +6,7 @@
 #include <deeppcr/array.hpp>
 
 #define DEEPPCR_UNROLL
+#define DEEPPCR_ROLLED
 
 namespace deeppcr::cuda {
 
@@ -16,6 +17,11 @@ T* shared_memory() {
 inline unsigned load_acquire(const unsigned* word) { return *word; }
 inline void store_release(unsigned* word, unsigned value) { *word = value; }
 inline void pause() { emulation::yield(); }
+
+inline unsigned largest_in_warp(unsigned value) {
+    for (int d = 16; d > 0; d /= 2) value = ::max(value, __shfl_xor_sync(~0U, value, d));
+    return value;
+}
 
 template <int bytes>
 void begin_copy(void* shared, const void* global) {
