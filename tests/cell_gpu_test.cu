@@ -9,6 +9,14 @@
 #include "tests/compare.hpp"
 
 namespace deeppcr {
+/// From large states it overflows; from small ones it does not.
+struct Squares {
+    static constexpr int states = 1, inputs = 1, parameters = 1;
+    template <class S>
+    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
+        return {p[0] * x[0] * x[0] + u[0]};
+    }
+};
 namespace {
 
 /// Not built in, the example of the documentation.
@@ -22,14 +30,6 @@ struct LeakyTanh {
 };
 DEEPPCR_CELL_ON_GPU(LeakyTanh);
 
-/// From large states it overflows; from small ones it does not.
-struct Squares {
-    static constexpr int states = 1, inputs = 1, parameters = 1;
-    template <class S>
-    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
-        return {p[0] * x[0] * x[0] + u[0]};
-    }
-};
 /// Its first state is not a number once it was large; the second one forgets everything at once.
 template <int power>
 struct FirstIsNaN {
@@ -41,10 +41,7 @@ struct FirstIsNaN {
         return {S(0) * large + p[0], u[0]};
     }
 };
-namespace registered {
 DEEPPCR_CELL_ON_GPU(::deeppcr::Squares);
-DEEPPCR_CELL_ON_GPU(FirstIsNaN<30>);
-}  // namespace registered
 
 /// Not known to the library.
 struct Unregistered : LeakyTanh {};
@@ -418,6 +415,7 @@ TYPED_TEST(CellOnGpu, DecodingTakesTheStepsOfSequentialEvaluation) {
 using CellOnGpuCorners = OnGpuTest;
 
 TEST_F(CellOnGpuCorners, WhatIsNotFiniteInGuessesIsReplaced) {
+    cell::register_on_gpu<FirstIsNaN<30>, float>();
     const Shape shape{200, 1, 12};
     const auto expect_right = [&](const auto& cell, double guess) {
         using C = std::decay_t<decltype(cell)>;

@@ -115,7 +115,8 @@ __device__ inline void count_warp(unsigned* counter, bool value) {
     if (any && threadIdx.x % 32 == 0) atomicAdd(counter, 1U);
 }
 
-template <class Cell, class T>
+/// whole: all addresses are such that the numbers of a group of two channels can be moved together.
+template <class Cell, class T, bool whole = true>
 struct OnGpu {
     using A = Arithmetic<T>;
     using Chunks = DeviceChunks<T>;
@@ -129,15 +130,17 @@ struct OnGpu {
 
     // --- memory
 
+    /// Whether a group of `there` channels has channel v.
+    __device__ __forceinline__ static bool exists(int v, int there) { return V == 1 || whole || v < there; }
     /// V * per neighbouring numbers; where a channel does not exist, those of the one before it.
     template <int per>
     __device__ __forceinline__ static Pack<T, V * per> load(const Chunks& all, const T* from, int there) {
         if constexpr (V * per == 1) {
             return {*from};
         } else {
-            if (all.packed) return *reinterpret_cast<const Pack<T, V * per>*>(from);
+            if (V == 1 ? all.packed : whole) return *reinterpret_cast<const Pack<T, V * per>*>(from);
             Pack<T, V * per> pack;
-            for (int e = 0; e < V * per; ++e) pack.at[e] = from[e / per < there ? e : e - per];
+            for (int e = 0; e < V * per; ++e) pack.at[e] = from[exists(e / per, there) ? e : e - per];
             return pack;
         }
     }
@@ -145,40 +148,45 @@ struct OnGpu {
     __device__ __forceinline__ static void store(const Chunks& all, T* to, int there, const Pack<T, V * per>& pack) {
         if constexpr (V * per == 1) {
             *to = pack.at[0];
-        } else if (all.packed) {
+        } else if (V == 1 ? all.packed : whole) {
             *reinterpret_cast<Pack<T, V * per>*>(to) = pack;
         } else {
             for (int e = 0; e < V * per; ++e)
-                if (e / per < there) to[e] = pack.at[e];
+                if (exists(e / per, there)) to[e] = pack.at[e];
         }
     }
 
     /// A group's entry of a boundary array.
     __device__ static State read(const A* from, int there) {
         State x;
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
-            for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = from[(v < there ? v : v - 1) * K + k];
+            for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = from[(exists(v, there) ? v : v - 1) * K + k];
         return x;
     }
     __device__ static void write(A* to, int there, const State& x) {
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int k = 0; k < K; ++k)
-                if (v < there) to[v * K + k] = x[std::size_t(v)][std::size_t(k)];
+                if (exists(v, there)) to[v * K + k] = x[std::size_t(v)][std::size_t(k)];
     }
     __device__ __forceinline__ static State widen(const StatePack& pack) {
         State x;
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = cuda::widen(pack.at[v * K + k]);
         return x;
     }
     __device__ __forceinline__ static StatePack narrow(const State& x) {
         StatePack pack;
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int k = 0; k < K; ++k) pack.at[v * K + k] = cuda::narrow<T>(x[std::size_t(v)][std::size_t(k)]);
         return pack;
     }
     __device__ static State zeros() {
         State x;
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = A(0);
         return x;
@@ -277,17 +285,15 @@ struct OnGpu {
             for (; left >= 2 * ahead; left -= ahead) {
                 DEEPPCR_UNROLL
                 for (int i = 0; i < ahead; ++i) {
-                    const Item item = take(i);
+                    if (!visit(take(i))) return;
                     load(i);
-                    if (!visit(item)) return;
                 }
             }
             DEEPPCR_ROLLED
             for (; left > 0; --left) {
-                const Item item = take(0);
+                if (!visit(take(0))) return;
                 shift();
                 if (left > ahead) load(ahead - 1);
-                if (!visit(item)) return;
             }
         }
     };
@@ -300,37 +306,73 @@ struct OnGpu {
         LaneOfCell lane[V];
 
         __device__ __forceinline__ Group(const Chunks& all, const Here<T>& here) {
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int q = 0; q < P; ++q)
                     lane[v].p[std::size_t(q)] =
-                        all.parameters[q * all.channels + here.channel + (v < here.there ? v : v - 1)];
+                        all.parameters[q * all.channels + here.channel + (exists(v, here.there) ? v : v - 1)];
         }
         __device__ __forceinline__ void set(const State& x) {
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) lane[v].x = x[std::size_t(v)];
         }
         __device__ __forceinline__ State state() const {
             State x;
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) x[std::size_t(v)] = lane[v].x;
             return x;
         }
         __device__ __forceinline__ void step(const InputPack (&u)[G]) {
             set_inputs(u);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) lane[v].x = lane[v].step();
         }
         __device__ __forceinline__ void set_inputs(const InputPack (&u)[G]) {
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int g = 0; g < G; ++g) lane[v].u[std::size_t(g)] = cuda::widen(u[g].at[v]);
         }
-        /// A step, and product <- J product.
+        /// A step, and product <- J product: the columns of the product are the directions.
         __device__ __forceinline__ void step(const InputPack (&u)[G], A (&product)[V][K * K]) {
             set_inputs(u);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) {
-                const auto columns = lane[v].times_matrix(product[v], 1, std::make_index_sequence<K>());
+                std::array<Duals<A, K>, K> x;
+                std::array<Duals<A, K>, G> us;
+                std::array<Duals<A, K>, P> p;
                 for (int k = 0; k < K; ++k) {
-                    lane[v].x[std::size_t(k)] = columns[0][std::size_t(k)].value;
-                    for (int m = 0; m < K; ++m)
-                        product[v][k * K + m] = columns[std::size_t(m)][std::size_t(k)].derivative;
+                    x[std::size_t(k)].value = lane[v].x[std::size_t(k)];
+                    for (int m = 0; m < K; ++m) {
+                        x[std::size_t(k)].derivative[m] = product[v][k * K + m];
+                        x[std::size_t(k)].constant[m] = false;
+                    }
                 }
+                for (int g = 0; g < G; ++g) us[std::size_t(g)] = lane[v].u[std::size_t(g)];
+                for (int q = 0; q < P; ++q) p[std::size_t(q)] = lane[v].p[std::size_t(q)];
+                const std::array<Duals<A, K>, K> next = Cell::step(x, us, p);
+                for (int k = 0; k < K; ++k) {
+                    lane[v].x[std::size_t(k)] = next[std::size_t(k)].value;
+                    for (int m = 0; m < K; ++m) product[v][k * K + m] = next[std::size_t(k)].derivative[m];
+                }
+            }
+        }
+        /// The derivatives of channel v's step with respect to x, u and p in a row, times `adjoint`, summed over the
+        /// states.
+        __device__ __forceinline__ void sensitivities(int v, const std::array<A, K>& adjoint,
+                                                      A (&result)[K + G + P]) const {
+            using D = Duals<A, K + G + P>;
+            std::array<D, K> x;
+            std::array<D, G> u;
+            std::array<D, P> p;
+            for (int k = 0; k < K; ++k) x[std::size_t(k)] = D::along(lane[v].x[std::size_t(k)], k);
+            for (int g = 0; g < G; ++g) u[std::size_t(g)] = D::along(lane[v].u[std::size_t(g)], K + g);
+            for (int q = 0; q < P; ++q) p[std::size_t(q)] = D::along(lane[v].p[std::size_t(q)], K + G + q);
+            const std::array<D, K> next = Cell::step(x, u, p);
+            for (int i = 0; i < K + G + P; ++i) {
+                result[i] = A(0);
+                for (int k = 0; k < K; ++k)
+                    if (!next[std::size_t(k)].constant[i])
+                        result[i] += adjoint[std::size_t(k)] * next[std::size_t(k)].derivative[i];
             }
         }
     };
@@ -338,6 +380,7 @@ struct OnGpu {
     /// Whether states are finite, as they are stored: 0 exactly where all are.
     __device__ __forceinline__ static A zero_of(const StatePack& stored, const State& x) {
         A sum = A(0);
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int k = 0; k < K; ++k)
                 // What overflows where it is stored is finite where it is computed.
@@ -356,6 +399,7 @@ struct OnGpu {
                                                 A& residual, A& relative) {
         A most = A(0), fraction = A(0);
         bool all_meet = true;
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v) {
             A apart = A(0), size = A(0);
             for (int k = 0; k < K; ++k) {
@@ -406,6 +450,7 @@ struct OnGpu {
         if (here.chunk >= all.count) return;
         State end = zeros();
         A product[V][K * K];
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int e = 0; e < K * K; ++e) product[v][e] = A(here.exists && e / K == e % K);
         if (here.exists) {
@@ -420,9 +465,10 @@ struct OnGpu {
         }
         write(all.ends + here.boundary(all, K), here.there, end);
         A* const products = all.products + here.boundary(all, K * K);
+        DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
             for (int e = 0; e < K * K; ++e)
-                if (v < here.there) products[v * K * K + e] = product[v][e];
+                if (exists(v, here.there)) products[v * K * K + e] = product[v][e];
     }
 
     __device__ static void repair(const Chunks& all, index thread) {
@@ -541,7 +587,7 @@ struct OnGpu {
                 copy_pieces<wide, 16>(all, from, count, there, c, lane);
             else if constexpr (sizeof(T) == 8)
                 copy_pieces<1, 8>(all, from, count, there, c, lane);
-            else if (sizeof(T) == 4 || all.packed)
+            else if (sizeof(T) == 4 || whole)
                 copy_pieces<narrow, 4>(all, from, count, there, c, lane);
             else
                 copy_pieces<1, 0>(all, from, count, there, c, lane);
@@ -549,24 +595,26 @@ struct OnGpu {
         /// Pieces of `size` numbers; bytes 0: by plain loads.
         template <int size, int bytes>
         __device__ void copy_pieces(const Chunks& all, const T* from, int count, int there, int c, int lane) const {
-            const int width = groups * V, pieces = width / size, logarithm = 31 - __clz(pieces);  // a power of two
-            T* const chunk = inputs + c * chunk_rows * width;
-            for (int i = lane; i < count * G * pieces; i += groups) {
-                const int row = i >> logarithm, at = (i & (pieces - 1)) * size, step = row / G, gate = row % G;
-                if (at >= there) continue;
-                const T* const source = from + step * all.input_step + gate * all.channels + at;
-                if constexpr (bytes > 0)
-                    cuda::begin_copy<bytes>(chunk + row * width + at, source);
-                else
-                    chunk[row * width + at] = *source;
-            }
+            const int width = groups * V, across = width / size < groups ? width / size : groups;  // lanes to a row
+            const int first_step = lane / across, step_stride = groups / across;
+            const int first_at = lane % across * size, at_stride = across * size;
+            for (int step = first_step; step < count; step += step_stride)
+                for (int at = first_at; at < there; at += at_stride) {
+                    const T* source = from + step * all.input_step + at;
+                    T* to = inputs + (c * chunk_rows + step * G) * width + at;
+                    for (int g = 0; g < G; ++g, source += all.channels, to += width)
+                        if constexpr (bytes > 0)
+                            cuda::begin_copy<bytes>(to, source);
+                        else
+                            *to = *source;
+                }
         }
         /// Of step i of chunk c; where a channel does not exist, those of the one before it.
         __device__ __forceinline__ void read(int c, int i, int lane, int there, InputPack (&u)[G]) const {
             const T* const row = inputs + (c * chunk_rows + i * G) * (groups * V) + lane * V;
             for (int g = 0; g < G; ++g) {
                 u[g] = *reinterpret_cast<const InputPack*>(row + g * (groups * V));
-                if (V > 1 && there < V) u[g].at[V - 1] = u[g].at[0];
+                if (!exists(V - 1, there)) u[g].at[V - 1] = u[g].at[0];
             }
         }
         __device__ State state(const A* from, int c, int lane) const {
@@ -577,17 +625,14 @@ struct OnGpu {
         }
     };
 
-    /// Newton's update of the start of chunk `c`; `movement` is how far it goes, as a fraction of the tolerance.
-    __device__ static State corrected_start(const Chunks& all, const Tile& tile, const State& carry, int c, int lane,
-                                            A& movement) {
+    /// Newton's update of the start of chunk `c`.
+    __device__ static State corrected_start(const Tile& tile, const State& carry, int c, int lane) {
         State start = carry;
-        movement = A(0);
-        for (int b = 1; b <= c; ++b) {
-            const State reached = tile.state(tile.ends, b - 1, lane), before = tile.state(tile.starts, b - 1, lane),
-                        old = tile.state(tile.starts, b, lane);
-            const A* const product = tile.products + ((b - 1) * tile.groups + lane) * V * K * K;
+        for (int b = 0; b < c; ++b) {
+            const State reached = tile.state(tile.ends, b, lane), before = tile.state(tile.starts, b, lane);
+            const A* const product = tile.products + (b * tile.groups + lane) * V * K * K;
             State next;
-            movement = A(0);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int k = 0; k < K; ++k) {
                     A sum = reached[std::size_t(v)][std::size_t(k)];
@@ -595,16 +640,26 @@ struct OnGpu {
                         sum += product[(v * K + k) * K + m] *
                                (start[std::size_t(v)][std::size_t(m)] - before[std::size_t(v)][std::size_t(m)]);
                     // Where the products overflow, the end itself.
-                    sum = sum - sum == A(0) ? sum : reached[std::size_t(v)][std::size_t(k)];
-                    next[std::size_t(v)][std::size_t(k)] = sum;
-                    const A allowed = A(all.absolute_tolerance) +
-                                      A(all.relative_tolerance) * scalar_functions::magnitude(sum);
-                    const A moved = scalar_functions::magnitude(sum - old[std::size_t(v)][std::size_t(k)]);
-                    if (!(moved <= A(0))) movement = scalar_functions::larger_or_nan(movement, moved / allowed);
+                    next[std::size_t(v)][std::size_t(k)] =
+                        sum - sum == A(0) ? sum : reached[std::size_t(v)][std::size_t(k)];
                 }
             start = next;
         }
         return start;
+    }
+    /// Whether a start has moved by so much that its error may be above the tolerance: corrections shrink quadratically.
+    __device__ static bool far(const Chunks& all, const State& before, const State& now) {
+        bool any = false;
+        const A close = A(0.1) / A(std::sqrt(max(A(all.relative_tolerance), A(1e-30))));
+        DEEPPCR_UNROLL
+        for (int v = 0; v < V; ++v)
+            for (int k = 0; k < K; ++k) {
+                const A x = now[std::size_t(v)][std::size_t(k)];
+                const A allowed =
+                    A(all.absolute_tolerance) + A(all.relative_tolerance) * scalar_functions::magnitude(x);
+                any = any || !(scalar_functions::magnitude(x - before[std::size_t(v)][std::size_t(k)]) <= close * allowed);
+            }
+        return any;
     }
 
     __device__ static void shoot_tiles(const Chunks& all) {
@@ -620,8 +675,6 @@ struct OnGpu {
         State carry = initial_state(all, here);
         A residual = A(0), relative = A(0), zero = A(0);
         unsigned repeated = 0, most = 0;
-        // Corrections this small leave errors far below the tolerance, as they shrink quadratically.
-        const A close = A(0.1) / A(std::sqrt(max(A(all.relative_tolerance), A(1e-30))));
         const int column = exists ? lane : int(all.groups - 1 - first_group);  // of the tile
         for (index begin = here.begins; begin < here.ends; begin += tile.chunks * tile.steps) {
             const index left = here.ends - begin;
@@ -642,6 +695,7 @@ struct OnGpu {
             int shot = 0;
             for (bool moves = tile.chunks > 1; moves && shot < all.tile_shots; ++shot) {
                 A product[V][K * K];
+                DEEPPCR_UNROLL
                 for (int v = 0; v < V; ++v)
                     for (int e = 0; e < K * K; ++e) product[v][e] = A(e / K == e % K);
                 group.set(start);
@@ -650,13 +704,14 @@ struct OnGpu {
                     group.step(u, product);
                 }
                 tile.set_state(tile.ends, c, lane, group.state());
+                DEEPPCR_UNROLL
                 for (int v = 0; v < V; ++v)
                     for (int e = 0; e < K * K; ++e)
                         tile.products[((c * tile.groups + lane) * V + v) * K * K + e] = product[v][e];
                 __syncthreads();
-                A movement;
-                start = corrected_start(all, tile, carry, c, lane, movement);
-                moves = __syncthreads_or(steps > 0 && !(movement <= close)) != 0;
+                const State before = start;
+                start = corrected_start(tile, carry, c, lane);
+                moves = __syncthreads_or(steps > 0 && far(all, before, start)) != 0;
                 tile.set_state(tile.starts, c, lane, start);
             }
             most = shot > int(most) ? unsigned(shot) : most;
@@ -737,6 +792,7 @@ struct OnGpu {
 
         __device__ Backward(const Chunks& chunks, const Here<T>& place, const State& arriving, bool sets)
             : all(chunks), here(place), group(chunks, place), adjoint(arriving), first_sum(sets) {
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int q = 0; q < P; ++q) sums[v][q] = A(0);
             input_gradient = input_gradient_at(all, here, here.last - 1);
@@ -747,24 +803,26 @@ struct OnGpu {
             group.set_inputs(item.u);
             group.set(before);
             InputPack gradient[G];
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) {
-                const std::array<A, K + G + P> result = group.lane[v].sensitivities(
-                    adjoint[std::size_t(v)], std::make_index_sequence<std::size_t(K + G + P)>());
-                for (int k = 0; k < K; ++k) adjoint[std::size_t(v)][std::size_t(k)] = result[std::size_t(k)];
+                A result[K + G + P];
+                group.sensitivities(v, adjoint[std::size_t(v)], result);
+                for (int k = 0; k < K; ++k) adjoint[std::size_t(v)][std::size_t(k)] = result[k];
                 for (int g = 0; g < G; ++g) {
-                    const A more = result[std::size_t(K + g)];
+                    const A more = result[K + g];
                     gradient[g].at[v] =
                         cuda::narrow<T>(adding ? cuda::widen(item.input_gradient[g].at[v]) + more : more);
                 }
-                for (int q = 0; q < P; ++q) sums[v][q] += result[std::size_t(K + G + q)];
+                for (int q = 0; q < P; ++q) sums[v][q] += result[K + G + q];
             }
             for (int g = 0; g < G; ++g) store<1>(all, input_gradient + g * all.channels, here.there, gradient[g]);
             input_gradient -= all.input_gradient_step;
         }
         __device__ void add_sums() {
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int q = 0; q < P; ++q) {
-                    if (v < here.there) {
+                    if (exists(v, here.there)) {
                         double& sum = all.parameter_gradient[((here.chunk * all.part_count + here.part) * P + q) *
                                                                  all.channels + here.channel + v];
                         sum = (first_sum ? 0 : sum) + double(sums[v][q]);
@@ -775,6 +833,7 @@ struct OnGpu {
         }
         __device__ A largest() const {
             A size = A(0);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int k = 0; k < K; ++k)
                     size = scalar_functions::larger_or_nan(
@@ -812,6 +871,7 @@ struct OnGpu {
         }
         __device__ __forceinline__ void add_gradient(const StatePack& gradient) {
             const State more = OnGpu::widen(gradient);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int k = 0; k < K; ++k)
                     adjoint[std::size_t(v)][std::size_t(k)] += more[std::size_t(v)][std::size_t(k)];
@@ -852,6 +912,7 @@ struct OnGpu {
         adjoint = pass.adjoint;
         if (left && here.chunk == 0) {
             State sum = read(initial_gradient(all, here), here.there);
+            DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v)
                 for (int k = 0; k < K; ++k)
                     sum[std::size_t(v)][std::size_t(k)] += adjoint[std::size_t(v)][std::size_t(k)];
@@ -887,6 +948,7 @@ struct OnGpu {
             here.set_chunk(all, c);
             if (all.old_changed[here.flag(all, 1)] != 0) {
                 const State more = read(all.old_ends + here.boundary(all, K, 1), here.there);
+                DEEPPCR_UNROLL
                 for (int v = 0; v < V; ++v)
                     for (int k = 0; k < K; ++k)
                         adjoint[std::size_t(v)][std::size_t(k)] += more[std::size_t(v)][std::size_t(k)];
@@ -919,22 +981,33 @@ struct OnGpu {
         const index share = (threads / all.multiprocessors + 31) / 32 * 32;
         return cuda::one_each(threads, stream, int(std::clamp<index>(share, 32, cell_threads)));
     }
-
-    static DeviceKernels<T> kernels();
 };
 
-#define DEEPPCR_CELL_KERNEL(name)                                                                                \
-    template <class Cell, class T>                                                                               \
-    __global__ void __launch_bounds__(cell_threads) name##_kernel(const __grid_constant__ DeviceChunks<T> all) { \
-        OnGpu<Cell, T>::name(all, this_thread());                                                             \
-    }                                                                                                            \
-    template <class Cell, class T>                                                                               \
-    DeviceKernel<T> name##_on_gpu() {                                                                            \
-        return {[](const DeviceChunks<T>& all, CUstream_st* stream) {                                            \
-                    using On = OnGpu<Cell, T>;                                                                   \
-                    cuda::launch(On::everywhere(all, stream), name##_kernel<Cell, T>, On::looked_at(all));       \
-                },                                                                                               \
-                [] { return cell_threads * cuda::resident_blocks(name##_kernel<Cell, T>, cell_threads, 0); }};   \
+/// Enqueues the kernel that the addresses allow. Only groups of two channels have another one.
+template <class Cell, class T>
+void launch_looked_at(const DeviceChunks<T>& chunks, const cuda::Launch& where, void (*whole)(DeviceChunks<T>),
+                      void (*pieces)(DeviceChunks<T>)) {
+    const DeviceChunks<T> all = OnGpu<Cell, T>::looked_at(chunks);
+    cuda::launch(where, all.packed || pieces == nullptr ? whole : pieces, all);
+}
+
+#define DEEPPCR_CELL_KERNEL(name)                                                                                  \
+    template <class Cell, class T, bool whole>                                                                     \
+    __global__ void __launch_bounds__(cell_threads) name##_kernel(const __grid_constant__ DeviceChunks<T> all) {   \
+        OnGpu<Cell, T, whole>::name(all, this_thread());                                                           \
+    }                                                                                                              \
+    template <class Cell, class T>                                                                                 \
+    DeviceKernel<T> name##_on_gpu() {                                                                              \
+        return {[](const DeviceChunks<T>& all, CUstream_st* stream) {                                              \
+                    using On = OnGpu<Cell, T>;                                                                     \
+                    if constexpr (On::V == 1)                                                                      \
+                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,  \
+                                                  nullptr);                                                        \
+                    else                                                                                           \
+                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,  \
+                                                  name##_kernel<Cell, T, false>);                                  \
+                },                                                                                                 \
+                [] { return cell_threads * cuda::resident_blocks(name##_kernel<Cell, T, true>, cell_threads, 0); }}; \
     }
 DEEPPCR_CELL_KERNEL(advance)
 DEEPPCR_CELL_KERNEL(multiply)
@@ -945,31 +1018,38 @@ DEEPPCR_CELL_KERNEL(correct)
 DEEPPCR_CELL_KERNEL(finish_backward)
 #undef DEEPPCR_CELL_KERNEL
 
-template <class Cell, class T>
+template <class Cell, class T, bool whole>
 __global__ void __launch_bounds__(tile_threads) shoot_tiles_kernel(const __grid_constant__ DeviceChunks<T> all) {
-    OnGpu<Cell, T>::shoot_tiles(all);
+    OnGpu<Cell, T, whole>::shoot_tiles(all);
 }
+/// None for a cell of so many states that the ends and products of its chunks leave no room for inputs.
 template <class Cell, class T>
 DeviceKernel<T> shoot_tiles_on_gpu() {
     using On = OnGpu<Cell, T>;
+    if (On::Tile::bytes(2) > tile_bytes) return {};
     return {[](const DeviceChunks<T>& chunks, CUstream_st* stream) {
                 DeviceChunks<T> all = chunks;
-                if (all.tile_steps == 0) all.tile_steps = On::Tile::most_steps();
+                all.tile_steps = On::Tile::most_steps();
                 const index blocks = all.part_count * ((all.groups + all.tile_groups - 1) / all.tile_groups);
                 cuda::Launch where = cuda::one_each(blocks, stream, 1);
                 where.threads = dim3(tile_threads);
                 where.shared_bytes = On::Tile::bytes(all.tile_steps);
-                cuda::launch(where, shoot_tiles_kernel<Cell, T>, On::looked_at(all));
+                if constexpr (On::V == 1)
+                    launch_looked_at<Cell, T>(all, where, shoot_tiles_kernel<Cell, T, true>, nullptr);
+                else
+                    launch_looked_at<Cell, T>(all, where, shoot_tiles_kernel<Cell, T, true>,
+                                              shoot_tiles_kernel<Cell, T, false>);
             },
             [] {
-                return tile_threads * cuda::resident_blocks(shoot_tiles_kernel<Cell, T>, tile_threads,
+                return tile_threads * cuda::resident_blocks(shoot_tiles_kernel<Cell, T, true>, tile_threads,
                                                             On::Tile::bytes(On::Tile::most_steps()));
             }};
 }
 
+/// All of a Cell's.
 template <class Cell, class T>
-DeviceKernels<T> OnGpu<Cell, T>::kernels() {
-    return {V,
+DeviceKernels<T> kernels_on_gpu() {
+    return {OnGpu<Cell, T>::V,
             advance_on_gpu<Cell, T>(),
             multiply_on_gpu<Cell, T>(),
             repair_on_gpu<Cell, T>(),
@@ -983,7 +1063,7 @@ DeviceKernels<T> OnGpu<Cell, T>::kernels() {
 /// Tells the library of the kernels for a Cell, for numbers of these types.
 template <deeppcr::Cell C, class... Types>
 void register_on_gpu() {
-    (register_device_kernels<Types>(typeid(C), OnGpu<C, Types>::kernels()), ...);
+    (register_device_kernels<Types>(typeid(C), kernels_on_gpu<C, Types>()), ...);
 }
 
 /// Its constructor does so for all types.

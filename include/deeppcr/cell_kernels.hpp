@@ -133,14 +133,15 @@ struct Lane {
         return values;
     }
 
-    /// df applied to a direction x' of the states.
-    DEEPPCR_INLINE std::array<Dual<T>, K> derivative(const std::array<T, K>& dx) const {
+    /// df applied to a direction (x', u', p').
+    DEEPPCR_INLINE std::array<Dual<T>, K> derivative(const std::array<T, K>& dx, const std::array<T, G>& du,
+                                                     const std::array<T, P>& dp) const {
         std::array<Dual<T>, K> xs;
         std::array<Dual<T>, G> us;
         std::array<Dual<T>, P> ps;
-        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = Dual<T>(x[std::size_t(k)], dx[std::size_t(k)]);
-        for (int g = 0; g < G; ++g) us[std::size_t(g)] = Dual<T>(u[std::size_t(g)]);
-        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = Dual<T>(p[std::size_t(q)]);
+        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = {x[std::size_t(k)], dx[std::size_t(k)]};
+        for (int g = 0; g < G; ++g) us[std::size_t(g)] = {u[std::size_t(g)], du[std::size_t(g)]};
+        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = {p[std::size_t(q)], dp[std::size_t(q)]};
         return Cell::step(xs, us, ps);
     }
 
@@ -148,13 +149,13 @@ struct Lane {
     /// states.
     template <int direction>
     DEEPPCR_INLINE T sensitivity(const std::array<T, K>& adjoint) const {
-        std::array<Dual<T>, K> xs;
-        std::array<Dual<T>, G> us;
-        std::array<Dual<T>, P> ps;
-        for (int k = 0; k < K; ++k) xs[std::size_t(k)] = Dual<T>::along(x[std::size_t(k)], k == direction);
-        for (int g = 0; g < G; ++g) us[std::size_t(g)] = Dual<T>::along(u[std::size_t(g)], K + g == direction);
-        for (int q = 0; q < P; ++q) ps[std::size_t(q)] = Dual<T>::along(p[std::size_t(q)], K + G + q == direction);
-        const std::array<Dual<T>, K> result = Cell::step(xs, us, ps);
+        std::array<T, K> dx;
+        std::array<T, G> du;
+        std::array<T, P> dp;
+        for (int k = 0; k < K; ++k) dx[std::size_t(k)] = T(k == direction);
+        for (int g = 0; g < G; ++g) du[std::size_t(g)] = T(K + g == direction);
+        for (int q = 0; q < P; ++q) dp[std::size_t(q)] = T(K + G + q == direction);
+        const std::array<Dual<T>, K> result = derivative(dx, du, dp);
         T sum = adjoint[0] * result[0].derivative;
         for (int k = 1; k < K; ++k) sum += adjoint[std::size_t(k)] * result[std::size_t(k)].derivative;
         return sum;
@@ -170,7 +171,7 @@ struct Lane {
     DEEPPCR_INLINE std::array<Dual<T>, K> times_column(const T* matrix, index stride) const {
         std::array<T, K> dx;
         for (int k = 0; k < K; ++k) dx[std::size_t(k)] = matrix[(k * K + column) * stride];
-        return derivative(dx);
+        return derivative(dx, {}, {});
     }
     template <std::size_t... column>
     DEEPPCR_INLINE std::array<std::array<Dual<T>, K>, K> times_matrix(const T* matrix, index stride,
@@ -181,7 +182,7 @@ struct Lane {
     DEEPPCR_INLINE std::array<Dual<T>, K> jacobian_column() const {
         std::array<T, K> dx;
         for (int k = 0; k < K; ++k) dx[std::size_t(k)] = T(k == column);
-        return derivative(dx);
+        return derivative(dx, {}, {});
     }
     template <std::size_t... column>
     DEEPPCR_INLINE std::array<std::array<Dual<T>, K>, K> jacobian_columns(std::index_sequence<column...>) const {

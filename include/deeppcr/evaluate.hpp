@@ -65,7 +65,7 @@ std::string to_string(Status status);
 enum class Estimates {
     none,
     quick,  ///< the Lyapunov exponent from some steps; the error where Newton's method has the Jacobians at hand
-    full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more
+    full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more; not on a GPU
 };
 
 struct Options {
@@ -75,7 +75,7 @@ struct Options {
     index chunk = 0;  ///< steps per chunk of the scan (see SolveOptions), overlap or shooting; 0: chosen
     Guess guess = Guess::initial_state;
     /// A step is confirmed where max|x_t - f(x_{t-1})| <= absolute + relative * max|x_t| and every step before it is.
-    /// Negative: `tolerance`. tolerance 0: 64 machine epsilons.
+    /// Negative: `tolerance`. tolerance 0: 64 machine epsilons; where numbers are stored in 16 bits, half of one.
     double tolerance = 0;
     double absolute_tolerance = -1;
     double relative_tolerance = -1;

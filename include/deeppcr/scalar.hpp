@@ -16,6 +16,7 @@
 #define DEEPPCR_INLINE __host__ __device__ __forceinline__
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET false
+#define DEEPPCR_UNROLLED _Pragma("unroll")
 #elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DEEPPCR_INLINE inline
 #define DEEPPCR_FLATTEN noinline
@@ -24,6 +25,9 @@
 #define DEEPPCR_INLINE __attribute__((always_inline)) inline
 #define DEEPPCR_FLATTEN flatten, noinline
 #define DEEPPCR_ONE_KERNEL_SET false
+#endif
+#if !defined(DEEPPCR_UNROLLED)
+#define DEEPPCR_UNROLLED
 #endif
 
 namespace deeppcr {
@@ -304,35 +308,13 @@ DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
 /// a step is evaluated once per direction in a row, the compiler computes all values once.
 template <class T>
 struct Dual {
-    // A derivative that is known to be 0 when all is compiled costs nothing: a direction does not reach most
-    // intermediate values. A host's compiler is asked; for a GPU, whose compiler cannot be, a flag goes along, which is
-    // gone once all is inlined.
-#if defined(__CUDA_ARCH__)
-    struct Slope {
-        T value = T(0);
-        bool zero = true;
-
-        constexpr Slope() = default;
-        DEEPPCR_INLINE constexpr Slope(T slope, bool is_zero = false)  // NOLINT(google-explicit-constructor)
-            : value(slope), zero(is_zero) {}
-    };
-#else
-    using Slope = T;
-#endif
-
+    using value_type = T;
     T value{}, derivative{};
-#if defined(__CUDA_ARCH__)
-    bool zero = true;
-#endif
 
     constexpr Dual() = default;
     template <class U>
     requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Dual(U number)
         : value(T(number)) {}  // NOLINT(google-explicit-constructor)
-#if defined(__CUDA_ARCH__)
-    DEEPPCR_INLINE constexpr Dual(T number, Slope slope)
-        : value(number), derivative(slope.zero ? T(0) : slope.value), zero(slope.zero) {}
-#else
     DEEPPCR_INLINE constexpr Dual(T number, T slope) : value(number), derivative(slope) {}
     // Copied member by member: GCC leaves some copies of whole structures in memory, and loops with them as they are.
     DEEPPCR_INLINE constexpr Dual(const Dual& other) : value(other.value), derivative(other.derivative) {}
@@ -341,52 +323,34 @@ struct Dual {
         derivative = other.derivative;
         return *this;
     }
-#endif
-    /// x, with derivative 1 or 0.
-    DEEPPCR_INLINE static constexpr Dual along(T number, bool direction) {
-        if (direction) return {number, T(1)};
-        return Dual(number);
-    }
 
     DEEPPCR_INLINE friend constexpr Dual operator+(Dual a, Dual b) {
-        return {a.value + b.value, plus(a.slope(), b.slope())};
+        return {a.value + b.value, plus(a.derivative, b.derivative)};
     }
     DEEPPCR_INLINE friend constexpr Dual operator-(Dual a, Dual b) {
-        return {a.value - b.value, plus(a.slope(), times(T(-1), b.slope()))};
+        return {a.value - b.value, plus(a.derivative, times(T(-1), b.derivative))};
     }
     DEEPPCR_INLINE friend constexpr Dual operator*(Dual a, Dual b) {
-        return {a.value * b.value, plus(times(b.value, a.slope()), times(a.value, b.slope()))};
+        return {a.value * b.value, plus(times(b.value, a.derivative), times(a.value, b.derivative))};
     }
     DEEPPCR_INLINE friend constexpr Dual operator/(Dual a, Dual b) {
         const T quotient = a.value / b.value, slope = 1 / b.value;
-        return {quotient, plus(times(slope, a.slope()), times(-quotient * slope, b.slope()))};
+        return {quotient, plus(times(slope, a.derivative), times(-quotient * slope, b.derivative))};
     }
-    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.slope())}; }
+    DEEPPCR_INLINE friend constexpr Dual operator-(Dual a) { return {-a.value, times(T(-1), a.derivative)}; }
     DEEPPCR_INLINE friend constexpr bool operator<(Dual a, Dual b) { return a.value < b.value; }
     DEEPPCR_INLINE friend constexpr bool operator>(Dual a, Dual b) { return a.value > b.value; }
 
     /// f(a), given f and f' at a.
-    DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.slope())}; }
+    DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
     /// condition ? a : b
     DEEPPCR_INLINE static constexpr Dual select(bool condition, Dual a, Dual b) {
-        const T slope = scalar_functions::select(condition, a.derivative, b.derivative);
-        const T chosen = scalar_functions::select(condition, a.value, b.value);
-#if defined(__CUDA_ARCH__)
-        return {chosen, Slope(slope, a.zero && b.zero)};
-#else
-        return {chosen, slope};
-#endif
+        using scalar_functions::select;
+        return {select(condition, a.value, b.value), select(condition, a.derivative, b.derivative)};
     }
 
 private:
-#if defined(__CUDA_ARCH__)
-    DEEPPCR_INLINE constexpr Slope slope() const { return {derivative, zero}; }
-    DEEPPCR_INLINE static constexpr Slope times(T factor, Slope a) { return {factor * a.value, a.zero}; }
-    DEEPPCR_INLINE static constexpr Slope plus(Slope a, Slope b) {
-        return {a.zero ? b.value : b.zero ? a.value : a.value + b.value, a.zero && b.zero};
-    }
-#else
-    DEEPPCR_INLINE constexpr T slope() const { return derivative; }
+    // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
     DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
         return factor * derivative;
@@ -396,57 +360,140 @@ private:
         if (__builtin_constant_p(b) && b == T(0)) return a;
         return a + b;
     }
-#endif
 };
 
+/// A number with its derivatives in `n` directions, for GPUs: their compiler would compute the values of a Dual again for
+/// each direction, and cannot be asked what it knows to be 0. So flags go along, which are gone once all is inlined.
+template <class T, int n>
+struct Duals {
+    using value_type = T;
+    T value{}, derivative[n] = {};
+    bool constant[n] = {};  ///< whether the derivative is known to be 0
+
+    DEEPPCR_INLINE constexpr Duals() : Duals(T(0)) {}
+    template <class U>
+    requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Duals(U number)  // NOLINT(google-explicit-constructor)
+        : value(T(number)) {
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) constant[i] = true;
+    }
+    /// x, with derivative 1 in one direction.
+    DEEPPCR_INLINE static constexpr Duals along(T number, int direction) {
+        Duals x(number);
+        x.derivative[direction] = T(1);
+        x.constant[direction] = false;
+        return x;
+    }
+
+    DEEPPCR_INLINE friend constexpr Duals operator+(const Duals& a, const Duals& b) {
+        return combine(a.value + b.value, T(1), a, T(1), b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator-(const Duals& a, const Duals& b) {
+        return combine(a.value - b.value, T(1), a, T(-1), b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator*(const Duals& a, const Duals& b) {
+        return combine(a.value * b.value, b.value, a, a.value, b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator/(const Duals& a, const Duals& b) {
+        const T quotient = a.value / b.value, slope = 1 / b.value;
+        return combine(quotient, slope, a, -quotient * slope, b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator-(const Duals& a) { return chain(-a.value, T(-1), a); }
+    DEEPPCR_INLINE friend constexpr bool operator<(const Duals& a, const Duals& b) { return a.value < b.value; }
+    DEEPPCR_INLINE friend constexpr bool operator>(const Duals& a, const Duals& b) { return a.value > b.value; }
+
+    DEEPPCR_INLINE static constexpr Duals chain(T f, T slope, const Duals& a) {
+        Duals result(f);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            if (!a.constant[i]) result.derivative[i] = slope * a.derivative[i];
+            result.constant[i] = a.constant[i];
+        }
+        return result;
+    }
+    DEEPPCR_INLINE static constexpr Duals select(bool condition, const Duals& a, const Duals& b) {
+        Duals result(condition ? a.value : b.value);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            result.derivative[i] = condition ? a.derivative[i] : b.derivative[i];
+            result.constant[i] = a.constant[i] && b.constant[i];
+        }
+        return result;
+    }
+
+private:
+    /// f(a, b), given f and its slopes.
+    DEEPPCR_INLINE static constexpr Duals combine(T f, T slope_a, const Duals& a, T slope_b, const Duals& b) {
+        Duals result(f);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            const T of_a = slope_a * a.derivative[i], of_b = slope_b * b.derivative[i];
+            result.derivative[i] = a.constant[i] ? (b.constant[i] ? T(0) : of_b) : b.constant[i] ? of_a : of_a + of_b;
+            result.constant[i] = a.constant[i] && b.constant[i];
+        }
+        return result;
+    }
+};
+
+template <class D>
+constexpr bool is_dual = false;
 template <class T>
-DEEPPCR_INLINE constexpr Dual<T> exp(Dual<T> x) {
-    const T f = scalar_functions::exponential(x.value);
-    return Dual<T>::chain(f, f, x);
+constexpr bool is_dual<Dual<T>> = true;
+template <class T, int n>
+constexpr bool is_dual<Duals<T, n>> = true;
+template <class D>
+concept AnyDual = is_dual<D>;
+
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D exp(D x) {
+    const auto f = scalar_functions::exponential(x.value);
+    return D::chain(f, f, x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> sigmoid(Dual<T> x) {
-    const T f = scalar_functions::logistic(x.value);
-    return Dual<T>::chain(f, f * (1 - f), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D sigmoid(D x) {
+    const auto f = scalar_functions::logistic(x.value);
+    return D::chain(f, f * (1 - f), x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> tanh(Dual<T> x) {
-    const T f = scalar_functions::hyperbolic_tangent(x.value);
-    return Dual<T>::chain(f, 1 - f * f, x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D tanh(D x) {
+    const auto f = scalar_functions::hyperbolic_tangent(x.value);
+    return D::chain(f, 1 - f * f, x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> softplus(Dual<T> x) {
-    return Dual<T>::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
-                          scalar_functions::logistic(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D softplus(D x) {
+    return D::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
+                    scalar_functions::logistic(x.value), x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> abs(Dual<T> x) {
-    return Dual<T>::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D abs(D x) {
+    using T = typename D::value_type;
+    return D::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
-    return Dual<T>::select(a.value > b.value, a, b);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D max(D a, D b) {
+    return D::select(a.value > b.value, a, b);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D min(D a, D b) {
     return -max(-a, -b);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> sqrt(Dual<T> x) {
+template <AnyDual D>
+DEEPPCR_INLINE D sqrt(D x) {
+    using T = typename D::value_type;
     const T f = std::sqrt(x.value);
-    return Dual<T>::chain(f, T(0.5) / f, x);
+    return D::chain(f, T(0.5) / f, x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> log(Dual<T> x) {
-    return Dual<T>::chain(std::log(x.value), 1 / x.value, x);
+template <AnyDual D>
+DEEPPCR_INLINE D log(D x) {
+    return D::chain(std::log(x.value), 1 / x.value, x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> sin(Dual<T> x) {
-    return Dual<T>::chain(std::sin(x.value), std::cos(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE D sin(D x) {
+    return D::chain(std::sin(x.value), std::cos(x.value), x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> cos(Dual<T> x) {
-    return Dual<T>::chain(std::cos(x.value), -std::sin(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE D cos(D x) {
+    return D::chain(std::cos(x.value), -std::sin(x.value), x);
 }
 
 }  // namespace deeppcr

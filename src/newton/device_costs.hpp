@@ -91,7 +91,8 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     };
     costs.advance = cost(kernels.advance, few_groups, 0);
     costs.multiply = cost(kernels.multiply, few_groups, 0);
-    costs.tiles = cost(kernels.shoot_tiles, fewest_tile_groups, fewest_tile_groups);
+    if (kernels.shoot_tiles.launch != nullptr)
+        costs.tiles = cost(kernels.shoot_tiles, fewest_tile_groups, fewest_tile_groups);
     return costs;
 }
 

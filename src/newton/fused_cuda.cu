@@ -161,7 +161,7 @@ public:
         : recurrence_(recurrence),
           options_(options),
           workspace_(workspace),
-          kernels_(cell::kernels_on_gpu(recurrence.kernels())),
+          kernels_(cell::device_kernels_of(recurrence.kernels())),
           stream_(options.execution.stream),
           states_(recurrence.kernels().states),
           tolerance_(tolerance_of<T>(options)) {
@@ -323,7 +323,9 @@ private:
     /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same. 0:
     /// there are too few channels for tiles.
     int tile_groups() const {
-        if (options_.chunk > 0 || all_.channels * index(sizeof(T)) < fewest_tile_bytes) return 0;
+        if (kernels_.shoot_tiles.launch == nullptr || options_.chunk > 0 ||
+            all_.channels * index(sizeof(T)) < fewest_tile_bytes)
+            return 0;
         int groups = fewest_tile_groups;
         const auto blocks = [&](index size) { return all_.part_count * ((all_.groups + size - 1) / size); };
         if (blocks(groups) < all_.multiprocessors) return 0;
@@ -355,14 +357,20 @@ private:
             cut(std::min(options_.chunk, longest_));
             return options_.method;
         }
+        const int groups = options_.method == Method::overlap ? 0 : tile_groups();
+        if (options_.method == Method::shooting && groups > 0) {
+            all_.tile_groups = groups;
+            return Method::shooting;
+        }
         const DeviceCosts cost = costs();
-        const Plan overlap = plan_overlap(cost, seen.repeated), shooting = plan_shooting(cost, seen.shots);
-        const int groups = tile_groups();
-        const double tiles =
-            groups == 0 ? std::numeric_limits<double>::infinity()
-                        : 3 * cost.launch + double(longest_) * std::max(cost.tiles.latency * groups / fewest_tile_groups,
-                                                                        cost.tiles.throughput * chains());
-        const bool take_tiles = groups > 0 && tiles < shooting.seconds;
+        const Plan overlap = plan_overlap(cost, seen.repeated);
+        Plan shooting;
+        if (groups > 0)
+            shooting.seconds =
+                3 * cost.launch + double(longest_) * std::max(cost.tiles.latency * groups / fewest_tile_groups,
+                                                              cost.tiles.throughput * chains());
+        else
+            shooting = plan_shooting(cost, seen.shots);
         Method best = options_.method;
         if (automatic) {
             best = Method::sequential;
@@ -380,14 +388,12 @@ private:
             };
             consider(Method::sequential, 3 * cost.launch + cost.advance.seconds(chains(), double(longest_)));
             if (seen.overlap_works) consider(Method::overlap, overlap.seconds);
-            if (seen.shooting_works) consider(Method::shooting, std::min(tiles, shooting.seconds));
+            if (seen.shooting_works) consider(Method::shooting, shooting.seconds);
         }
         if (best == Method::overlap) cut(overlap.length);
         if (best == Method::shooting) {
-            if (take_tiles)
-                all_.tile_groups = groups;
-            else
-                cut(shooting.length);
+            all_.tile_groups = groups;
+            if (groups == 0) cut(shooting.length);
         }
         return best;
     }

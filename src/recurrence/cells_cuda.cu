@@ -41,7 +41,7 @@ void copy_on_gpu(View<const T> from, View<T> to, bool adding, CUstream_st* strea
 template <class T>
 void decode_on_gpu(const Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
                    View<Arithmetic<T>> state, View<T> output, CUstream_st* stream) {
-    const DeviceKernels<T>& device_kernels = kernels_on_gpu(kernels);
+    const DeviceKernels<T>& device_kernels = device_kernels_of(kernels);
     device::require_on_gpu("inputs", inputs.data());
     device::require_on_gpu("parameters", parameters.data());
     device::require_on_gpu("state", state.data());

@@ -10,7 +10,7 @@ void register_built_in_cells();
 
 /// Throws InvalidArgument for a Cell without.
 template <class T>
-const DeviceKernels<T>& kernels_on_gpu(const Kernels<T>& kernels) {
+const DeviceKernels<T>& device_kernels_of(const Kernels<T>& kernels) {
     const DeviceKernels<T>* const found = find_device_kernels<T>(*kernels.cell);
     if (found == nullptr)
         throw InvalidArgument("recurrence", "a Cell with kernels for GPUs (see cell.cuh, DEEPPCR_CELL_ON_GPU)",

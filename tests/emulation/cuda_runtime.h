@@ -201,7 +201,7 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, std::size_t) {
-    *blocks = 1024 / threads;
+    *blocks = threads < 256 ? 256 / threads : 1;
     return cudaSuccess;
 }
 
