@@ -23,9 +23,10 @@ Asked asked_by(const Call& call, const Buffer<float>& result) {
 
 TEST(CellLaunches, OneKernelPerDecodedStep) {
     const Buffer<float> inputs({1, 3, 3 * 5}, Layout::steps_first, Device::cuda()),
-        parameters({3, 1, 5}, Layout::steps_first, Device::cuda()), state({1, 3, 5}, Layout::steps_first, Device::cuda());
-    const Asked asked = asked_by(
-        [&] { decode<ParaGRU, float>(inputs, parameters, state, {}, {.backend = Backend::cuda}); }, state);
+        parameters({3, 1, 5}, Layout::steps_first, Device::cuda()),
+        state({1, 3, 5}, Layout::steps_first, Device::cuda());
+    const Asked asked =
+        asked_by([&] { decode<ParaGRU, float>(inputs, parameters, state, {}, {.backend = Backend::cuda}); }, state);
     EXPECT_EQ(asked.launches, 1);
     EXPECT_EQ(asked.allocations, 0);
 }

@@ -115,16 +115,16 @@ TEST(ScalarFunctions, SoftplusOverAllFloats) {
     EXPECT_LE(error, 3);
 }
 
-/// A GPU's instructions with the largest errors that CUDA's documentation allows them (2 + 2^-22.5 units for ex2.approx,
-/// 1 for rcp.approx), one way or the other by the argument's bits.
+/// A GPU's instructions with the largest errors that CUDA's documentation allows them, relative: 2^-22.5 for
+/// ex2.approx, 2^-23 for rcp.approx; one way or the other by the argument's bits.
 struct WorstHardware {
     static float off(double exact, double units, float x) {
         const double sign = (std::bit_cast<std::uint32_t>(x) * 0x9E3779B9U >> 31) != 0 ? 1 : -1;
         const float result = float(exact * (1 + sign * units * 0x1p-24));
         return std::abs(result) < 0x1p-126F ? 0 : result;
     }
-    static float power_of_two(float x) { return off(std::exp2(double(x)), 2, x); }
-    static float reciprocal(float x) { return off(1 / double(x), 1, x); }
+    static float power_of_two(float x) { return off(std::exp2(double(x)), 2.8284, x); }
+    static float reciprocal(float x) { return off(1 / double(x), 2, x); }
 };
 template <float (*function)(float)>
 void apply_to_all(const std::vector<float>& x, std::vector<float>& result) {
@@ -146,12 +146,12 @@ TEST(ScalarFunctions, OfGpusOverManyFloats) {
     // Every float near the end of exp's range, and where tanh changes its formula.
     for (float x = 88.5F; x <= 89; x = std::nextafter(x, 100.0F))
         EXPECT_LE(units(fast_exponential<WorstHardware>(x), std::exp(double(x))), 4) << x;
-    for (float x = 0.299F; x <= 0.301F; x = std::nextafter(x, 1.0F))
-        EXPECT_LE(units(fast_hyperbolic_tangent<WorstHardware>(x), std::tanh(double(x))), 4) << x;
+    for (float x = 0.4999F; x <= 0.5001F; x = std::nextafter(x, 1.0F))
+        EXPECT_LE(units(fast_hyperbolic_tangent<WorstHardware>(x), std::tanh(double(x))), 6.5) << x;
     std::cout << "GPU: exp " << exponential << ", sigmoid " << sigmoid << ", tanh " << tangent << " ULP\n";
-    EXPECT_LE(exponential, 3);
-    EXPECT_LE(sigmoid, 4);
-    EXPECT_LE(tangent, 4);
+    EXPECT_LE(exponential, 4);
+    EXPECT_LE(sigmoid, 8);
+    EXPECT_LE(tangent, 6.5);
 }
 
 TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {

@@ -74,7 +74,7 @@ if(DEEPPCR_BUILD_CUDA)
                      -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
     set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
   endfunction()
-  add_resource_test(cells src/recurrence/cells_cuda.cu 128 "[0-9](advance|multiply|repair|backward|shoot_tiles)_kernel.*(ParaGRU|ParaLSTM)E(f|NS_8bfloat16E)Lb1")
+  add_resource_test(cells src/recurrence/cells_cuda.cu 128 "[0-9](advance|multiply|repair|backward|shoot_tiles)_kernel.*((ParaGRU|ParaLSTM)Ef|ParaGRUENS_8bfloat16E)Lb1")
   add_resource_test(bidiagonal src/reduce/reduce_cuda.cu 128 "scan_tilesIf")
 endif()
 

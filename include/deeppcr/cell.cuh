@@ -3,11 +3,11 @@
 //     #include <deeppcr/cell.cuh>
 //     DEEPPCR_CELL_ON_GPU(LeakyTanh);   // its step must be constexpr; nvcc --expt-relaxed-constexpr
 //
-// A thread runs one group of one chunk of steps (see cell_device.hpp): a channel, or two where numbers have 16 bits. The
-// threads of a warp have neighbouring groups, so that inputs and states are read and written in whole lines, as they
-// are, without a transposition. What the next `ahead` steps need is on its way, a slot of registers for each, while
-// those at hand are computed with; states, products of Jacobians, adjoints and parameters stay in registers. Bytes per
-// step and channel: G numbers read and K written; backward, 2 G + 2 K.
+// A thread runs one group of one chunk of steps (see cell_device.hpp): a channel, or two where numbers have 16 bits.
+// The threads of a warp have neighbouring groups, so that inputs and states are read and written in whole lines, as
+// they are, without a transposition. What the next `ahead` steps need is on its way, a slot of registers for each,
+// while those at hand are computed with; states, products of Jacobians, adjoints and parameters stay in registers.
+// Bytes per step and channel: G numbers read and K written; backward, 2 G + 2 K.
 //
 // Numbers of 16 bits are computed with as floats, and the state is carried from step to step as a float, between chunks
 // too: what is stored is rounded, what goes on is not. A repair compares stored numbers.
@@ -35,10 +35,10 @@
 
 namespace deeppcr::cell {
 
-constexpr int steps_per_sum = 64;           // of parameter gradients in A, before they are added up in double
-constexpr int cell_threads = 128;           // of a block at most: no thread knows of any other but those of its warp
-constexpr int tile_threads = 256;           // of a block that shoots tiles
-constexpr std::size_t tile_bytes = 73728;   // of its shared memory: three blocks on a multiprocessor of 227 KB
+constexpr int steps_per_sum = 64;          // of parameter gradients in A, before they are added up in double
+constexpr int cell_threads = 128;          // of a block at most: no thread knows of any other but those of its warp
+constexpr int tile_threads = 256;          // of a block that shoots tiles
+constexpr std::size_t tile_bytes = 73728;  // of its shared memory: three blocks on a multiprocessor of 227 KB
 
 /// `n` neighbouring numbers, moved together where their address allows it.
 template <class T, int n>
@@ -161,7 +161,8 @@ struct OnGpu {
         State x;
         DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
-            for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = from[(exists(v, there) ? v : v - 1) * K + k];
+            for (int k = 0; k < K; ++k)
+                x[std::size_t(v)][std::size_t(k)] = from[(exists(v, there) ? v : v - 1) * K + k];
         return x;
     }
     __device__ static void write(A* to, int there, const State& x) {
@@ -218,8 +219,9 @@ struct OnGpu {
     /// Reads of successive steps, `ahead` of them on their way. before: from the last step to the first.
     template <bool with_states, bool with_gradient, bool with_input_gradient, bool backward>
     struct Stream {
-        static constexpr int numbers = (G * (with_input_gradient ? 2 : 1) + (with_states ? K : 0) +
-                                        (with_gradient ? K : 0)) * (sizeof(A) > 4 ? 2 : 1);
+        static constexpr int numbers =
+            (G * (with_input_gradient ? 2 : 1) + (with_states ? K : 0) + (with_gradient ? K : 0)) *
+            (sizeof(A) > 4 ? 2 : 1);
         static constexpr int ahead = numbers <= 1 ? 16 : numbers <= 4 ? 8 : numbers <= 12 ? 4 : 2;
         const Chunks& all;
         const int there;
@@ -550,12 +552,14 @@ struct OnGpu {
 
     /// The shared memory of a block: W chunks of a tile of `groups` groups, S steps each.
     struct Tile {
-        T* inputs;                  ///< [W] rows of groups * V numbers: S * G of them, and one where that is even
+        T* inputs;                    ///< [W] rows of groups * V numbers: S * G of them, and one where that is even
         A *starts, *ends, *products;  ///< [threads, V * K] and [threads, V * K * K]
         int groups, steps, chunks, chunk_rows;
 
         __device__ explicit Tile(const Chunks& all)
-            : groups(all.tile_groups), steps(all.tile_steps), chunks(tile_threads / all.tile_groups),
+            : groups(all.tile_groups),
+              steps(all.tile_steps),
+              chunks(tile_threads / all.tile_groups),
               chunk_rows(rows_of_chunk(all.tile_steps)) {
             starts = cuda::shared_memory<A>();
             ends = starts + tile_threads * V * K;
@@ -647,7 +651,8 @@ struct OnGpu {
         }
         return start;
     }
-    /// Whether a start has moved by so much that its error may be above the tolerance: corrections shrink quadratically.
+    /// Whether a start has moved by so much that its error may be above the tolerance: corrections shrink
+    /// quadratically.
     __device__ static bool far(const Chunks& all, const State& before, const State& now) {
         bool any = false;
         const A close = A(0.1) / A(std::sqrt(max(A(all.relative_tolerance), A(1e-30))));
@@ -657,7 +662,8 @@ struct OnGpu {
                 const A x = now[std::size_t(v)][std::size_t(k)];
                 const A allowed =
                     A(all.absolute_tolerance) + A(all.relative_tolerance) * scalar_functions::magnitude(x);
-                any = any || !(scalar_functions::magnitude(x - before[std::size_t(v)][std::size_t(k)]) <= close * allowed);
+                any = any ||
+                      !(scalar_functions::magnitude(x - before[std::size_t(v)][std::size_t(k)]) <= close * allowed);
             }
         return any;
     }
@@ -679,8 +685,9 @@ struct OnGpu {
         for (index begin = here.begins; begin < here.ends; begin += tile.chunks * tile.steps) {
             const index left = here.ends - begin;
             const int count = int(left < tile.chunks * tile.steps ? left : tile.chunks * tile.steps);
-            const int steps = count - c * tile.steps < 0 ? 0 : count - c * tile.steps < tile.steps ? count - c * tile.steps
-                                                                                                  : tile.steps;
+            const int steps = count - c * tile.steps < 0            ? 0
+                              : count - c * tile.steps < tile.steps ? count - c * tile.steps
+                                                                    : tile.steps;
             const index first = begin + c * tile.steps;
             tile.copy(all, here, first_group * V, first, steps, c, lane);
             State start = carry;
@@ -823,8 +830,9 @@ struct OnGpu {
             for (int v = 0; v < V; ++v)
                 for (int q = 0; q < P; ++q) {
                     if (exists(v, here.there)) {
-                        double& sum = all.parameter_gradient[((here.chunk * all.part_count + here.part) * P + q) *
-                                                                 all.channels + here.channel + v];
+                        double& sum =
+                            all.parameter_gradient[((here.chunk * all.part_count + here.part) * P + q) * all.channels +
+                                                   here.channel + v];
                         sum = (first_sum ? 0 : sum) + double(sums[v][q]);
                     }
                     sums[v][q] = A(0);
@@ -991,22 +999,22 @@ void launch_looked_at(const DeviceChunks<T>& chunks, const cuda::Launch& where, 
     cuda::launch(where, all.packed || pieces == nullptr ? whole : pieces, all);
 }
 
-#define DEEPPCR_CELL_KERNEL(name)                                                                                  \
-    template <class Cell, class T, bool whole>                                                                     \
-    __global__ void __launch_bounds__(cell_threads) name##_kernel(const __grid_constant__ DeviceChunks<T> all) {   \
-        OnGpu<Cell, T, whole>::name(all, this_thread());                                                           \
-    }                                                                                                              \
-    template <class Cell, class T>                                                                                 \
-    DeviceKernel<T> name##_on_gpu() {                                                                              \
-        return {[](const DeviceChunks<T>& all, CUstream_st* stream) {                                              \
-                    using On = OnGpu<Cell, T>;                                                                     \
-                    if constexpr (On::V == 1)                                                                      \
-                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,  \
-                                                  nullptr);                                                        \
-                    else                                                                                           \
-                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,  \
-                                                  name##_kernel<Cell, T, false>);                                  \
-                },                                                                                                 \
+#define DEEPPCR_CELL_KERNEL(name)                                                                                    \
+    template <class Cell, class T, bool whole>                                                                       \
+    __global__ void __launch_bounds__(cell_threads) name##_kernel(const __grid_constant__ DeviceChunks<T> all) {     \
+        OnGpu<Cell, T, whole>::name(all, this_thread());                                                             \
+    }                                                                                                                \
+    template <class Cell, class T>                                                                                   \
+    DeviceKernel<T> name##_on_gpu() {                                                                                \
+        return {[](const DeviceChunks<T>& all, CUstream_st* stream) {                                                \
+                    using On = OnGpu<Cell, T>;                                                                       \
+                    if constexpr (On::V == 1)                                                                        \
+                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,    \
+                                                  nullptr);                                                          \
+                    else                                                                                             \
+                        launch_looked_at<Cell, T>(all, On::everywhere(all, stream), name##_kernel<Cell, T, true>,    \
+                                                  name##_kernel<Cell, T, false>);                                    \
+                },                                                                                                   \
                 [] { return cell_threads * cuda::resident_blocks(name##_kernel<Cell, T, true>, cell_threads, 0); }}; \
     }
 DEEPPCR_CELL_KERNEL(advance)
@@ -1049,15 +1057,9 @@ DeviceKernel<T> shoot_tiles_on_gpu() {
 /// All of a Cell's.
 template <class Cell, class T>
 DeviceKernels<T> kernels_on_gpu() {
-    return {OnGpu<Cell, T>::V,
-            advance_on_gpu<Cell, T>(),
-            multiply_on_gpu<Cell, T>(),
-            repair_on_gpu<Cell, T>(),
-            finish_on_gpu<Cell, T>(),
-            shoot_tiles_on_gpu<Cell, T>(),
-            backward_on_gpu<Cell, T>(),
-            correct_on_gpu<Cell, T>(),
-            finish_backward_on_gpu<Cell, T>()};
+    return {OnGpu<Cell, T>::V,          advance_on_gpu<Cell, T>(), multiply_on_gpu<Cell, T>(),
+            repair_on_gpu<Cell, T>(),   finish_on_gpu<Cell, T>(),  shoot_tiles_on_gpu<Cell, T>(),
+            backward_on_gpu<Cell, T>(), correct_on_gpu<Cell, T>(), finish_backward_on_gpu<Cell, T>()};
 }
 
 /// Tells the library of the kernels for a Cell, for numbers of these types.
@@ -1079,6 +1081,5 @@ struct RegisteredOnGpu {
 /// In one .cu file, at namespace scope: `evaluate` and `adjoint` then run recurrences of this Cell with Backend::cuda.
 /// A linker leaves out an object file of a static library that nothing else refers to, and this with it: call
 /// cell::register_on_gpu<Cell, float, ...>() instead there, from a function that the program calls.
-#define DEEPPCR_CELL_ON_GPU(...)                             \
-    static const ::deeppcr::cell::RegisteredOnGpu<__VA_ARGS__> \
-    DEEPPCR_JOINED(deeppcr_registered_on_gpu_, __COUNTER__)
+#define DEEPPCR_CELL_ON_GPU(...) \
+    static const ::deeppcr::cell::RegisteredOnGpu<__VA_ARGS__> DEEPPCR_JOINED(deeppcr_registered_on_gpu_, __COUNTER__)

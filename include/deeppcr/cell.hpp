@@ -84,9 +84,8 @@ public:
     void jacobians(const Section& section, View<const T> before, Jacobian<T> jacobian) const;
 
 protected:
-    ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs,
-                          View<const Arithmetic<T>> parameters, View<const T> initial,
-                          const std::vector<SequenceStart>& starts);
+    ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
+                          View<const T> initial, const std::vector<SequenceStart>& starts);
 
 private:
     const cell::Kernels<T>& kernels_;

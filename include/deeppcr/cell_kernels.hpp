@@ -90,10 +90,10 @@ struct Kernels {
     Kernel<T> multiply = nullptr;     ///< state <- f(state), product <- J product
     Kernel<T> apply = nullptr;        ///< after = f(before), each step on its own
     Kernel<T> linearise = nullptr;    ///< jacobian = J at before
-    Kernel<T> backward = nullptr;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
-                            ///< (added); state <- J^T a
-    Kernel<T> correct = nullptr;      ///< backward without gradient, added to input_gradient and parameter_gradient
-    Kernel<T> plain_step = nullptr;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
+    Kernel<T> backward = nullptr;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and
+                                   ///< parameters (added); state <- J^T a
+    Kernel<T> correct = nullptr;     ///< backward without gradient, added to input_gradient and parameter_gradient
+    Kernel<T> plain_step = nullptr;  ///< apply, without SIMD: what the reference backend runs, 1 lane per block
     Kernel<T> plain_linearise = nullptr;
     Kernel<T> plain_backward = nullptr;
 };
@@ -359,8 +359,8 @@ struct Loops {
     }
 };
 
-/// The kernels of a Cell for this machine's instruction set. Where numbers are stored in 16 bits, none: only its name and
-/// sizes.
+/// The kernels of a Cell for this machine's instruction set. Where numbers are stored in 16 bits, none: only its name
+/// and sizes.
 template <class Cell, class T>
 const Kernels<T>& kernels_of() {
     static const Kernels<T> kernels = [] {

@@ -85,9 +85,9 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     DeviceCosts costs;
     costs.launch = std::max(0.0, time(kernels.advance, 1, 1, 0, 1 + launches) - once) / launches;
     const auto cost = [&](const cell::DeviceKernel<T>& kernel, index few, int tile_groups) {
-        return KernelCost{std::max(0.0, time(kernel, few, many_steps, tile_groups, 1) - once) / double(many_steps),
-                          std::max(0.0, time(kernel, full, full_steps, most_tile_groups, 1) - once) /
-                              double(full_steps * full * V)};
+        return KernelCost{
+            std::max(0.0, time(kernel, few, many_steps, tile_groups, 1) - once) / double(many_steps),
+            std::max(0.0, time(kernel, full, full_steps, most_tile_groups, 1) - once) / double(full_steps * full * V)};
     };
     costs.advance = cost(kernels.advance, few_groups, 0);
     costs.multiply = cost(kernels.multiply, few_groups, 0);

@@ -567,8 +567,7 @@ template <class T>
 Report evaluate_stored(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
     check_options(options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
-    if (cell == nullptr)
-        throw InvalidArgument("recurrence", "a cell's, for numbers stored in 16 bits", "another");
+    if (cell == nullptr) throw InvalidArgument("recurrence", "a cell's, for numbers stored in 16 bits", "another");
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
     if (options.method == Method::newton)
         throw InvalidArgument("options.method", "a fused method, for numbers stored in 16 bits", "newton");

@@ -96,8 +96,7 @@ private:
         else
             cell::run_rows<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides, threads_);
         for (const cell::Row<T>& row : rows)
-            report_.linearise.bytes +=
-                row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
+            report_.linearise.bytes += row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
     }
 
     /// In chunks of `length` steps (0: whole parts). False where what chunks hand over does not vanish.
@@ -177,8 +176,8 @@ private:
             result_.parameters.data()[q] = T(sum);
         }
         if (length > 0)
-            report_.method = "adjoint, " + std::to_string(count) + " chunks of " + std::to_string(length) +
-                                    " steps, " + std::to_string(longest) + " steps corrected";
+            report_.method = "adjoint, " + std::to_string(count) + " chunks of " + std::to_string(length) + " steps, " +
+                             std::to_string(longest) + " steps corrected";
         report_.window = length;
         return true;
     }
@@ -236,7 +235,8 @@ private:
 template <class T>
 void require_shape(const std::string& name, const View<T>& view, const Shape& shape, bool contiguous) {
     if (view.shape() != shape || (view.data() == nullptr && shape.count() > 0) || (contiguous && !view.contiguous()))
-        throw InvalidArgument(name, (contiguous ? "contiguous memory of shape " : "memory of shape ") + to_string(shape),
+        throw InvalidArgument(name,
+                              (contiguous ? "contiguous memory of shape " : "memory of shape ") + to_string(shape),
                               to_string(view.shape()));
 }
 
@@ -246,8 +246,8 @@ Report no_steps(const ChannelwiseRecurrence<T>& recurrence, const CellGradientVi
                 const Options& options) {
     const Device device = options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
     const auto [steps, batch, width] = gradients.initial.shape();
-    detail::fill_zeros(gradients.parameters.data(),
-                       gradients.parameters.shape().count() * index(sizeof(Arithmetic<T>)), device);
+    detail::fill_zeros(gradients.parameters.data(), gradients.parameters.shape().count() * index(sizeof(Arithmetic<T>)),
+                       device);
     for (index part = 0; part < batch; ++part)
         detail::fill_zeros(gradients.initial.at(0, part), width * index(sizeof(T)), device);
     Report report;
@@ -296,16 +296,16 @@ CellGradients<T> new_cell_gradients(const ChannelwiseRecurrence<T>& recurrence, 
 }  // namespace
 }  // namespace newton
 
-#define DEEPPCR_ADJOINT(T)                                                                                          \
-    template <>                                                                                                     \
-    CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,                  \
-                             const Report& report, View<const T> output_gradient, const Options& options) {         \
-        return newton::new_cell_gradients<T>(recurrence, trajectory, report, output_gradient, options);             \
-    }                                                                                                               \
-    template <>                                                                                                     \
-    Report adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,      \
-                   View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {  \
-        return newton::cell_gradients<T>(recurrence, trajectory, report, output_gradient, gradients, options);      \
+#define DEEPPCR_ADJOINT(T)                                                                                         \
+    template <>                                                                                                    \
+    CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,                 \
+                             const Report& report, View<const T> output_gradient, const Options& options) {        \
+        return newton::new_cell_gradients<T>(recurrence, trajectory, report, output_gradient, options);            \
+    }                                                                                                              \
+    template <>                                                                                                    \
+    Report adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,     \
+                   View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) { \
+        return newton::cell_gradients<T>(recurrence, trajectory, report, output_gradient, gradients, options);     \
     }
 DEEPPCR_ADJOINT(float)
 DEEPPCR_ADJOINT(double)

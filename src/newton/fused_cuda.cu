@@ -1,8 +1,8 @@
 // Cells on a GPU, chunks side by side, as fused.cpp has them on a processor:
 //
 //   shoot    (shooting only) every chunk runs from its start and carries the product of its Jacobians; the starts'
-//            corrections d_c = P_{c-1} d_{c-1} + (end of c-1 - start of c) are one bidiagonal solve; shots that follow one
-//            which left nothing to correct end at once
+//            corrections d_c = P_{c-1} d_{c-1} + (end of c-1 - start of c) are one bidiagonal solve; shots that follow
+//            one which left nothing to correct end at once
 //   sweep    every chunk runs from its start and writes its trajectory
 //   repair   every chunk runs again from the end of the one before it, until it meets its old states; some rounds, of
 //            which those that have nothing left to do end at once
@@ -38,9 +38,9 @@ using cell::DeviceKernel;
 using cell::DeviceKernels;
 using cell::repair_rounds;
 
-constexpr index shortest_chunk = 64;       // where chunks are chosen
-constexpr index fewest_steps = 128;        // below, the launches of anything but step after step are not worth it
-constexpr index fewest_tile_bytes = 32;    // of a step of an input: a sector of memory
+constexpr index shortest_chunk = 64;     // where chunks are chosen
+constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
+constexpr index fewest_tile_bytes = 32;  // of a step of an input: a sector of memory
 
 __device__ index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
 
@@ -89,13 +89,14 @@ __global__ void __launch_bounds__(cuda::plain_threads)
     starts[i] = start - start == A(0) ? start : initial;
 }
 
-/// Of each sequence the largest residuals, and the first step that chunks left unconfirmed. A thread per group of a part.
+/// Of each sequence the largest residuals, and the first step that chunks left unconfirmed. A thread per group of a
+/// part.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads) collect(const DeviceChunks<T> all, bool finished) {
     const index row = this_thread(), rows = all.part_count * all.groups;
     if (row >= rows) return;
-    const SequencePart whole = all.parts != nullptr ? all.parts[row / all.groups]
-                                                    : SequencePart{row / all.groups, 0, all.steps};
+    const SequencePart whole =
+        all.parts != nullptr ? all.parts[row / all.groups] : SequencePart{row / all.groups, 0, all.steps};
     const bool complete = finished || all.run->pending[repair_rounds - 1] == 0;
     double residual = 0, relative = 0;
     index confirmed = all.steps;
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(cuda::plain_threads) find_non_finite(const Dev
     for (index i = this_thread(); i < total; i += index(gridDim.x) * blockDim.x) {
         const index step = i / per_step, sequence = i % per_step / width, k = i % width;
         const A x = cuda::widen(all.trajectory[step * all.trajectory_step + sequence * all.trajectory_batch + k]);
-        if (!(x - x == A(0))) atomicMax(&all.sequences[sequence].first_non_finite, (unsigned long long)(all.steps - step));
+        if (!(x - x == A(0)))
+            atomicMax(&all.sequences[sequence].first_non_finite, (unsigned long long)(all.steps - step));
     }
 }
 
@@ -192,7 +194,8 @@ public:
         all_.absolute_tolerance = tolerance_.absolute;
         all_.relative_tolerance = tolerance_.relative;
         status_bytes_ = index(sizeof(cell::RunStatus)) + all_.batch * index(sizeof(cell::SequenceStatus));
-        all_.sequences = reinterpret_cast<cell::SequenceStatus*>(workspace_.template take<unsigned char>(status_bytes_));
+        all_.sequences =
+            reinterpret_cast<cell::SequenceStatus*>(workspace_.template take<unsigned char>(status_bytes_));
         all_.run = reinterpret_cast<cell::RunStatus*>(all_.sequences + all_.batch);
         device::fill_bytes(all_.sequences, 0, status_bytes_, stream_);
     }
@@ -213,15 +216,16 @@ protected:
         index length = 0;
         double seconds = std::numeric_limits<double>::infinity();
     };
-    /// The best of the powers of two, where seconds(chunks in all, their length) is to be the least.
+    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length).
     template <class Seconds>
     Plan plan(const Seconds& seconds) const {
-        if (options_.chunk > 0) return {std::min(options_.chunk, longest_), 0};
-        Plan best;
-        for (index length = std::min(shortest_chunk, longest_); length < longest_ || best.length == 0; length *= 2) {
-            const double chunks = double((longest_ + length - 1) / length), taken = seconds(chunks, double(length));
-            if (taken < best.seconds) best = {length, taken};
-        }
+        const auto with = [&](index length) {
+            return Plan{length, seconds(double((longest_ + length - 1) / length), double(length))};
+        };
+        if (options_.chunk > 0) return with(std::min(options_.chunk, longest_));
+        Plan best = with(std::min(shortest_chunk, longest_));
+        for (index length = 2 * shortest_chunk; length < longest_; length *= 2)
+            if (const Plan next = with(length); next.seconds < best.seconds) best = next;
         return best;
     }
 
@@ -268,11 +272,11 @@ protected:
 template <class T>
 class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
-    using typename Base::A;
-    using typename Base::Plan;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
         Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs, Base::cut,
         Base::plan, Base::run_rounds, Base::wait;
+    using typename Base::A;
+    using typename Base::Plan;
 
 public:
     GpuEvaluator(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options,
@@ -470,11 +474,11 @@ private:
         report_.method = to_string(method) + ", ";
         if (all_.tile_groups > 0) {
             report_.iterations = index(status.shots) + 1;
-            report_.method += "tiles of " + std::to_string(all_.tile_groups * kernels_.channels_per_group) + " channels, ";
+            report_.method +=
+                "tiles of " + std::to_string(all_.tile_groups * kernels_.channels_per_group) + " channels, ";
         } else {
             report_.iterations += index(status.shots);
-            report_.method +=
-                std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps, ";
+            report_.method += std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps, ";
             report_.window = all_.length;
         }
         if (method == Method::shooting) report_.method += std::to_string(status.shots) + " Newton sweeps, ";
@@ -499,11 +503,11 @@ private:
 template <class T>
 class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
-    using typename Base::A;
-    using typename Base::Plan;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
         Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::run_rounds,
         Base::wait;
+    using typename Base::A;
+    using typename Base::Plan;
 
 public:
     GpuAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,

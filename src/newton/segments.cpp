@@ -215,17 +215,17 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
 }  // namespace
 }  // namespace newton
 
-#define DEEPPCR_SEGMENTS(T)                                                                                     \
-    template <>                                                                                                 \
-    Report evaluate_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment, View<T> boundaries,   \
+#define DEEPPCR_SEGMENTS(T)                                                                                      \
+    template <>                                                                                                  \
+    Report evaluate_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment, View<T> boundaries,    \
                                const Options& options, const std::function<void(index, View<const T>)>& visit) { \
-        return newton::run_segments<T>(recurrence, segment, boundaries, options, visit);                        \
-    }                                                                                                           \
-    template <>                                                                                                 \
-    CellGradients<T> adjoint_from_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment,         \
-                                             View<const T> boundaries, const Report& report,                    \
-                                             View<const T> output_gradient, const Options& options) {           \
-        return newton::adjoint_segments<T>(recurrence, segment, boundaries, report, output_gradient, options);  \
+        return newton::run_segments<T>(recurrence, segment, boundaries, options, visit);                         \
+    }                                                                                                            \
+    template <>                                                                                                  \
+    CellGradients<T> adjoint_from_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment,          \
+                                             View<const T> boundaries, const Report& report,                     \
+                                             View<const T> output_gradient, const Options& options) {            \
+        return newton::adjoint_segments<T>(recurrence, segment, boundaries, report, output_gradient, options);   \
     }
 DEEPPCR_SEGMENTS(float)
 DEEPPCR_SEGMENTS(double)

@@ -329,7 +329,7 @@ void decode(const Kernels<T>& kernels, View<const T> inputs, View<const Arithmet
     }
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                                     \
+#define DEEPPCR_INSTANTIATE(T)                                                                                      \
     template void decode(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>, View<Arithmetic<T>>, View<T>, \
                          const Execution&);
 DEEPPCR_INSTANTIATE(float)

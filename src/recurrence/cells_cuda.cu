@@ -63,10 +63,10 @@ void decode_on_gpu(const Kernels<T>& kernels, View<const T> inputs, View<const A
     device_kernels.advance(all, stream);
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                                  \
-    template void copy_on_gpu(View<const T>, View<T>, bool, CUstream_st*);                                      \
-    template void decode_on_gpu(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>,                    \
-                                View<Arithmetic<T>>, View<T>, CUstream_st*);
+#define DEEPPCR_INSTANTIATE(T)                                                                                    \
+    template void copy_on_gpu(View<const T>, View<T>, bool, CUstream_st*);                                        \
+    template void decode_on_gpu(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>, View<Arithmetic<T>>, \
+                                View<T>, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 DEEPPCR_INSTANTIATE(bfloat16)

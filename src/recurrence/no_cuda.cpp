@@ -16,10 +16,10 @@ void decode_on_gpu(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>, 
     device::require_gpu();
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                                  \
-    template void copy_on_gpu(View<const T>, View<T>, bool, CUstream_st*);                                      \
-    template void decode_on_gpu(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>,                    \
-                                View<Arithmetic<T>>, View<T>, CUstream_st*);
+#define DEEPPCR_INSTANTIATE(T)                                                                                    \
+    template void copy_on_gpu(View<const T>, View<T>, bool, CUstream_st*);                                        \
+    template void decode_on_gpu(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>, View<Arithmetic<T>>, \
+                                View<T>, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 DEEPPCR_INSTANTIATE(bfloat16)
