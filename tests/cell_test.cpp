@@ -257,11 +257,11 @@ double largest_relative_residual(const ChannelwiseRecurrence<T>& recurrence, Vie
             double residual = 0, size = 0;
             for (index k = 0; k < width; ++k) {
                 const double difference = std::abs(double(x(i, j, k)) - double(after(i, j, k)));
-                if (!(difference <= residual)) residual = difference;
+                residual = scalar_functions::larger_or_nan(residual, difference);
                 size = std::max(size, std::abs(double(x(i, j, k))));
             }
             const double relative = residual / (tolerance * (1 + size));
-            if (!(relative <= largest)) largest = std::isnan(relative) ? HUGE_VAL : relative;
+            largest = std::max(largest, std::isnan(relative) ? HUGE_VAL : relative);
         }
     return largest;
 }

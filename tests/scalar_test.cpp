@@ -50,18 +50,19 @@ double units(float result, double exact) {
     return std::abs(double(result) - exact) / std::ldexp(1.0, std::max(exponent, -125) - 24);
 }
 
-/// The largest error over every float. Beyond `saturated` (towards either end) and below 2^-30 the exact value is
-/// `low`, `high` or `near_zero(x)` to float's rounding: no double function is called for those three quarters.
-/// `flushes`: results below the smallest normal number may be 0.
-template <class C>
-double largest_error(double (*exact)(double), double least, double greatest, double low, double (*high)(double),
-                     double (*near_zero)(double), bool flushes) {
+/// The largest error over every float. Beyond `least` and `greatest` and below 2^-30 the exact value is `low`,
+/// `high` or `near_zero(x)` to float's rounding: no double function is called for those three quarters.
+/// `flushes`: results below the smallest normal number may be 0. `evaluate_block` fills an array of results; `stride`:
+/// every so-manieth float alone.
+template <class Evaluate>
+double largest_error(const Evaluate& evaluate_block, double (*exact)(double), double least, double greatest, double low,
+                     double (*high)(double), double (*near_zero)(double), bool flushes, std::uint64_t stride = 1) {
     constexpr std::uint64_t block = 1 << 16;
     std::vector<float> x(block), result(block);
     double largest = 0;
-    for (std::uint64_t first = 0; first < (std::uint64_t(1) << 32); first += block) {
-        for (std::uint64_t i = 0; i < block; ++i) x[i] = std::bit_cast<float>(std::uint32_t(first + i));
-        evaluate_all<C>(x, result);
+    for (std::uint64_t first = 0; first < (std::uint64_t(1) << 32); first += block * stride) {
+        for (std::uint64_t i = 0; i < block; ++i) x[i] = std::bit_cast<float>(std::uint32_t(first + i * stride));
+        evaluate_block(x, result);
         for (std::uint64_t i = 0; i < block; ++i) {
             const double value = x[i];
             const double truth = std::abs(value) < 0x1p-30 ? near_zero(value)
@@ -69,12 +70,17 @@ double largest_error(double (*exact)(double), double least, double greatest, dou
                                  : value > greatest        ? high(value)
                                                            : exact(value);
             if (result[i] == float(truth)) continue;  // no nearer float
-            if (flushes && result[i] == 0 && truth < 0x1p-126) continue;
+            if (flushes && result[i] == 0 && std::abs(truth) < 0x1p-126) continue;
             const double error = units(result[i], truth);
             if (!(error <= largest)) largest = error;
         }
     }
     return largest;
+}
+template <class C>
+double largest_error(double (*exact)(double), double least, double greatest, double low, double (*high)(double),
+                     double (*near_zero)(double), bool flushes) {
+    return largest_error(evaluate_all<C, float>, exact, least, greatest, low, high, near_zero, flushes);
 }
 
 constexpr auto infinite = [](double) { return HUGE_VAL; };
@@ -107,6 +113,56 @@ TEST(ScalarFunctions, SoftplusOverAllFloats) {
                                 [](double x) { return x; }, [](double x) { return 0.69314718055994531 + x / 2; }, true);
     std::cout << simd_target() << ": softplus " << error << " ULP\n";
     EXPECT_LE(error, 3);
+}
+
+/// A GPU's instructions with the largest errors that CUDA's documentation allows them, relative: 2^-22.5 for
+/// ex2.approx, 2^-23 for rcp.approx; one way or the other by the argument's bits.
+struct WorstHardware {
+    static float off(double exact, double units, float x) {
+        const double sign = (std::bit_cast<std::uint32_t>(x) * 0x9E3779B9U >> 31) != 0 ? 1 : -1;
+        const float result = float(exact * (1 + sign * units * 0x1p-24));
+        return std::abs(result) < 0x1p-126F ? 0 : result;
+    }
+    static float power_of_two(float x) { return off(std::exp2(double(x)), 2.8284, x); }
+    static float reciprocal(float x) { return off(1 / double(x), 2, x); }
+};
+template <float (*function)(float)>
+void apply_to_all(const std::vector<float>& x, std::vector<float>& result) {
+    for (std::size_t i = 0; i < x.size(); ++i) result[i] = function(x[i]);
+}
+
+TEST(ScalarFunctions, OfGpusOverManyFloats) {
+    using namespace scalar_functions;
+    constexpr std::uint64_t stride = 127;
+    const double exponential = largest_error(
+        apply_to_all<fast_exponential<WorstHardware>>, [](double x) { return std::exp(x); }, -110, 89, 0, infinite, one,
+        true, stride);
+    const double sigmoid = largest_error(
+        apply_to_all<fast_logistic<WorstHardware>>, [](double x) { return 1 / (1 + std::exp(-x)); }, -88.5, 20, 0, one,
+        [](double) { return 0.5; }, true, stride);
+    const double tangent = largest_error(
+        apply_to_all<fast_hyperbolic_tangent<WorstHardware>>, [](double x) { return std::tanh(x); }, -10, 10, -1, one,
+        [](double x) { return x; }, true, stride);
+    // Every float near the end of exp's range, and where tanh changes its formula.
+    for (float x = 88.5F; x <= 89; x = std::nextafter(x, 100.0F))
+        EXPECT_LE(units(fast_exponential<WorstHardware>(x), std::exp(double(x))), 4) << x;
+    for (float x = 0.4999F; x <= 0.5001F; x = std::nextafter(x, 1.0F))
+        EXPECT_LE(units(fast_hyperbolic_tangent<WorstHardware>(x), std::tanh(double(x))), 6.5) << x;
+    std::cout << "GPU: exp " << exponential << ", sigmoid " << sigmoid << ", tanh " << tangent << " ULP\n";
+    EXPECT_LE(exponential, 4);
+    EXPECT_LE(sigmoid, 8);
+    EXPECT_LE(tangent, 6.5);
+}
+
+TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {
+    using namespace scalar_functions;
+    EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(88.8F)));
+    EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(HUGE_VALF)));
+    EXPECT_EQ(fast_logistic<WorstHardware>(-HUGE_VALF), 0);
+    EXPECT_EQ(fast_logistic<WorstHardware>(HUGE_VALF), 1);
+    for (const float x : {0.0F, 1e-20F, 0.2F, 0.31F, 3.0F, 100.0F, HUGE_VALF})
+        EXPECT_EQ(std::bit_cast<std::uint32_t>(fast_hyperbolic_tangent<WorstHardware>(-x)),
+                  std::bit_cast<std::uint32_t>(-fast_hyperbolic_tangent<WorstHardware>(x)));
 }
 
 double units_double(double result, long double exact) {

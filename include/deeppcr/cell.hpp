@@ -38,7 +38,10 @@ struct SequenceStart {
     index sequence = 0, step = 0;
 };
 
-/// What all CellRecurrences share, whatever their Cell: `evaluate` runs its fused methods on any of them.
+/// What all CellRecurrences share, whatever their Cell: `evaluate` runs its fused methods on any of them. T is float,
+/// double, or, with Backend::cuda alone, bfloat16 or float16: inputs, states and their gradients are stored so, while
+/// parameters and all arithmetic are float. The state goes from step to step as a float, and what is stored of it is
+/// rounded; initial states, and what a GPU's segments start from (evaluate_boundaries), are rounded numbers.
 ///
 /// Shapes, with C channels and K, G, P states, inputs and parameters per channel:
 ///   inputs      [steps, batch, G*C], gate after gate, as torch's chunk(G, -1) has them; any strides
@@ -54,7 +57,7 @@ public:
     const cell::Kernels<T>& kernels() const { return kernels_; }
     index channels() const { return channels_; }
     View<const T> inputs() const { return inputs_; }
-    View<const T> parameters() const { return parameters_; }
+    View<const Arithmetic<T>> parameters() const { return parameters_; }
     const std::vector<SequencePart>& parts() const { return parts_; }
     /// x_0 of a part, [C*K].
     const T* initial_state(index part) const { return initial_.at(0, part); }
@@ -63,11 +66,15 @@ public:
 
     /// The recurrence of steps first+1 .. last alone, 0 <= first < last <= steps, on the same inputs and parameters.
     /// before: x_first of every row of the batch, [1,batch,width], in, copied; a sequence that begins after it has its
-    /// own initial state.
-    std::unique_ptr<ChannelwiseRecurrence> segment(index first, index last, View<const T> before) const;
+    /// own initial state. execution: with Backend::cuda all is on the current GPU, and copied in its stream.
+    std::unique_ptr<ChannelwiseRecurrence> segment(index first, index last, View<const T> before,
+                                                   const Execution& execution = {}) const;
 
-    /// The last state of every part, [1, parts, C*K]; its initial state where it has no steps.
-    Buffer<T> final_states(View<const T> trajectory) const;
+    /// The last state of every part, [1, parts, C*K]; its initial state where it has no steps. execution: as above.
+    Buffer<T> final_states(View<const T> trajectory, const Execution& execution = {}) const;
+
+    /// The callbacks below are for processors, and for float and double; elsewhere `evaluate` has kernels of its own.
+    bool runs_on(Backend backend) const override;
 
     void initial(const Section& section, View<T> state) const override;
     void step(const Section& section, View<const T> before, View<T> after) const override;
@@ -77,12 +84,14 @@ public:
     void jacobians(const Section& section, View<const T> before, Jacobian<T> jacobian) const;
 
 protected:
-    ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs, View<const T> parameters,
+    ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
                           View<const T> initial, const std::vector<SequenceStart>& starts);
 
 private:
     const cell::Kernels<T>& kernels_;
-    View<const T> inputs_, parameters_, initial_;
+    View<const T> inputs_;
+    View<const Arithmetic<T>> parameters_;
+    View<const T> initial_;
     index channels_;
     std::vector<SequencePart> parts_;
     std::vector<index> first_part_;  // of each row of the batch
@@ -94,9 +103,29 @@ template <Cell C, class T = float>
 class CellRecurrence : public ChannelwiseRecurrence<T> {
 public:
     using cell_type = C;
-    CellRecurrence(View<const T> inputs, View<const T> parameters, View<const T> initial = {},
+    CellRecurrence(View<const T> inputs, View<const Arithmetic<T>> parameters, View<const T> initial = {},
                    const std::vector<SequenceStart>& starts = {})
         : ChannelwiseRecurrence<T>(cell::kernels_of<C, T>(), inputs, parameters, initial, starts) {}
 };
+
+namespace cell {
+template <class T>
+void decode(const Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
+            View<Arithmetic<T>> state, View<T> output, const Execution& execution);
+}  // namespace cell
+
+/// One step of every sequence of a batch, as a network that generates takes them. Shapes as in ChannelwiseRecurrence:
+///   inputs      [1, batch, G*C], in, any stride
+///   parameters  [P, 1, C], in
+///   state       [1, batch, C*K], contiguous, in and out: x_{t-1} becomes x_t. Float where T has 16 bits
+///   output      [1, batch, C*K], out, any stride: x_t as it is stored. Empty: not wanted
+/// The numbers of Method::sequential. With Backend::cuda, all is on the current GPU: one kernel is enqueued in
+/// execution.stream and not waited for, nothing is allocated, and the call can be captured in a graph. Throws
+/// InvalidArgument.
+template <Cell C, class T = float>
+void decode(View<const T> inputs, View<const Arithmetic<T>> parameters, View<Arithmetic<T>> state, View<T> output = {},
+            const Execution& execution = {}) {
+    cell::decode<T>(cell::kernels_of<C, T>(), inputs, parameters, state, output, execution);
+}
 
 }  // namespace deeppcr

@@ -85,17 +85,17 @@ struct Kernels {
     std::string name;
     const std::type_info* cell = nullptr;
     int states = 0, inputs = 0, parameters = 0;
-    Kernel<T> advance;      ///< state <- f(state), after = state
-    Kernel<T> advance_one;  ///< advance for lane 0 of each block alone: the shortest chain of operations
-    Kernel<T> multiply;     ///< state <- f(state), product <- J product
-    Kernel<T> apply;        ///< after = f(before), each step on its own
-    Kernel<T> linearise;    ///< jacobian = J at before
-    Kernel<T> backward;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and parameters
-                            ///< (added); state <- J^T a
-    Kernel<T> correct;      ///< backward without gradient, added to input_gradient and parameter_gradient
-    Kernel<T> plain_step;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
-    Kernel<T> plain_linearise;
-    Kernel<T> plain_backward;
+    Kernel<T> advance = nullptr;      ///< state <- f(state), after = state
+    Kernel<T> advance_one = nullptr;  ///< advance for lane 0 of each block alone: the shortest chain of operations
+    Kernel<T> multiply = nullptr;     ///< state <- f(state), product <- J product
+    Kernel<T> apply = nullptr;        ///< after = f(before), each step on its own
+    Kernel<T> linearise = nullptr;    ///< jacobian = J at before
+    Kernel<T> backward = nullptr;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and
+                                   ///< parameters (added); state <- J^T a
+    Kernel<T> correct = nullptr;     ///< backward without gradient, added to input_gradient and parameter_gradient
+    Kernel<T> plain_step = nullptr;  ///< apply, without SIMD: what the reference backend runs, 1 lane per block
+    Kernel<T> plain_linearise = nullptr;
+    Kernel<T> plain_backward = nullptr;
 };
 
 /// Which of the instruction sets runs: 512, 256 (AVX2 and FMA) or 0 (plain).
@@ -359,15 +359,26 @@ struct Loops {
     }
 };
 
-/// The kernels of a Cell for this machine's instruction set.
+/// The kernels of a Cell for this machine's instruction set. Where numbers are stored in 16 bits, none: only its name
+/// and sizes.
 template <class Cell, class T>
 const Kernels<T>& kernels_of() {
     static const Kernels<T> kernels = [] {
-        if constexpr (!one_kernel_set) {
-            if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
-            if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
+        if constexpr (is_stored_in_16_bits<T>) {
+            Kernels<T> sizes;
+            sizes.name = Loops<Cell, float>::name();
+            sizes.cell = &typeid(Cell);
+            sizes.states = Cell::states;
+            sizes.inputs = Cell::inputs;
+            sizes.parameters = Cell::parameters;
+            return sizes;
+        } else {
+            if constexpr (!one_kernel_set) {
+                if (vector_bits() == 512) return Loops<Cell, T>::kernels_avx512();
+                if (vector_bits() == 256) return Loops<Cell, T>::kernels_avx2();
+            }
+            return Loops<Cell, T>::kernels_plain();
         }
-        return Loops<Cell, T>::kernels_plain();
     }();
     return kernels;
 }

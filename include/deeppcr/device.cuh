@@ -10,6 +10,8 @@
 
 /// Before a loop whose arrays are to lie in registers.
 #define DEEPPCR_UNROLL _Pragma("unroll")
+/// Before a loop that is not worth more instructions than one pass has.
+#define DEEPPCR_ROLLED _Pragma("unroll 1")
 
 namespace deeppcr::cuda {
 
@@ -54,6 +56,9 @@ __device__ __forceinline__ void publish(double* word, double value) {
 }
 /// While waiting for another block.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
+
+/// Of all lanes' values; all lanes call.
+__device__ __forceinline__ unsigned largest_in_warp(unsigned value) { return __reduce_max_sync(~0U, value); }
 
 /// Begins to copy 4, 8 or 16 bytes, aligned so, to shared memory; there after wait_for_copies and a barrier.
 template <int bytes>

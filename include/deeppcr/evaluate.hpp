@@ -66,7 +66,7 @@ std::string to_string(Status status);
 enum class Estimates {
     none,
     quick,  ///< the Lyapunov exponent from some steps; the error where Newton's method has the Jacobians at hand
-    full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more
+    full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more; not on a GPU
 };
 
 struct Options {
@@ -76,7 +76,7 @@ struct Options {
     index chunk = 0;  ///< steps per chunk of the scan (see SolveOptions), overlap or shooting; 0: chosen
     Guess guess = Guess::initial_state;
     /// A step is confirmed where max|x_t - f(x_{t-1})| <= absolute + relative * max|x_t| and every step before it is.
-    /// Negative: `tolerance`. tolerance 0: 64 machine epsilons.
+    /// Negative: `tolerance`. tolerance 0: 64 machine epsilons; where numbers are stored in 16 bits, half of one.
     double tolerance = 0;
     double absolute_tolerance = -1;
     double relative_tolerance = -1;
@@ -260,10 +260,18 @@ DenseCellGradients<T> adjoint(const DenseCell<T>& cell, View<const std::type_ide
 
 template <class T>
 struct CellGradients {
-    Buffer<T> inputs;      ///< dL/du, [steps, batch, G*C]
-    Buffer<T> parameters;  ///< dL/dp, [P, 1, C]
-    Buffer<T> initial;     ///< dL/dx_0, [1, parts, C*K]
+    Buffer<T> inputs;                  ///< dL/du, [steps, batch, G*C]
+    Buffer<Arithmetic<T>> parameters;  ///< dL/dp, [P, 1, C]
+    Buffer<T> initial;                 ///< dL/dx_0, [1, parts, C*K]
     Report report;
+};
+
+/// The same in memory of the caller's: for calls that allocate nothing.
+template <class T>
+struct CellGradientViews {
+    View<T> inputs;                  ///< any strides
+    View<Arithmetic<T>> parameters;  ///< contiguous
+    View<T> initial;                 ///< any strides
 };
 
 /// Gradients of a loss L from output_gradient = the part of dL/dx_t that does not pass through later states: one fused
@@ -271,11 +279,19 @@ struct CellGradients {
 /// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums
 /// of the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD
 /// target and thread count give the same bits, but where the chunk is chosen (chunk 0) by measured costs. Refuses
-/// (InvalidArgument) a trajectory whose `report` is not ok().
+/// (InvalidArgument) a trajectory whose `report` is not ok(). The Jacobians are those at the states of `trajectory`, as
+/// they are stored.
 template <class T>
 CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                          const Report& report, View<const std::type_identity_t<T>> output_gradient,
                          const Options& options = {});
+
+/// The same, into `gradients`. With a workspace of `options` a GPU's later calls of the same sizes allocate nothing
+/// there.
+template <class T>
+Report adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+               const Report& report, View<const std::type_identity_t<T>> output_gradient,
+               const CellGradientViews<std::type_identity_t<T>>& gradients, const Options& options = {});
 
 /// Evaluates a cell segment after segment of `segment` steps and keeps only the states before each: memory for one
 /// segment's states instead of all. boundaries: [ceil(steps / segment), batch, width], out; row s is x_{s * segment}.

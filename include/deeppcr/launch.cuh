@@ -33,6 +33,18 @@ void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... a
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Arguments&&>(arguments)...), "launching a kernel");
 }
 
+/// How many blocks of a kernel a multiprocessor holds at once.
+template <class... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {
+    constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
+    if (shared_bytes > granted_without_asking)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+              "asking for shared memory");
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "looking at a kernel");
+    return blocks;
+}
+
 constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
 
 /// Blocks of `threads`, or as many warps as are enough, one thread for each of `count`. Throws InvalidArgument where they are more than a grid has.

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 // What a loop over lanes is made of must all lie in the loop itself. Under a sanitizer, which multiplies code, it need
@@ -15,6 +16,7 @@
 #define DEEPPCR_INLINE __host__ __device__ __forceinline__
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET false
+#define DEEPPCR_UNROLLED _Pragma("unroll")
 #elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DEEPPCR_INLINE inline
 #define DEEPPCR_FLATTEN noinline
@@ -23,6 +25,9 @@
 #define DEEPPCR_INLINE __attribute__((always_inline)) inline
 #define DEEPPCR_FLATTEN flatten, noinline
 #define DEEPPCR_ONE_KERNEL_SET false
+#endif
+#if !defined(DEEPPCR_UNROLLED)
+#define DEEPPCR_UNROLLED
 #endif
 
 namespace deeppcr {
@@ -142,39 +147,59 @@ DEEPPCR_INLINE constexpr T with_sign(T x, T sign) {
     return std::bit_cast<T>((std::bit_cast<bits>(x) & ~mask) | (std::bit_cast<bits>(sign) & mask));
 }
 
-#if defined(__CUDA_ARCH__)
-// A GPU has 2^x and 1/x in hardware, to about one unit in the last place of a float; subnormal numbers are 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
+/// The larger, as running maxima of errors are taken: NaN once either is.
+template <class T>
+DEEPPCR_INLINE constexpr T larger_or_nan(T largest, T more) {
+    return largest != largest || more <= largest ? largest : more;
 }
-__device__ __forceinline__ float reciprocal(float x) {
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-}
-constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F;
 
-__device__ __forceinline__ float fast_exponential(float x) {
+// A GPU has 2^x and 1/x in hardware, to about two units and one unit in the last place of a float; subnormal numbers
+// are 0. The functions of float made of them take that hardware as a parameter, so that a test can put in its own.
+#if defined(__CUDA_ARCH__)
+struct Hardware {
+    __device__ __forceinline__ static float power_of_two(float x) {
+        float result;
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+    __device__ __forceinline__ static float reciprocal(float x) {
+        float result;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
+};
+#endif
+constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F, ln_2 = 0.693147181F;
+
+template <class Hardware>
+DEEPPCR_INLINE float fast_exponential(float x) {
     // The product's rounding error is up to |x| units: what it leaves goes into a factor beside 1.
     const float kept = clamp(x, Format<float>::least, Format<float>::greatest), power = kept * log2_e;
-    const float left = fmaf(kept, log2_e, -power) + kept * log2_e_low, result = power_of_two(power);
-    return fmaf(result, left * 0.693147181F, result);
+    const float left = std::fma(kept, log2_e, -power) + kept * log2_e_low, result = Hardware::power_of_two(power);
+    return select(result > std::numeric_limits<float>::max(), result, std::fma(result, left * ln_2, result));
 }
-__device__ __forceinline__ float fast_logistic(float x) { return reciprocal(1 + power_of_two(x * -log2_e)); }
-__device__ __forceinline__ float fast_hyperbolic_tangent(float x) {
-    // Odd powers where 1 - 2 / (1 + e^2x) would cancel.
-    const float square = x * x, far = fmaf(-2, reciprocal(1 + power_of_two(x * (2 * log2_e))), 1);
-    const float series = fmaf(square, fmaf(square, fmaf(square, -0.05036624F, 0.13314832F), -0.33333061F), 1);
-    return square < 0.09F ? x * series : far;
+template <class Hardware>
+DEEPPCR_INLINE float fast_logistic(float x) {
+    // As above, for -x; beyond 88 the result is 1, or below the smallest normal number, thus 0.
+    const float kept = clamp(x, -88.0F, 88.0F), power = kept * -log2_e;
+    const float left = std::fma(kept, -log2_e, -power) - kept * log2_e_low, result = Hardware::power_of_two(power);
+    return Hardware::reciprocal(1 + std::fma(result, left * ln_2, result));
 }
-#endif
+template <class Hardware>
+DEEPPCR_INLINE float fast_hyperbolic_tangent(float x) {
+    // Odd powers where 1 - 2 / (1 + e^2|x|) would cancel.
+    const float square = x * x;
+    const float far =
+        std::fma(-2.0F, Hardware::reciprocal(1 + Hardware::power_of_two(magnitude(x) * (2 * log2_e))), 1.0F);
+    const float odd = std::fma(square, std::fma(square, std::fma(square, 0.0179887444F, -0.0533871106F), 0.133304765F),
+                               -0.333333111F);
+    return square < 0.25F ? std::fma(x * square, odd, x) : with_sign(far, x);
+}
 
 template <class T>
 DEEPPCR_INLINE constexpr T exponential(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_exponential(x);
+    if constexpr (std::is_same_v<T, float>) return fast_exponential<Hardware>(x);
 #endif
     const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
     const auto half = power >> 1;  // in two steps, so that subnormal results and the largest ones come out right
@@ -193,7 +218,7 @@ DEEPPCR_INLINE constexpr T decay(T x) {
 template <class T>
 DEEPPCR_INLINE constexpr T logistic(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_logistic(x);
+    if constexpr (std::is_same_v<T, float>) return fast_logistic<Hardware>(x);
 #endif
     const T e = decay(x);
     return select(x < 0, e, T(1)) / (1 + e);
@@ -202,7 +227,7 @@ DEEPPCR_INLINE constexpr T logistic(T x) {
 template <class T>
 DEEPPCR_INLINE constexpr T hyperbolic_tangent(T x) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent(x);
+    if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent<Hardware>(x);
 #endif
     // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
     constexpr T least = -T(Format<T>::mantissa + 3);
@@ -224,19 +249,21 @@ DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
 
 /// Each function below states its error against the exact value in units in the last place (ULP) for float, the largest
 /// over all 2^32 floats under every instruction set (tests/scalar_test.cpp counts); for double, over many random ones.
-/// NaN gives NaN; overflow gives infinity.
+/// NaN gives NaN; overflow gives infinity. On a GPU, float's exp, sigmoid and tanh are made of its 2^x and 1/x; their
+/// errors are given beside, for the largest that CUDA's documentation allows those, and results below the smallest
+/// normal number are 0.
 
-/// e^x. At most 1.05 ULP.
+/// e^x. At most 1.05 ULP; on a GPU 4.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> exp(Scalar<T> x) {
     return scalar_functions::exponential(x.value);
 }
-/// 1 / (1 + e^-x). At most 2.5 ULP; results below the smallest normal number are 0.
+/// 1 / (1 + e^-x). At most 2.5 ULP, on a GPU 8; results below the smallest normal number are 0.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> sigmoid(Scalar<T> x) {
     return scalar_functions::logistic(x.value);
 }
-/// At most 2.5 ULP.
+/// At most 2.5 ULP; on a GPU 6.5.
 template <class T>
 DEEPPCR_INLINE constexpr Scalar<T> tanh(Scalar<T> x) {
     return scalar_functions::hyperbolic_tangent(x.value);
@@ -282,6 +309,7 @@ DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
 /// a step is evaluated once per direction in a row, the compiler computes all values once.
 template <class T>
 struct Dual {
+    using value_type = T;
     T value{}, derivative{};
 
     constexpr Dual() = default;
@@ -316,75 +344,158 @@ struct Dual {
 
     /// f(a), given f and f' at a.
     DEEPPCR_INLINE static constexpr Dual chain(T f, T slope, Dual a) { return {f, times(slope, a.derivative)}; }
+    /// condition ? a : b
+    DEEPPCR_INLINE static constexpr Dual select(bool condition, Dual a, Dual b) {
+        using scalar_functions::select;
+        return {select(condition, a.value, b.value), select(condition, a.derivative, b.derivative)};
+    }
 
 private:
     // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
-    // (Not so on a GPU: nvcc has no __builtin_constant_p.)
     DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
-#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
-#endif
         return factor * derivative;
     }
     DEEPPCR_INLINE static constexpr T plus(T a, T b) {
-#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(a) && a == T(0)) return b;
         if (__builtin_constant_p(b) && b == T(0)) return a;
-#endif
         return a + b;
     }
 };
 
+/// A number with its derivatives in `n` directions, for GPUs: their compiler would compute the values of a Dual again
+/// for each direction, and cannot be asked what it knows to be 0. So flags go along, which are gone once all is
+/// inlined.
+template <class T, int n>
+struct Duals {
+    using value_type = T;
+    T value{}, derivative[n] = {};
+    bool constant[n] = {};  ///< whether the derivative is known to be 0
+
+    DEEPPCR_INLINE constexpr Duals() : Duals(T(0)) {}
+    template <class U>
+    requires std::is_arithmetic_v<U> DEEPPCR_INLINE constexpr Duals(U number)  // NOLINT(google-explicit-constructor)
+        : value(T(number)) {
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) constant[i] = true;
+    }
+    /// x, with derivative 1 in one direction.
+    DEEPPCR_INLINE static constexpr Duals along(T number, int direction) {
+        Duals x(number);
+        x.derivative[direction] = T(1);
+        x.constant[direction] = false;
+        return x;
+    }
+
+    DEEPPCR_INLINE friend constexpr Duals operator+(const Duals& a, const Duals& b) {
+        return combine(a.value + b.value, T(1), a, T(1), b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator-(const Duals& a, const Duals& b) {
+        return combine(a.value - b.value, T(1), a, T(-1), b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator*(const Duals& a, const Duals& b) {
+        return combine(a.value * b.value, b.value, a, a.value, b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator/(const Duals& a, const Duals& b) {
+        const T quotient = a.value / b.value, slope = 1 / b.value;
+        return combine(quotient, slope, a, -quotient * slope, b);
+    }
+    DEEPPCR_INLINE friend constexpr Duals operator-(const Duals& a) { return chain(-a.value, T(-1), a); }
+    DEEPPCR_INLINE friend constexpr bool operator<(const Duals& a, const Duals& b) { return a.value < b.value; }
+    DEEPPCR_INLINE friend constexpr bool operator>(const Duals& a, const Duals& b) { return a.value > b.value; }
+
+    DEEPPCR_INLINE static constexpr Duals chain(T f, T slope, const Duals& a) {
+        Duals result(f);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            if (!a.constant[i]) result.derivative[i] = slope * a.derivative[i];
+            result.constant[i] = a.constant[i];
+        }
+        return result;
+    }
+    DEEPPCR_INLINE static constexpr Duals select(bool condition, const Duals& a, const Duals& b) {
+        Duals result(condition ? a.value : b.value);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            result.derivative[i] = condition ? a.derivative[i] : b.derivative[i];
+            result.constant[i] = a.constant[i] && b.constant[i];
+        }
+        return result;
+    }
+
+private:
+    /// f(a, b), given f and its slopes.
+    DEEPPCR_INLINE static constexpr Duals combine(T f, T slope_a, const Duals& a, T slope_b, const Duals& b) {
+        Duals result(f);
+        DEEPPCR_UNROLLED
+        for (int i = 0; i < n; ++i) {
+            const T of_a = slope_a * a.derivative[i], of_b = slope_b * b.derivative[i];
+            result.derivative[i] = a.constant[i] ? (b.constant[i] ? T(0) : of_b) : b.constant[i] ? of_a : of_a + of_b;
+            result.constant[i] = a.constant[i] && b.constant[i];
+        }
+        return result;
+    }
+};
+
+template <class D>
+constexpr bool is_dual = false;
 template <class T>
-DEEPPCR_INLINE constexpr Dual<T> exp(Dual<T> x) {
-    const T f = scalar_functions::exponential(x.value);
-    return Dual<T>::chain(f, f, x);
+constexpr bool is_dual<Dual<T>> = true;
+template <class T, int n>
+constexpr bool is_dual<Duals<T, n>> = true;
+template <class D>
+concept AnyDual = is_dual<D>;
+
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D exp(D x) {
+    const auto f = scalar_functions::exponential(x.value);
+    return D::chain(f, f, x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> sigmoid(Dual<T> x) {
-    const T f = scalar_functions::logistic(x.value);
-    return Dual<T>::chain(f, f * (1 - f), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D sigmoid(D x) {
+    const auto f = scalar_functions::logistic(x.value);
+    return D::chain(f, f * (1 - f), x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> tanh(Dual<T> x) {
-    const T f = scalar_functions::hyperbolic_tangent(x.value);
-    return Dual<T>::chain(f, 1 - f * f, x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D tanh(D x) {
+    const auto f = scalar_functions::hyperbolic_tangent(x.value);
+    return D::chain(f, 1 - f * f, x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> softplus(Dual<T> x) {
-    return Dual<T>::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
-                          scalar_functions::logistic(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D softplus(D x) {
+    return D::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value), scalar_functions::logistic(x.value),
+                    x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> abs(Dual<T> x) {
-    return Dual<T>::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D abs(D x) {
+    using T = typename D::value_type;
+    return D::chain(scalar_functions::magnitude(x.value), scalar_functions::select(x.value < 0, T(-1), T(1)), x);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> max(Dual<T> a, Dual<T> b) {
-    using scalar_functions::select;
-    const bool first = a.value > b.value;
-    return {select(first, a.value, b.value), select(first, a.derivative, b.derivative)};
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D max(D a, D b) {
+    return D::select(a.value > b.value, a, b);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Dual<T> min(Dual<T> a, Dual<T> b) {
+template <AnyDual D>
+DEEPPCR_INLINE constexpr D min(D a, D b) {
     return -max(-a, -b);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> sqrt(Dual<T> x) {
+template <AnyDual D>
+DEEPPCR_INLINE D sqrt(D x) {
+    using T = typename D::value_type;
     const T f = std::sqrt(x.value);
-    return Dual<T>::chain(f, T(0.5) / f, x);
+    return D::chain(f, T(0.5) / f, x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> log(Dual<T> x) {
-    return Dual<T>::chain(std::log(x.value), 1 / x.value, x);
+template <AnyDual D>
+DEEPPCR_INLINE D log(D x) {
+    return D::chain(std::log(x.value), 1 / x.value, x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> sin(Dual<T> x) {
-    return Dual<T>::chain(std::sin(x.value), std::cos(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE D sin(D x) {
+    return D::chain(std::sin(x.value), std::cos(x.value), x);
 }
-template <class T>
-DEEPPCR_INLINE Dual<T> cos(Dual<T> x) {
-    return Dual<T>::chain(std::cos(x.value), -std::sin(x.value), x);
+template <AnyDual D>
+DEEPPCR_INLINE D cos(D x) {
+    return D::chain(std::cos(x.value), -std::sin(x.value), x);
 }
 
 }  // namespace deeppcr

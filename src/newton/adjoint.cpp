@@ -38,6 +38,10 @@ template void check_adjoint_arguments(const Recurrence<float>&, View<const float
                                       const Options&);
 template void check_adjoint_arguments(const Recurrence<double>&, View<const double>, const Report&, View<const double>,
                                       const Options&);
+template void check_adjoint_arguments(const Recurrence<bfloat16>&, View<const bfloat16>, const Report&,
+                                      View<const bfloat16>, const Options&);
+template void check_adjoint_arguments(const Recurrence<float16>&, View<const float16>, const Report&,
+                                      View<const float16>, const Options&);
 
 namespace {
 

@@ -291,7 +291,7 @@ private:
             for (index j = 0; j < shape().batch; ++j)
                 for (index k = 0; k < shape().width; ++k) {
                     const double apart = std::abs(double(found(i, j, k)) - double(trajectory_(i, j, k)));
-                    if (!(apart <= largest)) largest = apart;  // NaN too
+                    largest = scalar_functions::larger_or_nan(largest, apart);
                 }
         return largest_ > 0 ? largest / largest_ : largest;
     }

@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/scalar.hpp>
 
 namespace deeppcr {
 namespace {
@@ -359,7 +360,7 @@ void check_backends_of(CheckReport& report, const Case& one, std::uint64_t seed,
             double worst = 0;
             for (index i = 0; i < actual.size(); ++i) {
                 const double difference = std::abs(double(actual.data()[i]) - double(expected.data()[i]));
-                if (!(difference <= worst)) worst = difference;
+                worst = scalar_functions::larger_or_nan(worst, difference);
             }
             report.entries_checked += actual.size();
             if (!(worst <= tolerance * largest))

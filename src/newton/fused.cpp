@@ -24,6 +24,7 @@
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
 #include "newton/experience.hpp"
+#include "newton/fused_gpu.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
@@ -303,7 +304,7 @@ private:
                         d[k] = here - old[channel * K + k];
                         const double relative = std::abs(double(d[k])) /
                                                 (tolerance_.absolute + tolerance_.relative * std::abs(double(here)));
-                        if (!(relative <= largest)) largest = relative;
+                        largest = scalar_functions::larger_or_nan(largest, relative);
                     }
                 }
             }
@@ -422,10 +423,11 @@ private:
                                         for (index k = 0; k < width_; ++k) {
                                             size = std::max(size, std::abs(double(old[k])));
                                             const double difference = std::abs(double(now[k]) - double(old[k]));
-                                            if (!(difference <= apart)) apart = difference;
+                                            apart = scalar_functions::larger_or_nan(apart, difference);
                                         }
                                         const double allowed = tolerance_.absolute + tolerance_.relative * size;
-                                        const bool meet = apart <= allowed;  // false for NaN
+                                        // False for NaN, and where both are infinite.
+                                        const bool meet = apart <= allowed && std::isfinite(apart);
                                         mismatch[std::size_t(i)] = apart;
                                         relative[std::size_t(i)] = apart == 0 ? 0 : apart / allowed;
                                         meets[std::size_t(i)] = char(meet);
@@ -558,4 +560,41 @@ Report evaluate_fused(const ChannelwiseRecurrence<T>& recurrence, View<T> trajec
 template Report evaluate_fused(const ChannelwiseRecurrence<float>&, View<float>, const Options&);
 template Report evaluate_fused(const ChannelwiseRecurrence<double>&, View<double>, const Options&);
 
+namespace {
+
+/// Numbers stored in 16 bits: cells on a GPU, and nothing else.
+template <class T>
+Report evaluate_stored(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
+    check_options(options);
+    const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
+    if (cell == nullptr) throw InvalidArgument("recurrence", "a cell's, for numbers stored in 16 bits", "another");
+    cell::require_gpu_for_16_bits<T>(options.execution.backend);
+    if (options.method == Method::newton)
+        throw InvalidArgument("options.method", "a fused method, for numbers stored in 16 bits", "newton");
+    const Shape& shape = recurrence.shape();
+    if (trajectory.shape() != shape || (trajectory.data() == nullptr && shape.count() > 0))
+        throw InvalidArgument("trajectory", "memory of shape " + to_string(shape), to_string(trajectory.shape()));
+    Report report;
+    report.method = "sequential";
+    report.sequences.resize(std::size_t(shape.batch));
+    if (!trajectory.empty()) report = evaluate_on_gpu(*cell, trajectory, options);
+    if (options.on_failure == OnFailure::raise && !report.ok())
+        throw NotConverged("the evaluation ended as " + to_string(report.status) + ": " + report.method);
+    return report;
+}
+
+}  // namespace
 }  // namespace deeppcr::newton
+
+namespace deeppcr {
+
+template <>
+Report evaluate(const Recurrence<bfloat16>& recurrence, View<bfloat16> trajectory, const Options& options) {
+    return newton::evaluate_stored(recurrence, trajectory, options);
+}
+template <>
+Report evaluate(const Recurrence<float16>& recurrence, View<float16> trajectory, const Options& options) {
+    return newton::evaluate_stored(recurrence, trajectory, options);
+}
+
+}  // namespace deeppcr

@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include <deeppcr/evaluate.hpp>
 
+#include "device/cuda.hpp"
 #include "device/threads.hpp"
 #include "newton/cost_model.hpp"
 #include "newton/fused_gpu.hpp"
@@ -27,7 +29,7 @@ template <class T>
 class FusedAdjoint {
 public:
     FusedAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
-                 const Options& options, Workspace& workspace)
+                 const CellGradientViews<T>& gradients, const Options& options, Workspace& workspace)
         : recurrence_(recurrence),
           trajectory_(trajectory),
           gradient_(output_gradient),
@@ -36,25 +38,22 @@ public:
           width_(recurrence.shape().width),
           parameters_(recurrence.parameters().shape().count()),
           threads_(device::thread_count(options.execution)),
-          result_{Buffer<T>::uninitialised(recurrence.inputs().shape()),
-                  Buffer<T>::uninitialised(recurrence.parameters().shape()),
-                  Buffer<T>({1, index(recurrence.parts().size()), width_}),
-                  {}} {
-        result_.report.lyapunov = std::numeric_limits<double>::quiet_NaN();
-        result_.report.sequences.resize(std::size_t(recurrence.shape().batch));
-        for (Report::Sequence& sequence : result_.report.sequences) sequence.confirmed = recurrence.shape().steps;
+          result_(gradients) {
+        report_.lyapunov = std::numeric_limits<double>::quiet_NaN();
+        report_.sequences.resize(std::size_t(recurrence.shape().batch));
+        for (Report::Sequence& sequence : report_.sequences) sequence.confirmed = recurrence.shape().steps;
     }
 
-    CellGradients<T> run() {
+    Report run() {
         const Clock::time_point begin = Clock::now();
         const Workspace::Scope scope(workspace_);
         const index length = chunk_length();
-        result_.report.method = "adjoint, sequential";
+        report_.method = "adjoint, sequential";
         const bool done = length > 0 && run_chunks(length);
         if (!done) run_chunks(0);
-        result_.report.seconds = seconds_since(begin);
-        result_.report.workspace_bytes = workspace_.peak_bytes();
-        return std::move(result_);
+        report_.seconds = seconds_since(begin);
+        report_.workspace_bytes = workspace_.peak_bytes();
+        return std::move(report_);
     }
 
 private:
@@ -82,7 +81,7 @@ private:
         row.inputs = recurrence_.inputs().at(first, here.sequence);
         row.before = first == here.first ? recurrence_.initial_state(part) : trajectory_.at(first - 1, here.sequence);
         row.gradient = gradient_.at(first, here.sequence);
-        row.input_gradient = result_.inputs.view().at(first, here.sequence);
+        row.input_gradient = result_.inputs.at(first, here.sequence);
         return row;
     }
 
@@ -90,15 +89,14 @@ private:
         const cell::RowStrides strides{.inputs = recurrence_.inputs().step_stride(),
                                        .before = trajectory_.step_stride(),
                                        .gradient = gradient_.step_stride(),
-                                       .input_gradient = result_.inputs.view().step_stride()};
+                                       .input_gradient = result_.inputs.step_stride()};
         const T* const parameters = recurrence_.parameters().data();
         if (options_.execution.backend == Backend::reference)
             cell::run_rows_plainly<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides);
         else
             cell::run_rows<T>(recurrence_.kernels(), work, recurrence_.channels(), parameters, rows, strides, threads_);
         for (const cell::Row<T>& row : rows)
-            result_.report.linearise.bytes +=
-                row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
+            report_.linearise.bytes += row.steps * (2 * recurrence_.inputs().width() + 2 * width_) * index(sizeof(T));
     }
 
     /// In chunks of `length` steps (0: whole parts). False where what chunks hand over does not vanish.
@@ -168,7 +166,7 @@ private:
             if (part.last == part.first) continue;
             rows.push_back(row(p, part.first, part.first + 1));
             rows.back().start = before_main + p * width_;
-            rows.back().end = result_.initial.view().at(0, p);
+            rows.back().end = result_.initial.at(0, p);
             rows.back().parameter_gradient = sums + (count + p) * parameters_;
         }
         run_rows(cell::Work::backward, rows);
@@ -178,9 +176,9 @@ private:
             result_.parameters.data()[q] = T(sum);
         }
         if (length > 0)
-            result_.report.method = "adjoint, " + std::to_string(count) + " chunks of " + std::to_string(length) +
-                                    " steps, " + std::to_string(longest) + " steps corrected";
-        result_.report.window = length;
+            report_.method = "adjoint, " + std::to_string(count) + " chunks of " + std::to_string(length) + " steps, " +
+                             std::to_string(longest) + " steps corrected";
+        report_.window = length;
         return true;
     }
 
@@ -220,7 +218,7 @@ private:
     double largest(const T* values) const {
         double result = 0;
         for (index k = 0; k < width_; ++k)
-            if (!(std::abs(double(values[k])) <= result)) result = std::abs(double(values[k]));
+            result = scalar_functions::larger_or_nan(result, std::abs(double(values[k])));
         return std::isnan(result) ? std::numeric_limits<double>::infinity() : result;
     }
 
@@ -230,32 +228,89 @@ private:
     Workspace& workspace_;
     index width_, parameters_;
     int threads_;
-    CellGradients<T> result_;
+    CellGradientViews<T> result_;
+    Report report_;
 };
 
 template <class T>
-CellGradients<T> cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
-                                const Report& report, View<const T> output_gradient, const Options& options) {
+void require_shape(const std::string& name, const View<T>& view, const Shape& shape, bool contiguous) {
+    if (view.shape() != shape || (view.data() == nullptr && shape.count() > 0) || (contiguous && !view.contiguous()))
+        throw InvalidArgument(name,
+                              (contiguous ? "contiguous memory of shape " : "memory of shape ") + to_string(shape),
+                              to_string(view.shape()));
+}
+
+/// All gradients are zeros.
+template <class T>
+Report no_steps(const ChannelwiseRecurrence<T>& recurrence, const CellGradientViews<T>& gradients,
+                const Options& options) {
+    const Device device = options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+    const auto [steps, batch, width] = gradients.initial.shape();
+    detail::fill_zeros(gradients.parameters.data(), gradients.parameters.shape().count() * index(sizeof(Arithmetic<T>)),
+                       device);
+    for (index part = 0; part < batch; ++part)
+        detail::fill_zeros(gradients.initial.at(0, part), width * index(sizeof(T)), device);
+    Report report;
+    report.method = "adjoint, sequential";
+    report.lyapunov = std::numeric_limits<double>::quiet_NaN();
+    report.sequences.resize(std::size_t(recurrence.shape().batch));
+    return report;
+}
+
+template <class T>
+Report cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                      View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
+    cell::require_gpu_for_16_bits<T>(options.execution.backend);
+    require_shape("gradients.inputs", gradients.inputs, recurrence.inputs().shape(), false);
+    require_shape("gradients.parameters", gradients.parameters, recurrence.parameters().shape(), true);
+    require_shape("gradients.initial", gradients.initial,
+                  {1, index(recurrence.parts().size()), recurrence.shape().width}, false);
+    if (recurrence.shape().count() == 0) return no_steps(recurrence, gradients, options);
     if (options.execution.backend == Backend::cuda)
-        return adjoint_on_gpu<T>(recurrence, trajectory, output_gradient, options);
-    Workspace own;
-    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-    return FusedAdjoint<T>(recurrence, trajectory, output_gradient, options, workspace).run();
+        return adjoint_on_gpu<T>(recurrence, trajectory, output_gradient, gradients, options);
+    if constexpr (is_stored_in_16_bits<T>) {
+        return {};
+    } else {
+        Workspace own;
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        return FusedAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).run();
+    }
+}
+
+template <class T>
+CellGradients<T> new_cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                                    const Report& report, View<const T> output_gradient, const Options& options) {
+    check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
+    const Device device = options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+    CellGradients<T> result{
+        Buffer<T>::uninitialised(recurrence.inputs().shape(), Layout::steps_first, device),
+        Buffer<Arithmetic<T>>::uninitialised(recurrence.parameters().shape(), Layout::steps_first, device),
+        Buffer<T>({1, index(recurrence.parts().size()), recurrence.shape().width}, Layout::steps_first, device),
+        {}};
+    result.report = cell_gradients<T>(recurrence, trajectory, report, output_gradient,
+                                      {result.inputs, result.parameters, result.initial}, options);
+    return result;
 }
 
 }  // namespace
 }  // namespace newton
 
-template <>
-CellGradients<float> adjoint(const ChannelwiseRecurrence<float>& recurrence, View<const float> trajectory,
-                             const Report& report, View<const float> output_gradient, const Options& options) {
-    return newton::cell_gradients(recurrence, trajectory, report, output_gradient, options);
-}
-template <>
-CellGradients<double> adjoint(const ChannelwiseRecurrence<double>& recurrence, View<const double> trajectory,
-                              const Report& report, View<const double> output_gradient, const Options& options) {
-    return newton::cell_gradients(recurrence, trajectory, report, output_gradient, options);
-}
+#define DEEPPCR_ADJOINT(T)                                                                                         \
+    template <>                                                                                                    \
+    CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,                 \
+                             const Report& report, View<const T> output_gradient, const Options& options) {        \
+        return newton::new_cell_gradients<T>(recurrence, trajectory, report, output_gradient, options);            \
+    }                                                                                                              \
+    template <>                                                                                                    \
+    Report adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,     \
+                   View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) { \
+        return newton::cell_gradients<T>(recurrence, trajectory, report, output_gradient, gradients, options);     \
+    }
+DEEPPCR_ADJOINT(float)
+DEEPPCR_ADJOINT(double)
+DEEPPCR_ADJOINT(bfloat16)
+DEEPPCR_ADJOINT(float16)
+#undef DEEPPCR_ADJOINT
 
 }  // namespace deeppcr

@@ -1,96 +1,169 @@
 // Cells on a GPU, chunks side by side, as fused.cpp has them on a processor:
 //
 //   shoot    (shooting only) every chunk runs from its start and carries the product of its Jacobians; the starts'
-//            corrections d_c = P_{c-1} d_{c-1} + (end of c-1 - start of c) are one bidiagonal solve
+//            corrections d_c = P_{c-1} d_{c-1} + (end of c-1 - start of c) are one bidiagonal solve; shots that follow
+//            one which left nothing to correct end at once
 //   sweep    every chunk runs from its start and writes its trajectory
 //   repair   every chunk runs again from the end of the one before it, until it meets its old states; some rounds, of
 //            which those that have nothing left to do end at once
 //   finish   what has not met by then, step after step
+//   collect  residuals, and what is not confirmed; where a state was not finite, the first of each sequence
 //
-// Each channel is tested by itself, against its own magnitude: at least as strict as the residual test of evaluate.hpp.
-// All is enqueued; the host waits once, at the end, for the status.
+// Where the channels of all sequences are many, but too few for step after step, shooting takes tiles instead, whose
+// inputs are read once (shoot_tiles in cell.cuh). Each channel is tested by itself, against its own magnitude: at least
+// as strict as the residual test of evaluate.hpp. All is enqueued; the host waits once, at the end, for the status.
 #include "newton/fused_gpu.hpp"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include <deeppcr/launch.cuh>
 
 #include "device/cuda.hpp"
+#include "newton/device_costs.hpp"
 #include "newton/experience.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
+#include "recurrence/device_cells.hpp"
 
 namespace deeppcr::newton {
 namespace {
 
 using cell::DeviceChunks;
+using cell::DeviceKernel;
 using cell::DeviceKernels;
+using cell::repair_rounds;
 
-constexpr int rounds = 3;                           // of repairs before what is left is finished step after step
-constexpr index threads_per_multiprocessor = 1024;  // enough to hide what each waits for
-constexpr index shortest_chunk = 64;
-constexpr double most_shots = 6;
+constexpr index shortest_chunk = 64;     // where chunks are chosen
+constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
+constexpr index fewest_tile_bytes = 32;  // of a step of an input: a sector of memory
 
 __device__ index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 /// mismatch[c] = ends[c] - starts[c + 1]
-template <class T>
+template <class A>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    find_mismatches(const T* ends, const T* starts, index states, index count, T* mismatches) {
+    find_mismatches(const A* ends, const A* starts, index states, index count, A* mismatches) {
     const index i = this_thread();
     if (i < count) mismatches[i] = ends[i] - starts[i + states];
 }
 
-/// starts[c + 1] += corrections[c], or = ends[c] where the correction has overflowed.
-template <class T>
+/// starts[c + 1] += corrections[c], or = ends[c] where the correction has overflowed. Tells whether a start moved by so
+/// much that its error may still be above the tolerance; after a shot where none did, nothing is done.
+template <class A>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    correct_starts(const T* ends, const T* corrections, index states, index count, T* starts) {
+    correct_starts(const A* ends, const A* corrections, index states, index count, double absolute, double relative,
+                   double close, int shot, cell::RunStatus* run, A* starts) {
+    if (shot > 0 && run->shooting[shot - 1] == 0) return;
     const index i = this_thread();
-    if (i >= count) return;
-    const T corrected = starts[i + states] + corrections[i];
-    starts[i + states] = corrected - corrected == T(0) ? corrected : ends[i];
+    bool moves = false;
+    if (i < count) {
+        const A old = starts[i + states], corrected = old + corrections[i];
+        const A now = corrected - corrected == A(0) ? corrected : ends[i];
+        starts[i + states] = now;
+        moves = !(fabs(double(now) - double(old)) <= close * (absolute + relative * fabs(double(now))));
+    }
+    const bool any = __any_sync(~0U, moves) != 0;
+    if (any && threadIdx.x % 32 == 0) atomicAdd(&run->shooting[shot], 1U);
+    if (i == 0) run->shots = unsigned(shot + 1);
 }
 
 /// The states before chunks 1.. of a trajectory, the initial state where one is not finite.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    gather_starts(const DeviceChunks<T> all, int states, bool given, T* starts) {
+    gather_starts(const DeviceChunks<T> all, int states, Arithmetic<T>* starts) {
+    using A = Arithmetic<T>;
     const index i = this_thread(), width = all.channels * states;
     if (i >= all.count * all.part_count * width) return;
     const index chunk = i / (all.part_count * width), part = i / width % all.part_count, k = i % width;
     const SequencePart whole = all.parts != nullptr ? all.parts[part] : SequencePart{part, 0, all.steps};
-    const T initial = all.initial != nullptr ? all.initial[part * all.initial_part + k] : T(0);
+    const A initial = all.initial != nullptr ? cuda::widen(all.initial[part * all.initial_part + k]) : A(0);
     const index before = whole.first + chunk * all.length - 1;
-    T start = initial;
-    if (given && chunk > 0 && before < whole.last)
-        start = all.trajectory[before * all.trajectory_step + whole.sequence * all.trajectory_batch + k];
-    starts[i] = start - start == T(0) ? start : initial;
+    A start = initial;
+    if (all.given && chunk > 0 && before < whole.last)
+        start = cuda::widen(all.trajectory[before * all.trajectory_step + whole.sequence * all.trajectory_batch + k]);
+    starts[i] = start - start == A(0) ? start : initial;
 }
 
-/// Sums over chunks and parts, in their order.
+/// Of each sequence the largest residuals, and the first step that chunks left unconfirmed. A thread per group of a
+/// part.
+template <class T>
+__global__ void __launch_bounds__(cuda::plain_threads) collect(const DeviceChunks<T> all, bool finished) {
+    const index row = this_thread(), rows = all.part_count * all.groups;
+    if (row >= rows) return;
+    const SequencePart whole =
+        all.parts != nullptr ? all.parts[row / all.groups] : SequencePart{row / all.groups, 0, all.steps};
+    const bool complete = finished || all.run->pending[repair_rounds - 1] == 0;
+    double residual = 0, relative = 0;
+    index confirmed = all.steps;
+    for (index c = 0; c < all.count; ++c) {
+        const index flag = c * rows + row;
+        residual = fmax(residual, double(all.residuals[2 * flag]));
+        relative = fmax(relative, double(all.residuals[2 * flag + 1]));
+        // Where chunks still do not fit, nothing after them is confirmed.
+        if (!complete && confirmed == all.steps && all.old_changed[flag] != 0)
+            confirmed = whole.first + (c + 1) * all.length;
+    }
+    cell::SequenceStatus& status = all.sequences[whole.sequence];
+    // Bits of doubles of 0 and more order as they do.
+    if (residual > 0) atomicMax(&status.residual, std::bit_cast<unsigned long long>(residual));
+    if (relative > 0) atomicMax(&status.relative_residual, std::bit_cast<unsigned long long>(relative));
+    if (confirmed < all.steps) atomicMax(&status.unconfirmed, (unsigned long long)(all.steps - confirmed));
+}
+
+/// The first step of each sequence at which a state is not finite, where the kernels have seen one.
+template <class T>
+__global__ void __launch_bounds__(cuda::plain_threads) find_non_finite(const DeviceChunks<T> all, index width) {
+    using A = Arithmetic<T>;
+    if (all.run->non_finite == 0) return;
+    const index per_step = all.batch * width, total = all.steps * per_step;
+    for (index i = this_thread(); i < total; i += index(gridDim.x) * blockDim.x) {
+        const index step = i / per_step, sequence = i % per_step / width, k = i % width;
+        const A x = cuda::widen(all.trajectory[step * all.trajectory_step + sequence * all.trajectory_batch + k]);
+        if (!(x - x == A(0)))
+            atomicMax(&all.sequences[sequence].first_non_finite, (unsigned long long)(all.steps - step));
+    }
+}
+
+/// A block per parameter sums over chunks and parts: each thread in their order, then the threads as a tree.
+template <class A>
+__global__ void __launch_bounds__(cuda::plain_threads)
+    sum_parameter_gradients(const double* parts, index terms, index parameters, A* sums) {
+    double* const shared = cuda::shared_memory<double>();
+    const index q = blockIdx.x;
+    double sum = 0;
+    for (index i = threadIdx.x; i < terms; i += blockDim.x) sum += parts[i * parameters + q];
+    shared[threadIdx.x] = sum;
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) sums[q] = A(shared[0]);
+}
+
+/// [parts, width], contiguous, as they are stored.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    sum_parameter_gradients(const double* parts, index terms, index parameters, T* sums) {
-    const index q = this_thread();
-    if (q >= parameters) return;
-    double sum = 0;
-    for (index i = 0; i < terms; ++i) sum += parts[i * parameters + q];
-    sums[q] = T(sum);
+    store_rows(const Arithmetic<T>* from, index width, index count, index stride, T* to) {
+    const index i = this_thread();
+    if (i < count) to[i / width * stride + i % width] = cuda::narrow<T>(from[i]);
 }
 
 /// What evaluation and gradients share: the arrays on the GPU, and how the steps are cut.
 template <class T>
 class OnGpu {
 public:
+    using A = Arithmetic<T>;
+
     OnGpu(const ChannelwiseRecurrence<T>& recurrence, const Options& options, Workspace& workspace)
         : recurrence_(recurrence),
           options_(options),
           workspace_(workspace),
-          kernels_(find(recurrence)),
+          kernels_(cell::device_kernels_of(recurrence.kernels())),
           stream_(options.execution.stream),
           states_(recurrence.kernels().states),
           tolerance_(tolerance_of<T>(options)) {
@@ -109,6 +182,8 @@ public:
         all_.steps = recurrence.shape().steps;
         all_.batch = recurrence.shape().batch;
         all_.channels = recurrence.channels();
+        all_.groups = (all_.channels + kernels_.channels_per_group - 1) / kernels_.channels_per_group;
+        all_.multiprocessors = device::multiprocessors();
         all_.part_count = index(parts.size());
         for (const SequencePart& part : parts) longest_ = std::max(longest_, part.last - part.first);
         if (all_.part_count != all_.batch) {
@@ -118,50 +193,53 @@ public:
         }
         all_.absolute_tolerance = tolerance_.absolute;
         all_.relative_tolerance = tolerance_.relative;
-        all_.sequences = workspace_.template take<cell::SequenceStatus>(all_.batch);
-        all_.run = workspace_.template take<cell::RunStatus>(1);
-        device::fill_bytes(all_.sequences, 0, all_.batch * index(sizeof(cell::SequenceStatus)), stream_);
-        device::fill_bytes(all_.run, 0, index(sizeof(cell::RunStatus)), stream_);
+        status_bytes_ = index(sizeof(cell::RunStatus)) + all_.batch * index(sizeof(cell::SequenceStatus));
+        all_.sequences =
+            reinterpret_cast<cell::SequenceStatus*>(workspace_.template take<unsigned char>(status_bytes_));
+        all_.run = reinterpret_cast<cell::RunStatus*>(all_.sequences + all_.batch);
+        device::fill_bytes(all_.sequences, 0, status_bytes_, stream_);
     }
 
 protected:
-    static const DeviceKernels<T>& find(const ChannelwiseRecurrence<T>& recurrence) {
-        const DeviceKernels<T>* const found = cell::find_device_kernels<T>(*recurrence.kernels().cell);
-        if (found == nullptr)
-            throw InvalidArgument("recurrence", "a Cell with kernels for GPUs (see cell.cuh, DEEPPCR_CELL_ON_GPU)",
-                                  recurrence.kernels().name);
-        return *found;
-    }
-
-    index rows() const { return all_.part_count * all_.channels; }
-    index boundary_size() const { return all_.count * rows() * states_; }
+    index rows() const { return all_.part_count * all_.groups; }
+    double chains() const { return double(all_.part_count) * double(all_.channels); }
+    index boundary_size() const { return all_.count * all_.part_count * all_.channels * states_; }
+    DeviceCosts costs() const { return device_costs(kernels_, recurrence_.kernels()); }
 
     void cut(index length) {
         all_.length = length;
         all_.count = std::max<index>(1, (longest_ + length - 1) / length);
     }
 
-    /// Of chunks that together occupy the GPU, but are not short against what is repeated.
-    index chunk_length(index repeated) const {
-        if (options_.chunk > 0) return std::min(options_.chunk, longest_);
-        const index wanted = std::max<index>(1, device::multiprocessors() * threads_per_multiprocessor / rows());
-        return std::min(longest_, std::max({shortest_chunk, 2 * repeated, (longest_ + wanted - 1) / wanted}));
+    /// A length of chunks, and what they are predicted to take.
+    struct Plan {
+        index length = 0;
+        double seconds = std::numeric_limits<double>::infinity();
+    };
+    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length).
+    template <class Seconds>
+    Plan plan(const Seconds& seconds) const {
+        const auto with = [&](index length) {
+            return Plan{length, seconds(double((longest_ + length - 1) / length), double(length))};
+        };
+        if (options_.chunk > 0) return with(std::min(options_.chunk, longest_));
+        Plan best = with(std::min(shortest_chunk, longest_));
+        for (index length = 2 * shortest_chunk; length < longest_; length *= 2)
+            if (const Plan next = with(length); next.seconds < best.seconds) best = next;
+        return best;
     }
 
-    bool rows_occupy_the_gpu() const { return 2 * rows() >= device::multiprocessors() * threads_per_multiprocessor; }
-
     /// Rounds of repairs, or of corrections: `kernel` with the ends before and after each round.
-    void run_rounds(cell::DeviceKernel<T> kernel, T* ends) {
-        T* const other_ends = workspace_.template take<T>(boundary_size());
+    void run_rounds(const DeviceKernel<T>& kernel, A* ends) {
+        A* const other_ends = workspace_.template take<A>(boundary_size());
         unsigned char* changed[2] = {workspace_.template take<unsigned char>(all_.count * rows()),
                                      workspace_.template take<unsigned char>(all_.count * rows())};
-        T* both_ends[2] = {ends, other_ends};
+        A* both_ends[2] = {ends, other_ends};
         all_.old_changed = nullptr;
-        for (int round = 0; round < rounds; ++round) {
-            all_.old_ends = both_ends[round % 2];
-            all_.ends = both_ends[(round + 1) % 2];
-            all_.changed = changed[round % 2];
-            device::fill_bytes(&all_.run->pending, 0, index(sizeof all_.run->pending), stream_);
+        for (all_.round = 0; all_.round < repair_rounds; ++all_.round) {
+            all_.old_ends = both_ends[all_.round % 2];
+            all_.ends = both_ends[(all_.round + 1) % 2];
+            all_.changed = changed[all_.round % 2];
             kernel(all_, stream_);
             all_.old_changed = all_.changed;
         }
@@ -169,12 +247,24 @@ protected:
         all_.ends = nullptr;
     }
 
+    /// Waits for everything, and for what the kernels tell.
+    cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences) {
+        std::vector<unsigned char> bytes(static_cast<std::size_t>(status_bytes_));
+        device::copy_from_gpu(bytes.data(), all_.sequences, status_bytes_, stream_);
+        device::synchronise(stream_);
+        sequences.resize(std::size_t(all_.batch));
+        std::memcpy(sequences.data(), bytes.data(), sequences.size() * sizeof(cell::SequenceStatus));
+        cell::RunStatus run;
+        std::memcpy(&run, bytes.data() + sequences.size() * sizeof(cell::SequenceStatus), sizeof run);
+        return run;
+    }
+
     const ChannelwiseRecurrence<T>& recurrence_;
     const Options& options_;
     Workspace& workspace_;
     const DeviceKernels<T>& kernels_;
     CUstream_st* stream_;
-    index states_, longest_ = 0;
+    index states_, longest_ = 0, status_bytes_ = 0;
     Tolerance tolerance_;
     DeviceChunks<T> all_;
 };
@@ -183,95 +273,175 @@ template <class T>
 class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
-        Base::longest_, Base::tolerance_, Base::rows, Base::boundary_size, Base::cut, Base::chunk_length,
-        Base::rows_occupy_the_gpu, Base::run_rounds;
+        Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs, Base::cut,
+        Base::plan, Base::run_rounds, Base::wait;
+    using typename Base::A;
+    using typename Base::Plan;
 
 public:
     GpuEvaluator(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options,
                  Workspace& workspace)
-        : Base(recurrence, options, workspace), trajectory_(trajectory) {
+        : Base(recurrence, options, workspace) {
         device::require_on_gpu("trajectory", trajectory.data());
         all_.trajectory = trajectory.data();
         all_.trajectory_step = trajectory.step_stride();
         all_.trajectory_batch = trajectory.batch_stride();
+        all_.given = options.guess == Guess::given;
     }
 
     Report run() {
         const Clock::time_point begin = Clock::now();
-        const Experience seen = experience(key());
-        const Method method = choose(seen);
+        const Method method = choose();
         report_.method = "sequential";
         if (method == Method::sequential) {
             cut(longest_);
             kernels_.advance(all_, stream_);
+        } else if (all_.tile_groups > 0) {
+            all_.tile_shots = cell::most_shots;
+            if (options_.max_iterations > 0)
+                all_.tile_shots = int(std::min<index>(options_.max_iterations, cell::most_shots));
+            kernels_.shoot_tiles(all_, stream_);
         } else {
-            cut(chunk_length(method == Method::overlap ? seen.repeated : shortest_chunk / 2));
-            run_chunks(method, seen);
+            run_chunks(method);
         }
-        std::vector<cell::SequenceStatus> sequences(std::size_t(all_.batch));
-        cell::RunStatus status;
-        device::copy_from_gpu(sequences.data(), all_.sequences, all_.batch * index(sizeof(cell::SequenceStatus)),
-                              stream_);
-        device::copy_from_gpu(&status, all_.run, index(sizeof status), stream_);
-        device::synchronise(stream_);
+        const index blocks = std::min(index(numbers()) / cuda::plain_threads + 1, index(all_.multiprocessors) * 8);
+        cuda::launch(cuda::one_each(blocks * cuda::plain_threads, stream_), find_non_finite<T>, all_,
+                     all_.channels * states_);
+        std::vector<cell::SequenceStatus> sequences;
+        const cell::RunStatus status = wait(sequences);
         describe_result(method, sequences, status);
         report_.seconds = seconds_since(begin);
+        if (options_.chunk == 0 && report_.ok())
+            learn(key(), [&](Experience& now) { now.observed[method].add(report_.seconds / numbers()); });
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
 
 private:
+    double numbers() const { return double(recurrence_.shape().count()); }
     ExperienceKey key() const {
-        return {&kernels_, device::current_gpu().ordinal(), std::ilogb(double(longest_)), std::ilogb(double(rows())),
+        return {&kernels_, device::current_gpu().ordinal(), std::ilogb(double(longest_)), std::ilogb(chains()),
                 std::ilogb(tolerance_.relative) / 4};
     }
 
-    Method choose(const Experience& seen) const {
-        if (options_.method != Method::automatic) return options_.method;
-        if (longest_ < 2 * shortest_chunk || rows_occupy_the_gpu()) return Method::sequential;
-        return seen.overlap_works ? Method::overlap : seen.shooting_works ? Method::shooting : Method::sequential;
+    /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same. 0:
+    /// there are too few channels for tiles.
+    int tile_groups() const {
+        if (kernels_.shoot_tiles.launch == nullptr || options_.chunk > 0 ||
+            all_.channels * index(sizeof(T)) < fewest_tile_bytes)
+            return 0;
+        int groups = fewest_tile_groups;
+        const auto blocks = [&](index size) { return all_.part_count * ((all_.groups + size - 1) / size); };
+        if (blocks(groups) < all_.multiprocessors) return 0;
+        while (groups < most_tile_groups && blocks(2 * groups) >= index(2) * all_.multiprocessors) groups *= 2;
+        return groups;
     }
 
-    void run_chunks(Method method, const Experience& seen) {
+    Plan plan_overlap(const DeviceCosts& cost, index repeated) const {
+        return plan([&](double chunks, double length) {
+            return (4 + repair_rounds) * cost.launch + cost.advance.seconds(chunks * chains(), length) +
+                   cost.advance.seconds(chunks * chains(), std::min(length, double(repeated)));
+        });
+    }
+    Plan plan_shooting(const DeviceCosts& cost, double shots) const {
+        return plan([&](double chunks, double length) {
+            return (5 + repair_rounds + 5 * shots) * cost.launch + cost.advance.seconds(chunks * chains(), length) +
+                   shots * cost.multiply.seconds(chunks * chains(), length);
+        });
+    }
+
+    /// The method; how chunks, shots and tiles are to be is set.
+    Method choose() {
+        const Experience seen = experience(key());
+        shots_ = int(std::min<double>(seen.shots + 1, cell::most_shots));
+        if (options_.max_iterations > 0) shots_ = int(std::min<index>(shots_, options_.max_iterations));
+        const bool automatic = options_.method == Method::automatic;
+        if (options_.method == Method::sequential || (automatic && longest_ < fewest_steps)) return Method::sequential;
+        if (options_.chunk > 0 && !automatic) {
+            cut(std::min(options_.chunk, longest_));
+            return options_.method;
+        }
+        const int groups = options_.method == Method::overlap ? 0 : tile_groups();
+        if (options_.method == Method::shooting && groups > 0) {
+            all_.tile_groups = groups;
+            return Method::shooting;
+        }
+        const DeviceCosts cost = costs();
+        const Plan overlap = plan_overlap(cost, seen.repeated);
+        Plan shooting;
+        if (groups > 0)
+            shooting.seconds =
+                3 * cost.launch + double(longest_) * std::max(cost.tiles.latency * groups / fewest_tile_groups,
+                                                              cost.tiles.throughput * chains());
+        else
+            shooting = plan_shooting(cost, seen.shots);
+        Method best = options_.method;
+        if (automatic) {
+            best = Method::sequential;
+            double least = std::numeric_limits<double>::infinity();
+            const auto consider = [&](Method method, double predicted) {
+                const auto found = seen.observed.find(method);
+                const Observed observed = found == seen.observed.end() ? Observed() : found->second;
+                const double expected = observed.expect(predicted / numbers());
+                report_.candidates.push_back(
+                    {method, observed.trusted() ? expected * numbers() : predicted, observed.trusted()});
+                if (expected >= least) return;
+                least = expected;
+                best = method;
+                std::swap(report_.candidates.front(), report_.candidates.back());
+            };
+            consider(Method::sequential, 3 * cost.launch + cost.advance.seconds(chains(), double(longest_)));
+            if (seen.overlap_works) consider(Method::overlap, overlap.seconds);
+            if (seen.shooting_works) consider(Method::shooting, shooting.seconds);
+        }
+        if (best == Method::overlap) cut(overlap.length);
+        if (best == Method::shooting) {
+            all_.tile_groups = groups;
+            if (groups == 0) cut(shooting.length);
+        }
+        return best;
+    }
+
+    void run_chunks(Method method) {
         const index size = boundary_size();
-        T* const ends = workspace_.template take<T>(size);
-        if (method == Method::shooting || options_.guess == Guess::given) {
-            T* const starts = workspace_.template take<T>(size);
+        A* const ends = workspace_.template take<A>(size);
+        all_.residuals = workspace_.template take<A>(2 * all_.count * rows());
+        if (method == Method::shooting || all_.given) {
+            A* const starts = workspace_.template take<A>(size);
             all_.starts = starts;
-            cuda::launch(cuda::one_each(size, stream_), gather_starts<T>, all_, int(states_),
-                         options_.guess == Guess::given, starts);
-            if (method == Method::shooting) shoot(starts, ends, seen);
+            cuda::launch(cuda::one_each(size, stream_), gather_starts<T>, all_, int(states_), starts);
+            if (method == Method::shooting) shoot(starts, ends);
         }
         all_.ends = ends;
         kernels_.advance(all_, stream_);
         ++report_.iterations;
         run_rounds(kernels_.repair, ends);
-        report_.iterations += rounds;
-        if (options_.on_failure == OnFailure::finish) kernels_.finish(all_, stream_);
+        report_.iterations += repair_rounds;
+        const bool finishes = options_.on_failure == OnFailure::finish;
+        if (finishes) kernels_.finish(all_, stream_);
+        cuda::launch(cuda::one_each(rows(), stream_), collect<T>, all_, finishes);
     }
 
-    /// Newton's method for the chunks' starts: as many sweeps as it took last time; the repairs test them.
-    void shoot(T* starts, T* ends, const Experience& seen) {
-        const index products = all_.count * rows() * states_ * states_;
-        shots_ = int(std::min(seen.shots, most_shots));
-        if (options_.max_iterations > 0) shots_ = int(std::min<index>(shots_, options_.max_iterations));
-        all_.products = workspace_.template take<T>(products);
-        all_.ends = ends;
+    /// Newton's method for the chunks' starts; the repairs test them.
+    void shoot(A* starts, A* ends) {
         const index width = all_.channels * states_, states = all_.part_count * width;
         const index between = (all_.count - 1) * states;
-        T* const mismatches = workspace_.template take<T>(between);
-        for (int shot = 0; shot < shots_; ++shot) {
+        all_.products = workspace_.template take<A>(all_.count * states * states_);
+        all_.ends = ends;
+        A* const mismatches = workspace_.template take<A>(between);
+        // Corrections this small leave errors far below the tolerance, as they shrink quadratically.
+        const double close = 0.1 / std::sqrt(std::max(tolerance_.relative, 1e-30));
+        for (int shot = 0; between > 0 && shot < shots_; ++shot) {
+            all_.round = shot;
             kernels_.multiply(all_, stream_);
-            ++report_.iterations;
-            if (between == 0) continue;
-            cuda::launch(cuda::one_each(between, stream_), find_mismatches<T>, ends, starts, states, between,
+            cuda::launch(cuda::one_each(between, stream_), find_mismatches<A>, ends, starts, states, between,
                          mismatches);
             const Shape shape{all_.count - 1, all_.part_count, width};
-            const View<T> corrections(mismatches, shape);
-            solve(BidiagonalSystem<T>{Jacobian<const T>(all_.products, shape, states_), corrections}, corrections,
+            const View<A> corrections(mismatches, shape);
+            solve(BidiagonalSystem<A>{Jacobian<const A>(all_.products, shape, states_), corrections}, corrections,
                   {.execution = options_.execution, .workspace = &workspace_});
-            cuda::launch(cuda::one_each(between, stream_), correct_starts<T>, ends, mismatches, states, between,
-                         starts);
+            cuda::launch(cuda::one_each(between, stream_), correct_starts<A>, ends, mismatches, states, between,
+                         tolerance_.absolute, tolerance_.relative, close, shot, all_.run, starts);
         }
     }
 
@@ -279,22 +449,18 @@ private:
                          const cell::RunStatus& status) {
         report_.lyapunov = report_.error = std::numeric_limits<double>::quiet_NaN();
         report_.sequences.resize(sequences.size());
-        const index steps = all_.steps;
         for (std::size_t j = 0; j < sequences.size(); ++j) {
             Report::Sequence& result = report_.sequences[j];
-            result.confirmed = steps;
+            const cell::SequenceStatus& told = sequences[j];
+            result.confirmed = all_.steps - index(told.unconfirmed);
             result.error = std::numeric_limits<double>::quiet_NaN();
-            result.residual = std::bit_cast<double>(sequences[j].residual);
-            result.relative_residual = std::bit_cast<double>(sequences[j].relative_residual);
-            if (sequences[j].sequential_steps > 0) result.status = Status::finished_sequentially;
-            report_.sequential_steps += index(sequences[j].sequential_steps) / all_.channels;
-        }
-        const bool met = status.pending == 0;
-        if (!met && options_.on_failure != OnFailure::finish) find_unconfirmed();
-        for (std::size_t j = 0; j < sequences.size(); ++j) {
-            Report::Sequence& result = report_.sequences[j];
-            if (const index left = index(sequences[j].first_non_finite); left > 0 && steps - left < result.confirmed) {
-                result.confirmed = steps - left;
+            result.residual = std::bit_cast<double>(told.residual);
+            result.relative_residual = std::bit_cast<double>(told.relative_residual);
+            if (told.sequential_steps > 0) result.status = Status::finished_sequentially;
+            if (told.unconfirmed > 0) result.status = Status::max_iterations;
+            report_.sequential_steps += index(told.sequential_steps) / all_.channels;
+            if (told.first_non_finite > told.unconfirmed) {
+                result.confirmed = all_.steps - index(told.first_non_finite);
                 result.status = Status::non_finite;
             }
             report_.status = std::max(report_.status, result.status);
@@ -302,45 +468,34 @@ private:
             report_.relative_residual = std::max(report_.relative_residual, result.relative_residual);
         }
         if (method == Method::sequential) {
-            report_.sequential_steps = steps * all_.batch;
+            report_.sequential_steps = all_.steps * all_.batch;
             return;
         }
-        report_.method = to_string(method) + ", " + std::to_string(all_.count) + " chunks of " +
-                         std::to_string(all_.length) + " steps, ";
-        if (method == Method::shooting) report_.method += std::to_string(shots_) + " Newton sweeps, ";
+        report_.method = to_string(method) + ", ";
+        if (all_.tile_groups > 0) {
+            report_.iterations = index(status.shots) + 1;
+            report_.method +=
+                "tiles of " + std::to_string(all_.tile_groups * kernels_.channels_per_group) + " channels, ";
+        } else {
+            report_.iterations += index(status.shots);
+            report_.method += std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps, ";
+            report_.window = all_.length;
+        }
+        if (method == Method::shooting) report_.method += std::to_string(status.shots) + " Newton sweeps, ";
         report_.method += std::to_string(status.repeated) + " steps repeated";
-        report_.window = all_.length;
-        learn(key(), [&](Experience& seen) {
+        const bool met = all_.tile_groups > 0 || status.pending[repair_rounds - 1] == 0;
+        learn(key(), [&](Experience& now) {
             if (method == Method::overlap) {
-                seen.overlap_works = met;
-                if (met) seen.repeated = std::max<index>(32, index(status.repeated));
+                now.overlap_works = met;
+                if (met) now.repeated = std::max<index>(32, index(status.repeated));
             } else {
-                // A sweep more where the repairs had much to do, up to a point.
-                const bool far = index(status.repeated) > all_.length / 4;
-                seen.shooting_works = met || seen.shots < most_shots;
-                if (far) seen.shots = std::min(most_shots, seen.shots + 1);
+                // One shot more than the last time is tried, and no more than that.
+                now.shooting_works = met || now.shots + 1 < cell::most_shots;
+                now.shots = double(status.shots);
             }
         });
     }
 
-    /// Where chunks still do not fit, nothing after them is confirmed.
-    void find_unconfirmed() {
-        std::vector<unsigned char> changed(std::size_t(all_.count * rows()));
-        device::copy_from_gpu(changed.data(), all_.old_changed, index(changed.size()), stream_);
-        device::synchronise(stream_);
-        for (index c = all_.count - 2; c >= 0; --c)
-            for (index p = 0; p < all_.part_count; ++p) {
-                const auto first = changed.begin() + std::ptrdiff_t(c * rows() + p * all_.channels);
-                if (std::find(first, first + std::ptrdiff_t(all_.channels), 1) == first + std::ptrdiff_t(all_.channels))
-                    continue;
-                const SequencePart& part = recurrence_.parts()[std::size_t(p)];
-                Report::Sequence& result = report_.sequences[std::size_t(part.sequence)];
-                result.confirmed = std::min(result.confirmed, part.first + (c + 1) * all_.length);
-                result.status = Status::max_iterations;
-            }
-    }
-
-    View<T> trajectory_;
     Report report_;
     int shots_ = 0;
 };
@@ -349,42 +504,42 @@ template <class T>
 class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
-        Base::longest_, Base::rows, Base::boundary_size, Base::cut, Base::chunk_length, Base::rows_occupy_the_gpu,
-        Base::run_rounds;
+        Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::run_rounds,
+        Base::wait;
+    using typename Base::A;
+    using typename Base::Plan;
 
 public:
     GpuAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
-               const Options& options, Workspace& workspace)
-        : Base(recurrence, options, workspace),
-          result_{Buffer<T>::uninitialised(recurrence.inputs().shape(), Layout::steps_first, device::current_gpu()),
-                  Buffer<T>::uninitialised(recurrence.parameters().shape(), Layout::steps_first, device::current_gpu()),
-                  Buffer<T>({1, index(recurrence.parts().size()), recurrence.shape().width}, Layout::steps_first,
-                            device::current_gpu()),
-                  {}} {
+               const CellGradientViews<T>& gradients, const Options& options, Workspace& workspace)
+        : Base(recurrence, options, workspace), gradients_(gradients) {
         device::require_on_gpu("trajectory", trajectory.data());
         device::require_on_gpu("output_gradient", output_gradient.data());
+        device::require_on_gpu("gradients.inputs", gradients.inputs.data());
+        device::require_on_gpu("gradients.parameters", gradients.parameters.data());
+        device::require_on_gpu("gradients.initial", gradients.initial.data());
         all_.trajectory = const_cast<T*>(trajectory.data());  // only read
         all_.trajectory_step = trajectory.step_stride();
         all_.trajectory_batch = trajectory.batch_stride();
         all_.output_gradient = output_gradient.data();
         all_.gradient_step = output_gradient.step_stride();
         all_.gradient_batch = output_gradient.batch_stride();
-        all_.input_gradient = result_.inputs.data();
-        all_.initial_gradient = result_.initial.data();
+        all_.input_gradient = gradients.inputs.data();
+        all_.input_gradient_step = gradients.inputs.step_stride();
+        all_.input_gradient_batch = gradients.inputs.batch_stride();
     }
 
-    CellGradients<T> run() {
+    Report run() {
         const Clock::time_point begin = Clock::now();
-        const bool whole = options_.method == Method::sequential || longest_ < 2 * shortest_chunk ||
-                           (options_.chunk == 0 && rows_occupy_the_gpu());
-        cut(whole ? longest_ : chunk_length(shortest_chunk));
+        cut(chunk_length());
         const index parameters = recurrence_.parameters().shape().count(), terms = all_.count * all_.part_count;
-        T* const ends = workspace_.template take<T>(boundary_size());
+        const index width = all_.channels * states_, initial = all_.part_count * width;
+        A* const ends = workspace_.template take<A>(boundary_size());
         all_.parameter_gradient = workspace_.template take<double>(terms * parameters);
-        device::fill_bytes(all_.parameter_gradient, 0, terms * parameters * index(sizeof(double)), stream_);
+        all_.initial_gradient = workspace_.template take<A>(initial);
         all_.ends = ends;
         kernels_.backward(all_, stream_);
-        Report& report = result_.report;
+        Report report;
         report.method = "adjoint, sequential";
         if (all_.count > 1) {
             run_rounds(kernels_.correct, ends);
@@ -392,8 +547,13 @@ public:
             report.method =
                 "adjoint, " + std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps";
         }
-        cuda::launch(cuda::one_each(parameters, stream_), sum_parameter_gradients<T>, all_.parameter_gradient, terms,
-                     parameters, result_.parameters.data());
+        cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
+        sums.threads = dim3(cuda::plain_threads);
+        sums.shared_bytes = cuda::plain_threads * sizeof(double);
+        cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms, parameters,
+                     gradients_.parameters.data());
+        cuda::launch(cuda::one_each(initial, stream_), store_rows<T>, all_.initial_gradient, width, initial,
+                     gradients_.initial.batch_stride(), gradients_.initial.data());
         device::synchronise(stream_);
         report.window = all_.length;
         report.lyapunov = std::numeric_limits<double>::quiet_NaN();
@@ -401,11 +561,23 @@ public:
         for (Report::Sequence& sequence : report.sequences) sequence.confirmed = all_.steps;
         report.seconds = seconds_since(begin);
         report.workspace_bytes = workspace_.peak_bytes();
-        return std::move(result_);
+        return report;
     }
 
 private:
-    CellGradients<T> result_;
+    index chunk_length() const {
+        if (options_.method == Method::sequential || longest_ < fewest_steps) return longest_;
+        if (options_.chunk > 0) return std::min(options_.chunk, longest_);
+        // A step back costs about as much as one with the product of Jacobians.
+        const DeviceCosts cost = costs();
+        const Plan chunks = plan([&](double count, double length) {
+            return (4 + repair_rounds) * cost.launch + cost.multiply.seconds(count * chains(), length) +
+                   cost.multiply.seconds(count * chains(), std::min(length, double(shortest_chunk)));
+        });
+        return chunks.seconds < cost.multiply.seconds(chains(), double(longest_)) ? chunks.length : longest_;
+    }
+
+    CellGradientViews<T> gradients_;
 };
 
 /// Calls body with the caller's workspace, or one that lives as long as the call.
@@ -432,19 +604,21 @@ Report evaluate_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> traje
 }
 
 template <class T>
-CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
-                                View<const T> output_gradient, const Options& options) {
+Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                      View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     return with_workspace(options, [&](Workspace& workspace) {
-        return GpuAdjoint<T>(recurrence, trajectory, output_gradient, options, workspace).run();
+        return GpuAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).run();
     });
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                              \
-    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);              \
-    template CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                             const Options&);
+#define DEEPPCR_INSTANTIATE(T)                                                                    \
+    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);    \
+    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
+                                   const CellGradientViews<T>&, const Options&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::newton

@@ -10,8 +10,9 @@ namespace deeppcr::newton {
 template <class T>
 Report evaluate_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options);
 
+/// Writes the gradients to memory of the current GPU.
 template <class T>
-CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
-                                View<const T> output_gradient, const Options& options);
+Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                      View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options);
 
 }  // namespace deeppcr::newton

@@ -11,7 +11,8 @@ Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&)
     return {};
 }
 template <class T>
-CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, const Options&) {
+Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, const CellGradientViews<T>&,
+                      const Options&) {
     device::require_gpu();
     return {};
 }
@@ -30,15 +31,21 @@ void add_states_on_gpu(View<const T>, View<T>, CUstream_st*) {
     device::require_gpu();
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                              \
-    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);              \
-    template CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                             const Options&);                                               \
-    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);                  \
-    template void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*);                                 \
+#define DEEPPCR_INSTANTIATE(T)                                                     \
+    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&); \
+    template void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*);        \
     template void add_states_on_gpu(View<const T>, View<T>, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+#undef DEEPPCR_INSTANTIATE
+#define DEEPPCR_INSTANTIATE(T)                                                                    \
+    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);    \
+    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
+                                   const CellGradientViews<T>&, const Options&);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::newton

@@ -32,9 +32,18 @@ void check_gpu_arguments(const Recurrence<T>& recurrence, const Options& options
 /// "newton, full Jacobian, scan"
 std::string describe(const Options& options);
 
+/// Where numbers are stored in 16 bits, half a unit of 1's last place: then two states agree where they are the same or
+/// neighbours.
+template <class T>
+constexpr double default_tolerance = 64 * double(std::numeric_limits<T>::epsilon());
+template <>
+inline constexpr double default_tolerance<bfloat16> = 0x1p-8;
+template <>
+inline constexpr double default_tolerance<float16> = 0x1p-11;
+
 template <class T>
 Tolerance tolerance_of(const Options& options) {
-    const double both = options.tolerance > 0 ? options.tolerance : 64 * double(std::numeric_limits<T>::epsilon());
+    const double both = options.tolerance > 0 ? options.tolerance : default_tolerance<T>;
     return {options.absolute_tolerance >= 0 ? options.absolute_tolerance : both,
             options.relative_tolerance >= 0 ? options.relative_tolerance : both};
 }

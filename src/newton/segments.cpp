@@ -8,8 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "device/cuda.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
+#include "recurrence/cell_rows.hpp"
+#include "recurrence/device_cells.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -67,24 +70,54 @@ void append(Report& all, const Report& next, bool first) {
     all.sequential_steps += next.sequential_steps;
 }
 
+Device device_of(const Options& options) {
+    return options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+}
+
+/// to = from, or to += from.
+template <class T>
+void copy_states(View<const T> from, View<T> to, bool adding, const Execution& execution) {
+    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, adding, execution.stream);
+    if constexpr (!is_stored_in_16_bits<T>)
+        for (index i = 0; i < from.steps(); ++i)
+            for (index j = 0; j < from.batch(); ++j) {
+                const T* const source = from.at(i, j);
+                T* const target = to.at(i, j);
+                for (index k = 0; k < from.width(); ++k) target[k] = adding ? target[k] + source[k] : source[k];
+            }
+}
+
+/// What stands before the first step of each row of the batch.
+template <class T>
+void copy_initial(const ChannelwiseRecurrence<T>& recurrence, View<T> state, const Options& options) {
+    const View<const T> given = recurrence.initial_states();
+    if (given.empty()) detail::fill_zeros(state.data(), state.shape().count() * index(sizeof(T)), device_of(options));
+    const auto& parts = recurrence.parts();
+    if (!given.empty() && index(parts.size()) == state.batch())
+        return copy_states<T>(given, state, false, options.execution);
+    for (index p = 0; !given.empty() && p < index(parts.size()); ++p)
+        if (const SequencePart& part = parts[std::size_t(p)]; part.first == 0)
+            copy_states<T>(given.sequences(p, p + 1), state.sequences(part.sequence, part.sequence + 1), false,
+                           options.execution);
+}
+
 template <class T>
 Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, View<T> boundaries,
                     const Options& options, const std::function<void(index first, View<const T> states)>& visit) {
     const Clock::time_point begin = Clock::now();
     check_options(options);
+    cell::require_gpu_for_16_bits<T>(options.execution.backend);
     check_segments<T>(recurrence, segment, boundaries);
     const auto [steps, batch, width] = recurrence.shape();
     Report report;
     report.method = to_string(options.method);
     report.sequences.resize(std::size_t(batch));
     if (recurrence.shape().count() == 0) return report;
-    Workspace own;
+    Workspace own(device_of(options));
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const Workspace::Scope scope(workspace);
     const View<T> memory = workspace.take_states<T>({std::min(segment, steps), batch, width});
-    std::vector<index> sequences(std::size_t(batch), 0);
-    for (index j = 0; j < batch; ++j) sequences[std::size_t(j)] = j;
-    recurrence.initial({0, 0, sequences, options.execution}, boundaries.steps(0, 1));
+    copy_initial<T>(recurrence, boundaries.steps(0, 1), options);
     const index count = segment_count(steps, segment);
     for (index s = 0; s < count; ++s) {
         const index first = s * segment, last = std::min(steps, first + segment);
@@ -97,12 +130,14 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
             };
         const View<T> states = memory.steps(0, last - first);
         append(report,
-               evaluate(*recurrence.segment(first, last, View<const T>(boundaries.steps(s, s + 1))), states, here),
+               evaluate(*recurrence.segment(first, last, View<const T>(boundaries.steps(s, s + 1)), here.execution),
+                        states, here),
                s == 0);
         if (visit) visit(first, View<const T>(states));
         if (!report.ok()) break;
-        for (index j = 0; s + 1 < count && j < batch; ++j)
-            std::copy_n(states.at(last - first - 1, j), width, boundaries.at(s + 1, j));
+        if (s + 1 < count)
+            copy_states<T>(states.steps(last - first - 1, last - first), boundaries.steps(s + 1, s + 2), false,
+                           options.execution);
     }
     if (count > 1) report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
     report.seconds = seconds_since(begin);
@@ -117,19 +152,22 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     check_adjoint_arguments<T>(recurrence, output_gradient, report, output_gradient, options);
     const auto [steps, batch, width] = recurrence.shape();
     const std::vector<SequencePart>& parts = recurrence.parts();
-    CellGradients<T> result{Buffer<T>::uninitialised(recurrence.inputs().shape()),
-                            Buffer<T>(recurrence.parameters().shape()),
-                            Buffer<T>({1, index(parts.size()), width}),
+    cell::require_gpu_for_16_bits<T>(options.execution.backend);
+    const Device device = device_of(options);
+    CellGradients<T> result{Buffer<T>::uninitialised(recurrence.inputs().shape(), Layout::steps_first, device),
+                            Buffer<Arithmetic<T>>(recurrence.parameters().shape(), Layout::steps_first, device),
+                            Buffer<T>({1, index(parts.size()), width}, Layout::steps_first, device),
                             {}};
     result.report.sequences.resize(std::size_t(batch));
     if (recurrence.shape().count() == 0) return result;
-    Workspace own;
+    Workspace own(device_of(options));
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const Workspace::Scope scope(workspace);
     const Shape most{std::min(segment, steps), batch, width};
     const View<T> states_memory = workspace.take_states<T>(most), gradient_memory = workspace.take_states<T>(most);
     const View<T> carried = workspace.take_states<T>({1, batch, width});  // dL/dx at the segment's end, from behind
-    std::fill_n(carried.data(), batch * width, T(0));
+    const index carried_bytes = batch * width * index(sizeof(T));
+    detail::fill_zeros(carried.data(), carried_bytes, device);
     std::vector<double> parameters(std::size_t(result.parameters.size()), 0.0);
     Options here = options;
     here.workspace = &workspace;
@@ -138,27 +176,35 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     const index count = segment_count(steps, segment);
     for (index s = count - 1; s >= 0; --s) {
         const index first = s * segment, last = std::min(steps, first + segment);
-        const auto part_recurrence = recurrence.segment(first, last, boundaries.steps(s, s + 1));
+        const auto part_recurrence = recurrence.segment(first, last, boundaries.steps(s, s + 1), here.execution);
         const View<T> states = states_memory.steps(0, last - first), gradient = gradient_memory.steps(0, last - first);
         const Report again = evaluate(*part_recurrence, states, here);
-        for (index i = 0; i < last - first; ++i)
-            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(first + i, j), width, gradient.at(i, j));
-        for (index j = 0; j < batch; ++j)
-            for (index k = 0; k < width; ++k) gradient(last - first - 1, j, k) += carried(0, j, k);
+        copy_states<T>(output_gradient.steps(first, last), gradient, false, here.execution);
+        copy_states<T>(carried, gradient.steps(last - first - 1, last - first), true, here.execution);
         CellGradients<T> found = adjoint(*part_recurrence, View<const T>(states), again, View<const T>(gradient), here);
-        std::copy_n(found.inputs.data(), found.inputs.size(), result.inputs.view().at(first, 0));
-        for (std::size_t k = 0; k < parameters.size(); ++k) parameters[k] += double(found.parameters.data()[k]);
+        copy_states<T>(found.inputs, result.inputs.view().steps(first, last), false, here.execution);
+        const Buffer<Arithmetic<T>> sums = found.parameters.on(Device::host());
+        for (std::size_t k = 0; k < parameters.size(); ++k) parameters[k] += double(sums.data()[k]);
         index piece = 0;  // the segment's sequences, in the order of `parts`
-        std::fill_n(carried.data(), batch * width, T(0));
-        for (index p = 0; p < index(parts.size()); ++p) {
-            const SequencePart& part = parts[std::size_t(p)];
-            if (part.last <= first || part.first >= last) continue;
-            T* const to = part.first >= first ? result.initial.view().at(0, p) : carried.at(0, part.sequence);
-            std::copy_n(found.initial.view().at(0, piece++), width, to);
+        if (index(parts.size()) == batch) {
+            copy_states<T>(found.initial, s == 0 ? result.initial.view() : carried, false, here.execution);
+        } else {
+            detail::fill_zeros(carried.data(), carried_bytes, device);
+            for (index p = 0; p < index(parts.size()); ++p) {
+                const SequencePart& part = parts[std::size_t(p)];
+                if (part.last <= first || part.first >= last) continue;
+                const View<T> to = part.first >= first ? result.initial.view().sequences(p, p + 1)
+                                                       : carried.sequences(part.sequence, part.sequence + 1);
+                copy_states<T>(found.initial.view().sequences(piece, piece + 1), to, false, here.execution);
+                ++piece;
+            }
         }
+        if (!device.is_host()) device::synchronise(here.execution.stream);  // before `found` goes
         append(result.report, found.report, s == count - 1);
     }
-    std::copy(parameters.begin(), parameters.end(), result.parameters.data());
+    const Buffer<Arithmetic<T>> sums(recurrence.parameters().shape());
+    std::copy(parameters.begin(), parameters.end(), sums.data());
+    detail::copy(result.parameters.data(), sums.data(), sums.size() * index(sizeof(Arithmetic<T>)));
     if (count > 1)
         result.report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
     result.report.workspace_bytes = workspace.peak_bytes();
@@ -169,27 +215,22 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
 }  // namespace
 }  // namespace newton
 
-template <>
-Report evaluate_boundaries(const ChannelwiseRecurrence<float>& recurrence, index segment, View<float> boundaries,
-                           const Options& options, const std::function<void(index, View<const float>)>& visit) {
-    return newton::run_segments<float>(recurrence, segment, boundaries, options, visit);
-}
-template <>
-Report evaluate_boundaries(const ChannelwiseRecurrence<double>& recurrence, index segment, View<double> boundaries,
-                           const Options& options, const std::function<void(index, View<const double>)>& visit) {
-    return newton::run_segments<double>(recurrence, segment, boundaries, options, visit);
-}
-template <>
-CellGradients<float> adjoint_from_boundaries(const ChannelwiseRecurrence<float>& recurrence, index segment,
-                                             View<const float> boundaries, const Report& report,
-                                             View<const float> output_gradient, const Options& options) {
-    return newton::adjoint_segments<float>(recurrence, segment, boundaries, report, output_gradient, options);
-}
-template <>
-CellGradients<double> adjoint_from_boundaries(const ChannelwiseRecurrence<double>& recurrence, index segment,
-                                              View<const double> boundaries, const Report& report,
-                                              View<const double> output_gradient, const Options& options) {
-    return newton::adjoint_segments<double>(recurrence, segment, boundaries, report, output_gradient, options);
-}
+#define DEEPPCR_SEGMENTS(T)                                                                                      \
+    template <>                                                                                                  \
+    Report evaluate_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment, View<T> boundaries,    \
+                               const Options& options, const std::function<void(index, View<const T>)>& visit) { \
+        return newton::run_segments<T>(recurrence, segment, boundaries, options, visit);                         \
+    }                                                                                                            \
+    template <>                                                                                                  \
+    CellGradients<T> adjoint_from_boundaries(const ChannelwiseRecurrence<T>& recurrence, index segment,          \
+                                             View<const T> boundaries, const Report& report,                     \
+                                             View<const T> output_gradient, const Options& options) {            \
+        return newton::adjoint_segments<T>(recurrence, segment, boundaries, report, output_gradient, options);   \
+    }
+DEEPPCR_SEGMENTS(float)
+DEEPPCR_SEGMENTS(double)
+DEEPPCR_SEGMENTS(bfloat16)
+DEEPPCR_SEGMENTS(float16)
+#undef DEEPPCR_SEGMENTS
 
 }  // namespace deeppcr

@@ -6,9 +6,11 @@
 #include <string>
 #include <utility>
 
+#include "device/cuda.hpp"
 #include "device/simd.hpp"
 #include "device/threads.hpp"
 #include "recurrence/cell_rows.hpp"
+#include "recurrence/device_cells.hpp"
 
 namespace deeppcr {
 
@@ -57,7 +59,7 @@ std::vector<SequencePart> parts_of(const Shape& shape, const std::vector<Sequenc
 
 template <class T>
 ChannelwiseRecurrence<T>::ChannelwiseRecurrence(const cell::Kernels<T>& kernels, View<const T> inputs,
-                                                View<const T> parameters, View<const T> initial,
+                                                View<const Arithmetic<T>> parameters, View<const T> initial,
                                                 const std::vector<SequenceStart>& starts)
     : Recurrence<T>(states_shape(inputs.shape(), kernels.inputs, kernels.states), kernels.states),
       kernels_(kernels),
@@ -90,8 +92,8 @@ namespace {
 template <class T>
 class Segment final : public ChannelwiseRecurrence<T> {
 public:
-    Segment(const cell::Kernels<T>& kernels, View<const T> inputs, View<const T> parameters, Buffer<T> initial,
-            const std::vector<SequenceStart>& starts)
+    Segment(const cell::Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
+            Buffer<T> initial, const std::vector<SequenceStart>& starts)
         : ChannelwiseRecurrence<T>(kernels, inputs, parameters, initial.view(), starts), initial_(std::move(initial)) {}
 
 private:
@@ -100,9 +102,26 @@ private:
 
 }  // namespace
 
+namespace {
+
+Device device_of(const Execution& execution) {
+    return execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+}
+
+/// Nothing where there is nothing: the rest is zeros.
+template <class T>
+void copy_states(View<const T> from, View<T> to, const Execution& execution) {
+    if (from.empty()) return;
+    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, false, execution.stream);
+    for (index j = 0; j < from.batch(); ++j) std::copy_n(from.at(0, j), from.width(), to.at(0, j));
+}
+
+}  // namespace
+
 template <class T>
 std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(index first, index last,
-                                                                            View<const T> before) const {
+                                                                            View<const T> before,
+                                                                            const Execution& execution) const {
     const Shape& shape = this->shape();
     if (first < 0 || first >= last || last > shape.steps)
         throw InvalidArgument("segment", "0 <= first < last <= " + std::to_string(shape.steps),
@@ -110,30 +129,53 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
     if (before.shape() != Shape{1, shape.batch, shape.width} || before.data() == nullptr)
         throw InvalidArgument("before", to_string(Shape{1, shape.batch, shape.width}), to_string(before.shape()));
     std::vector<SequenceStart> starts;
-    std::vector<const T*> states;
+    std::vector<View<const T>> states;
     for (index p = 0; p < index(parts_.size()); ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
         if (part.last <= first || part.first >= last) continue;
-        states.push_back(part.first >= first ? initial_state(p) : before.at(0, part.sequence));
+        states.push_back(part.first < first         ? before.sequences(part.sequence, part.sequence + 1)
+                         : initial_states().empty() ? View<const T>()
+                                                    : initial_.sequences(p, p + 1));
         if (part.first > first) starts.push_back({part.sequence, part.first - first});
     }
-    Buffer<T> initial = Buffer<T>::uninitialised({1, index(states.size()), shape.width});
-    for (std::size_t p = 0; p < states.size(); ++p) std::copy_n(states[p], shape.width, initial.view().at(0, index(p)));
+    const index count = index(states.size());
+    Buffer<T> initial({1, count, shape.width}, Layout::steps_first, device_of(execution));
+    if (starts.empty() && first > 0)
+        copy_states<T>(before, initial.view(), execution);
+    else if (starts.empty() && count == index(parts_.size()))
+        copy_states<T>(initial_states(), initial.view(), execution);
+    else
+        for (index p = 0; p < count; ++p)
+            copy_states<T>(states[std::size_t(p)], initial.view().sequences(p, p + 1), execution);
     return std::make_unique<Segment<T>>(kernels_, inputs_.steps(first, last), parameters_, std::move(initial), starts);
 }
 
 template <class T>
-Buffer<T> ChannelwiseRecurrence<T>::final_states(View<const T> trajectory) const {
+Buffer<T> ChannelwiseRecurrence<T>::final_states(View<const T> trajectory, const Execution& execution) const {
     if (trajectory.shape() != this->shape())
         throw InvalidArgument("trajectory", "the recurrence's shape " + to_string(this->shape()),
                               to_string(trajectory.shape()));
-    Buffer<T> result = Buffer<T>::uninitialised({1, index(parts_.size()), this->shape().width});
-    for (index p = 0; p < index(parts_.size()); ++p) {
+    const index steps = this->shape().steps, count = index(parts_.size());
+    Buffer<T> result({1, count, this->shape().width}, Layout::steps_first, device_of(execution));
+    if (count == this->shape().batch && steps > 0) {
+        copy_states<T>(trajectory.steps(steps - 1, steps), result.view(), execution);
+        return result;
+    }
+    for (index p = 0; p < count; ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
-        const T* last = part.last > part.first ? trajectory.at(part.last - 1, part.sequence) : initial_state(p);
-        std::copy_n(last, this->shape().width, result.view().at(0, p));
+        const View<T> to = result.view().sequences(p, p + 1);
+        if (part.last > part.first)
+            copy_states<T>(trajectory.steps(part.last - 1, part.last).sequences(part.sequence, part.sequence + 1), to,
+                           execution);
+        else
+            copy_states<T>(initial_states().empty() ? View<const T>() : initial_.sequences(p, p + 1), to, execution);
     }
     return result;
+}
+
+template <class T>
+bool ChannelwiseRecurrence<T>::runs_on(Backend backend) const {
+    return !is_stored_in_16_bits<T> && Recurrence<T>::runs_on(backend);
 }
 
 template <class T>
@@ -164,12 +206,16 @@ void each_piece(const ChannelwiseRecurrence<T>& recurrence, const Section& secti
 template <class T>
 void run(const ChannelwiseRecurrence<T>& recurrence, const Execution& execution, cell::Work work,
          const std::vector<cell::Row<T>>& rows, const cell::RowStrides& strides) {
-    const T* const parameters = recurrence.parameters().data();
-    if (execution.backend == Backend::reference)
-        cell::run_rows_plainly<T>(recurrence.kernels(), work, recurrence.channels(), parameters, rows, strides);
-    else
-        cell::run_rows<T>(recurrence.kernels(), work, recurrence.channels(), parameters, rows, strides,
-                          device::thread_count(execution));
+    if constexpr (is_stored_in_16_bits<T>) {
+        cell::require_gpu_for_16_bits<T>(Backend::cpu);
+    } else {
+        const T* const parameters = recurrence.parameters().data();
+        if (execution.backend == Backend::reference)
+            cell::run_rows_plainly<T>(recurrence.kernels(), work, recurrence.channels(), parameters, rows, strides);
+        else
+            cell::run_rows<T>(recurrence.kernels(), work, recurrence.channels(), parameters, rows, strides,
+                              device::thread_count(execution));
+    }
 }
 
 constexpr index steps_at_once = 64;  // rows of independent steps: enough of them to share among lanes and threads
@@ -246,5 +292,52 @@ void ChannelwiseRecurrence<T>::run(const Section& section, View<const T> state, 
 
 template class ChannelwiseRecurrence<float>;
 template class ChannelwiseRecurrence<double>;
+template class ChannelwiseRecurrence<bfloat16>;
+template class ChannelwiseRecurrence<float16>;
+
+namespace cell {
+
+template <class T>
+void decode(const Kernels<T>& kernels, View<const T> inputs, View<const Arithmetic<T>> parameters,
+            View<Arithmetic<T>> state, View<T> output, const Execution& execution) {
+    require_gpu_for_16_bits<T>(execution.backend);
+    const Shape states = states_shape(inputs.shape(), kernels.inputs, kernels.states);
+    const Shape sizes{kernels.parameters, 1, inputs.width() / kernels.inputs};
+    if (inputs.steps() != 1 || (inputs.data() == nullptr && inputs.batch() > 0))
+        throw InvalidArgument("inputs", "memory of one step", to_string(inputs.shape()));
+    if (parameters.shape() != sizes || !parameters.contiguous() || parameters.data() == nullptr)
+        throw InvalidArgument("parameters", "a contiguous array of shape " + to_string(sizes),
+                              to_string(parameters.shape()));
+    if (state.shape() != states || !state.contiguous() || (state.data() == nullptr && states.count() > 0))
+        throw InvalidArgument("state", "a contiguous array of shape " + to_string(states), to_string(state.shape()));
+    if (output.data() != nullptr && output.shape() != states)
+        throw InvalidArgument("output", to_string(states) + ", or nothing", to_string(output.shape()));
+    if (states.batch == 0) return;
+    if (execution.backend == Backend::cuda)
+        return decode_on_gpu(kernels, inputs, parameters, state, output, execution.stream);
+    if constexpr (!is_stored_in_16_bits<T>) {
+        std::vector<Row<T>> rows(std::size_t(states.batch));
+        for (index j = 0; j < states.batch; ++j) {
+            Row<T>& row = rows[std::size_t(j)];
+            row.steps = 1;
+            row.inputs = inputs.at(0, j);
+            row.start = row.end = state.at(0, j);
+            if (output.data() != nullptr) row.after = output.at(0, j);
+        }
+        run_rows<T>(kernels, Work::advance, sizes.width, parameters.data(), rows,
+                    {.inputs = inputs.step_stride(), .after = output.step_stride()}, device::thread_count(execution));
+    }
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                                                      \
+    template void decode(const Kernels<T>&, View<const T>, View<const Arithmetic<T>>, View<Arithmetic<T>>, View<T>, \
+                         const Execution&);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace cell
 
 }  // namespace deeppcr

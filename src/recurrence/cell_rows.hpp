@@ -4,6 +4,7 @@
 #include <span>
 
 #include <deeppcr/cell_kernels.hpp>
+#include <deeppcr/execution.hpp>
 
 namespace deeppcr::cell {
 
@@ -32,6 +33,14 @@ enum class Work { advance, multiply, apply, linearise, backward, correct };
 
 /// Blocks of 16 lanes that one thread interleaves.
 constexpr index most_blocks = 64;
+
+/// Throws InvalidArgument where numbers have 16 bits and the backend is not cuda.
+template <class T>
+void require_gpu_for_16_bits(Backend backend) {
+    if (is_stored_in_16_bits<T> && backend != Backend::cuda)
+        throw InvalidArgument("options.execution.backend", "cuda, for numbers stored in 16 bits",
+                              backend == Backend::cpu ? "cpu" : "reference");
+}
 
 /// Does `work` on every row, the rows and channels shared among `threads`. Channels are taken 16 at a time where there
 /// are as many; fewer channels are filled up with 15 other rows of the same length. parameters: [P, 1, C].

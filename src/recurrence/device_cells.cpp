@@ -43,6 +43,8 @@ const DeviceKernels<T>* find_device_kernels(const std::type_info& cell) {
     template const DeviceKernels<T>* find_device_kernels(const std::type_info&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace deeppcr::cell

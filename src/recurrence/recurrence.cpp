@@ -69,5 +69,7 @@ void Recurrence<T>::run(const Section& section, View<const T> state, View<T> tra
 
 template class Recurrence<float>;
 template class Recurrence<double>;
+template class Recurrence<bfloat16>;
+template class Recurrence<float16>;
 
 }  // namespace deeppcr

@@ -132,6 +132,7 @@ inline double __longlong_as_double(long long bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline int __clz(int bits) { return __builtin_clz(unsigned(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __any_sync(unsigned mask, int value) { return __ballot_sync(mask, value) != 0; }
 inline int __all_sync(unsigned mask, int value) { return __ballot_sync(mask, value) == mask; }
@@ -283,6 +284,12 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
     return std::size_t(bytes) <= emulation::machine().shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, std::size_t) {
+    *blocks = threads < 256 ? 256 / threads : 1;
+    return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>

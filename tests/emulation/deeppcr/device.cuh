@@ -6,6 +6,7 @@
 #include <deeppcr/array.hpp>
 
 #define DEEPPCR_UNROLL
+#define DEEPPCR_ROLLED
 
 namespace deeppcr::cuda {
 
@@ -29,6 +30,11 @@ void publish(T* word, T value) {
     *word = is_published(value) ? value : -value;
 }
 inline void pause() { emulation::yield(); }
+
+inline unsigned largest_in_warp(unsigned value) {
+    for (int d = 16; d > 0; d /= 2) value = ::max(value, __shfl_xor_sync(~0U, value, d));
+    return value;
+}
 
 template <int bytes>
 void begin_copy(void* shared, const void* global) {

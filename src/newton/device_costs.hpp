@@ -1,0 +1,111 @@
+// What a cell's kernels cost on the current GPU: measured once per process, GPU and cell, when `automatic` first asks.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include <deeppcr/cell.hpp>
+
+#include "device/cuda.hpp"
+#include "newton/stopwatch.hpp"
+
+namespace deeppcr::newton {
+
+/// Of a kernel whose threads run steps: the time of one chain of steps, or, where there are many, what all
+/// multiprocessors together get through.
+struct KernelCost {
+    double latency = 0;     ///< seconds per step, nothing else at work
+    double throughput = 0;  ///< seconds per step of a channel, all at work
+
+    double seconds(double chains, double steps) const { return steps * std::max(latency, throughput * chains); }
+};
+
+struct DeviceCosts {
+    double launch = 0;  ///< seconds from one launch to the next, when they do nothing
+    KernelCost advance, multiply;
+    KernelCost tiles;  ///< latency: of a block of `fewest_tile_groups`
+};
+
+constexpr int fewest_tile_groups = 8, most_tile_groups = 32;  // whole sectors of memory, and a warp
+
+template <class T>
+DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int states, int inputs, int parameters) {
+    using A = Arithmetic<T>;
+    constexpr int launches = 8, repetitions = 3;
+    constexpr index few_groups = 32, many_steps = 256, bytes_at_most = index(256) << 20;
+    const Device here = device::current_gpu();
+    const int multiprocessors = device::multiprocessors(), V = kernels.channels_per_group;
+    const index full = index(kernels.advance.resident_threads()) * multiprocessors;
+    const index row_bytes = full * V * (inputs + states) * index(sizeof(T));
+    const index full_steps = std::clamp<index>(bytes_at_most / row_bytes, 4, 32);
+    const index most_groups = std::max(full, few_groups);
+    const index rows = std::max(full_steps, (many_steps * few_groups + full - 1) / full);
+    const Buffer<T> input({rows, 1, full * V * inputs}, Layout::steps_first, here),
+        trajectory({rows, 1, full * V * states}, Layout::steps_first, here);
+    const Buffer<A> parameter({parameters, 1, most_groups * V}, Layout::steps_first, here),
+        ends({1, most_groups * V, states}, Layout::steps_first, here),
+        products({1, most_groups * V, index(states) * states}, Layout::steps_first, here);
+    const auto status = detail::allocate(index(sizeof(cell::SequenceStatus) + sizeof(cell::RunStatus)), here);
+    detail::fill_zeros(status.get(), index(sizeof(cell::SequenceStatus) + sizeof(cell::RunStatus)), here);
+
+    const auto time = [&](const cell::DeviceKernel<T>& kernel, index groups, index steps, int tile_groups, int times) {
+        cell::DeviceChunks<T> all;
+        all.inputs = input.data();
+        all.input_step = groups * V * inputs;
+        all.parameters = parameter.data();
+        all.steps = all.length = steps;
+        all.batch = all.part_count = all.count = 1;
+        all.groups = groups;
+        all.channels = groups * V;
+        all.multiprocessors = multiprocessors;
+        all.trajectory = trajectory.data();
+        all.trajectory_step = groups * V * states;
+        all.ends = ends.data();
+        all.products = products.data();
+        all.absolute_tolerance = all.relative_tolerance = 1;
+        all.tile_groups = tile_groups;
+        all.tile_shots = 1;
+        all.sequences = static_cast<cell::SequenceStatus*>(status.get());
+        all.run = reinterpret_cast<cell::RunStatus*>(all.sequences + 1);
+        double least = std::numeric_limits<double>::infinity();
+        for (int i = 0; i < repetitions; ++i) {
+            device::synchronise(nullptr);
+            const Clock::time_point begin = Clock::now();
+            for (int launch = 0; launch < times; ++launch) kernel(all, nullptr);
+            device::synchronise(nullptr);
+            least = std::min(least, seconds_since(begin));
+        }
+        return least;
+    };
+    const double once = time(kernels.advance, 1, 1, 0, 1);
+    DeviceCosts costs;
+    costs.launch = std::max(0.0, time(kernels.advance, 1, 1, 0, 1 + launches) - once) / launches;
+    const auto cost = [&](const cell::DeviceKernel<T>& kernel, index few, int tile_groups) {
+        return KernelCost{
+            std::max(0.0, time(kernel, few, many_steps, tile_groups, 1) - once) / double(many_steps),
+            std::max(0.0, time(kernel, full, full_steps, most_tile_groups, 1) - once) / double(full_steps * full * V)};
+    };
+    costs.advance = cost(kernels.advance, few_groups, 0);
+    costs.multiply = cost(kernels.multiply, few_groups, 0);
+    if (kernels.shoot_tiles.launch != nullptr)
+        costs.tiles = cost(kernels.shoot_tiles, fewest_tile_groups, fewest_tile_groups);
+    return costs;
+}
+
+/// The same for the same kernels and GPU in one process. Allocates, and frees, up to some hundred MB.
+template <class T>
+DeviceCosts device_costs(const cell::DeviceKernels<T>& kernels, const cell::Kernels<T>& cell) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, DeviceCosts> known;
+    const std::lock_guard lock(mutex);
+    const std::pair<const void*, int> key(&kernels, device::current_gpu().ordinal());
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    return known[key] = measure_device_costs(kernels, cell.states, cell.inputs, cell.parameters);
+}
+
+}  // namespace deeppcr::newton
