@@ -80,6 +80,8 @@ void require_on_gpu(const std::string& name, const void* memory) {
     if (!on_gpu(memory)) throw InvalidArgument(name, "memory of a GPU, for Backend::cuda", "main memory");
 }
 
+bool is_on_gpu(const void* memory) { return memory != nullptr && cuda_problem().empty() && on_gpu(memory); }
+
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
     require_gpu();
     const Current current(device.ordinal());
@@ -93,6 +95,12 @@ std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
     }
     check(error, "allocating memory");
     return {memory, [](void* pointer) { cudaFree(pointer); }};
+}
+
+std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
+    void* memory = nullptr;
+    check(cudaMallocAsync(&memory, std::size_t(bytes > 0 ? bytes : 1), stream), "allocating memory");
+    return {memory, [stream](void* pointer) { cudaFreeAsync(pointer, stream); }};
 }
 
 bool copy_by_gpu(void* to, const void* from, index bytes) {

@@ -17,9 +17,13 @@ Device current_gpu();
 int multiprocessors();
 /// Throws InvalidArgument where a GPU cannot read or write what `name` points to.
 void require_on_gpu(const std::string& name, const void* memory);
+/// Whether a GPU can; false where there is none.
+bool is_on_gpu(const void* memory);
 
 /// Throws OutOfMemory, NoDevice.
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device);
+/// There for what follows in the stream, and given back after what the stream has by then.
+std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream);
 /// False, and nothing is done, where both are in main memory; else it is done when it returns.
 bool copy_by_gpu(void* to, const void* from, index bytes);
 void fill_zeros_on_gpu(void* data, index bytes);

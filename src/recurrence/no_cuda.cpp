@@ -1,8 +1,52 @@
-// A core without CUDA has no kernels for GPUs.
+// A core without CUDA has no kernels for GPUs. What is called nevertheless says that there is no GPU.
+#include "device/cuda.hpp"
+#include "recurrence/dense_chain_kernels.hpp"
 #include "recurrence/device_cells.hpp"
+#include "recurrence/gather.hpp"
 
-namespace deeppcr::cell {
+namespace deeppcr {
 
+namespace cell {
 void register_built_in_cells() {}
+}  // namespace cell
 
-}  // namespace deeppcr::cell
+template <class T>
+void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*) {
+    device::require_gpu();
+}
+
+namespace chain {
+
+template <Backend B, class T>
+void run(const Network<T>&, const Extent&, const T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void linearise(const Network<T>&, const Extent&, const T*, T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void parameter_gradients(const Network<T>&, const Extent&, const T*, const T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void run_backward(const Network<T>&, const Extent&, const T*, const T*, const T*, T*, T*, T*, T*) {
+    device::require_gpu();
+}
+
+}  // namespace chain
+
+#define DEEPPCR_INSTANTIATE(T)                                                                                         \
+    template void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*);                         \
+    template void chain::run<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*);      \
+    template void chain::linearise<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*, \
+                                                     T*);                                                              \
+    template void chain::parameter_gradients<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&,         \
+                                                               const T*, const T*, T*, T*);                            \
+    template void chain::run_backward<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*,      \
+                                                        const T*, const T*, T*, T*, T*, T*)
+DEEPPCR_INSTANTIATE(float);
+DEEPPCR_INSTANTIATE(double);
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace deeppcr

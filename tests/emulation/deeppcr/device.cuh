@@ -23,6 +23,7 @@ void begin_copy(void* shared, const void* global) {
     std::memcpy(shared, global, bytes);
 }
 inline void wait_for_copies() {}
+inline void prefetch(const void*) {}
 
 template <class T>
 Arithmetic<T> widen(T value) {
