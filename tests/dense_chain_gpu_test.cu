@@ -166,6 +166,113 @@ TEST_F(ChainOnGpu, SectionsJoin) {
     EXPECT_TRUE(same_bits(parts.on({}), whole.on({})));
 }
 
+/// The largest max|x_t - f(x_{t-1})| of a trajectory that lies there, relative to what the tolerance allows.
+template <class T>
+double residual(const Problem<T>& problem, const Buffer<T>& trajectory, double tolerance) {
+    const auto& [steps, batch, width] = problem.shape();
+    const Buffer<T> own = trajectory.on({});
+    Buffer<T> before(problem.shape());
+    for (index t = 0; t < steps; ++t)
+        for (index j = 0; j < batch; ++j)
+            std::copy_n(t == 0 ? problem.initial.view().at(0, j) : own.view().at(t - 1, j), width,
+                        before.view().at(t, j));
+    const Buffer<T> there_before = before.on(Device::cuda()), there_after = on_gpu<T>(problem.shape());
+    const std::vector<index> sequences = all(batch);
+    problem.there->step(problem.section(Backend::cuda, sequences), there_before, there_after.view());
+    const Buffer<T> after = there_after.on({});
+    double largest = 0;
+    for (index t = 0; t < steps; ++t)
+        for (index j = 0; j < batch; ++j)
+            for (index k = 0; k < width; ++k) {
+                const double x = own(t, j, k), apart = std::abs(x - double(after(t, j, k)));
+                if (!(apart / (tolerance * (1 + std::abs(x))) <= largest))
+                    largest = apart / (tolerance * (1 + std::abs(x)));
+            }
+    return largest;
+}
+
+constexpr Execution gpu{.backend = Backend::cuda};
+
+// Contractive layers: all chunks meet. Every layout, blocks of several layers, several sequences per block, gaps.
+TEST_F(ChainOnGpu, OverlapFindsTheTrajectory) {
+    struct Case {
+        index steps, batch, width, skip, chunk;
+        Layout layout;
+    };
+    for (const Case& c : {Case{300, 1, 7, 0, 0, Layout::steps_first}, Case{200, 3, 20, 0, 40, Layout::batch_first},
+                          Case{120, 17, 5, 0, 30, Layout::steps_first}, Case{90, 1, 40, 0, 30, Layout::steps_first},
+                          Case{70, 2, 100, 0, 35, Layout::batch_first}, Case{50, 1, 130, 0, 25, Layout::steps_first},
+                          Case{33, 2, 3, 0, 100, Layout::steps_first}}) {
+        const Problem<float> problem(c.steps, c.batch, c.width, Activation::tanh, c.skip, 0.4);
+        SCOPED_TRACE(problem.description());
+        const Buffer<float> trajectory(problem.shape(), c.layout, Device::cuda());
+        constexpr double tolerance = 1e-5;
+        const Report report =
+            evaluate(*problem.there, trajectory.view(),
+                     {.method = Method::overlap, .chunk = c.chunk, .tolerance = tolerance, .execution = gpu});
+        EXPECT_EQ(report.status, Status::converged) << report;
+        EXPECT_EQ(report.sequential_steps, 0);
+        EXPECT_LE(report.relative_residual, 1);
+        EXPECT_NEAR(residual(problem, trajectory, tolerance), report.relative_residual, 0.5);
+        const Buffer<float> expected = evaluate(*problem.here, {.method = Method::sequential}).trajectory;
+        EXPECT_LE(largest_difference<float>(trajectory.on({}), expected), 1e-4);
+    }
+}
+
+// The residual that the report names is the one that f has, exactly; both backends do the same.
+TEST_F(ChainOnGpu, OverlapReportsTheResidual) {
+    const Problem<double> problem(160, 2, 6, Activation::tanh, 0, 0.7);
+    constexpr double tolerance = 1e-3;
+    const Options options{.method = Method::overlap, .chunk = 40, .tolerance = tolerance};
+    Options there = options;
+    there.execution = gpu;
+    const Buffer<double> trajectory = on_gpu<double>(problem.shape());
+    const Report report = evaluate(*problem.there, trajectory.view(), there);
+    EXPECT_EQ(report.status, Status::converged) << report;
+    EXPECT_GT(report.relative_residual, 0);
+    EXPECT_NEAR(residual(problem, trajectory, tolerance), report.relative_residual, 1e-9);
+    const auto [expected, expected_report] = evaluate(*problem.here, options);
+    EXPECT_NEAR(report.residual, expected_report.residual, 1e-12);
+    EXPECT_EQ(report.method, expected_report.method);
+    EXPECT_TRUE(near(trajectory.on({}), expected, 1e-12));
+}
+
+TEST_F(ChainOnGpu, OverlapFinishesOrReportsWhatForgetsNothing) {
+    const Problem<double> problem(200, 3, 5, Activation::identity, 1,
+                                  0.01);  // x + a small change: nothing is forgotten
+    const Buffer<double> expected = evaluate(*problem.here, {.method = Method::sequential}).trajectory;
+    for (const OnFailure on_failure : {OnFailure::finish, OnFailure::report}) {
+        const Buffer<double> trajectory = on_gpu<double>(problem.shape());
+        const Report report = evaluate(
+            *problem.there, trajectory.view(),
+            {.method = Method::overlap, .chunk = 20, .tolerance = 1e-9, .on_failure = on_failure, .execution = gpu});
+        const bool finishes = on_failure == OnFailure::finish;
+        EXPECT_EQ(report.status, finishes ? Status::finished_sequentially : Status::max_iterations);
+        for (index j = 0; j < 3; ++j) {
+            const index confirmed = report.sequences[std::size_t(j)].confirmed;
+            EXPECT_EQ(confirmed, finishes ? 200 : 80);  // the first chunk, and one more for every round of repairs
+            EXPECT_LE(largest_difference<double>(trajectory.on({}).view().sequences(j, j + 1).steps(0, confirmed),
+                                                 expected.view().sequences(j, j + 1).steps(0, confirmed)),
+                      1e-9);
+        }
+    }
+    EXPECT_THROW(evaluate(*problem.there, on_gpu<double>(problem.shape()).view(),
+                          {.method = Method::overlap, .chunk = 20, .on_failure = OnFailure::raise, .execution = gpu}),
+                 NotConverged);
+}
+
+TEST_F(ChainOnGpu, OverlapSaysWhereStatesCeaseToBeFinite) {
+    Problem<float> problem(100, 2, 4, Activation::relu, 0, 0.3);
+    for (index i = 0; i < 4; ++i) problem.biases(37, 0, i) = std::numeric_limits<float>::quiet_NaN();
+    problem.there_biases = problem.biases.on(Device::cuda());
+    problem.there.emplace(problem.there_weights, problem.there_biases, problem.there_initial, problem.options);
+    const Buffer<float> trajectory = on_gpu<float>(problem.shape());
+    const Report report =
+        evaluate(*problem.there, trajectory.view(), {.method = Method::overlap, .chunk = 10, .execution = gpu});
+    EXPECT_EQ(report.status, Status::non_finite);
+    for (const Report::Sequence& sequence : report.sequences) EXPECT_EQ(sequence.confirmed, 37);
+}
+
 TEST_F(ChainOnGpu, ArraysMustLieWhereItRuns) {
     const Problem<float> problem(2, 1, 4, Activation::tanh, 0);
     EXPECT_TRUE(problem.there->runs_on(Backend::cuda));

@@ -44,6 +44,7 @@ public:
                             Jacobian<T> diagonal) const override;
     /// Fused: all layers for a cache-resident group of sequences in one pass over the weights.
     void run(const Section& section, View<const T> state, View<T> trajectory) const override;
+    bool run_chunks(const Section& section, const Chunks<T>& chunks) const override;
 
     /// As `run`, and the slope activation'(z) of every layer, [steps * max(skip,1), batch, width], out: what a
     /// backward pass needs and would otherwise have to compute again.

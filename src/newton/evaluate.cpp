@@ -19,6 +19,7 @@
 #include "newton/fused_gpu.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
+#include "newton/overlap.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/update.hpp"
 #include "reduce/damped.hpp"
@@ -553,16 +554,19 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
     if (trajectory.data() == nullptr && recurrence.shape().count() > 0)
         throw InvalidArgument("trajectory", "memory of shape " + to_string(recurrence.shape()), "a null pointer");
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
-    const bool fused = options.method == Method::overlap || options.method == Method::shooting;
-    if (fused && cell == nullptr)
-        throw InvalidArgument("options.method", "automatic, newton or sequential, as the recurrence is not a cell's",
+    const bool overlap = options.method == Method::overlap && cell == nullptr;
+    if (options.method == Method::shooting && cell == nullptr)
+        throw InvalidArgument("options.method",
+                              "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                               to_string(options.method));
     const bool on_gpu = options.execution.backend == Backend::cuda;
-    if (on_gpu && (cell == nullptr || options.method == Method::newton))
+    if (on_gpu && !overlap && (cell == nullptr || options.method == Method::newton))
         throw InvalidArgument("options.execution.backend", "cpu or reference, but for the fused methods of a cell",
                               "cuda");
     Report report;
-    if (on_gpu) {
+    if (overlap && !trajectory.empty()) {
+        report = evaluate_by_overlap(recurrence, trajectory, options);
+    } else if (on_gpu) {
         if (trajectory.empty())
             report.method = "sequential";
         else
@@ -571,7 +575,7 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
         report = evaluate_fused(*cell, trajectory, options);
     } else {
         Options chosen = options;
-        if (options.method == Method::automatic) chosen.method = Method::newton;
+        if (options.method == Method::automatic || overlap) chosen.method = Method::newton;
         Workspace own;
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();

@@ -1,6 +1,7 @@
 // Never called: without CUDA there is no GPU for the arrays to lie on.
 #include "device/cuda.hpp"
 #include "newton/fused_gpu.hpp"
+#include "newton/overlap.hpp"
 
 namespace deeppcr::newton {
 
@@ -15,7 +16,18 @@ CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, 
     return {};
 }
 
+template <class T>
+void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*) {
+    device::require_gpu();
+}
+template <class T>
+void find_non_finite(View<const T>, unsigned long long*, CUstream_st*) {
+    device::require_gpu();
+}
+
 #define DEEPPCR_INSTANTIATE(T)                                                                              \
+    template void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*);                \
+    template void find_non_finite(View<const T>, unsigned long long*, CUstream_st*);                        \
     template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);              \
     template CellGradients<T> adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
                                              const Options&);

@@ -152,6 +152,13 @@ void DenseChain<T>::run_with_slopes(const Section& section, View<const T> state,
 }
 
 template <class T>
+bool DenseChain<T>::run_chunks(const Section& section, const Chunks<T>& chunks) const {
+    if (!on_gpu_ || section.execution.backend != Backend::cuda) return false;
+    chain::run_chunks_on_gpu(network(), extent_of(section), chunks);
+    return true;
+}
+
+template <class T>
 void DenseChain<T>::parameter_gradients(const Section& section, View<const T> before, View<const T> adjoint,
                                         View<T> weights, View<T> biases) const {
     require_section(section, this->shape());

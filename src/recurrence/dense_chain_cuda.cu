@@ -83,14 +83,21 @@ struct Forward : Layers<T> {
     index steps, length;
     const T* state;
     index state_stride;
-    T *trajectory, *slopes, *inputs;  // each may be null; inputs: what enters each layer
+    T* trajectory;  // as the next two, null where it is not wanted
+    index trajectory_step, trajectory_batch;
+    T *slopes, *inputs;  // inputs: what enters each layer
 
-    __device__ index items(index chunk) const { return std::min(length, steps - chunk * length) * this->phases; }
+    __device__ __forceinline__ index items(index chunk, int, int) const {
+        return std::min(length, steps - chunk * length) * this->phases;
+    }
     __device__ __forceinline__ index layer(index chunk, index item) const {
         return chunk * length * this->phases + item;
     }
     __device__ __forceinline__ index at(index row_of_batch, int sequence, int row) const {
         return (row_of_batch * this->batch + sequence) * this->rows + row;
+    }
+    __device__ __forceinline__ T* state_at(index step, int sequence) const {
+        return trajectory + step * trajectory_step + sequence * trajectory_batch;
     }
     __device__ __forceinline__ const T* matrix(index chunk, index item) const {
         return this->weights + layer(chunk, item) * this->rows * this->columns;
@@ -111,10 +118,46 @@ struct Forward : Layers<T> {
         const bool last = place.phase + 1 == this->phases;
         if (last) {
             if (this->residual) *carry = x[0] = *carry + x[0];
-            if (trajectory != nullptr) trajectory[at(chunk * length + place.group, sequence, row)] = x[0];
+            if (trajectory != nullptr) state_at(chunk * length + place.group, sequence)[row] = x[0];
         }
-        if (inputs != nullptr && place.item + 1 < items(chunk)) inputs[at(layer + 1, sequence, row)] = x[0];
+        if (inputs != nullptr && place.item + 1 < items(chunk, 0, 0)) inputs[at(layer + 1, sequence, row)] = x[0];
         return false;
+    }
+};
+
+/// The same again from other states, until the old trajectory is met (see Chunks).
+template <class T>
+struct Repair : Forward<T> {
+    static constexpr bool stops = true;
+    struct Operands {
+        T bias, old;
+    };
+
+    persistent::Meeting<T> meeting;
+
+    __device__ __forceinline__ index items(index chunk, int first_sequence, int count) const {
+        return meeting.asked(chunk, first_sequence, count, this->batch) ? Forward<T>::items(chunk, 0, 0) : -1;
+    }
+    __device__ __forceinline__ Operands load(index chunk, const Place& place, int sequence, int row) const {
+        Operands operands{Forward<T>::load(chunk, place, sequence, row).bias, T(0)};
+        if (place.phase + 1 == this->phases)
+            operands.old = this->state_at(chunk * this->length + place.group, sequence)[row];
+        return operands;
+    }
+    __device__ __forceinline__ bool finish(index, const Place& place, int, int, const T (&sums)[1],
+                                           const Operands& operands, T* carry, T (&x)[1]) const {
+        T slope;
+        x[0] = activate(this->activation, sums[0] + operands.bias, false, slope);
+        if (place.phase + 1 < this->phases) return false;
+        if (this->residual) *carry = x[0] = *carry + x[0];
+        return !meeting.meets(x[0], operands.old);
+    }
+    __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, int count, const T* x,
+                                           int stride, bool met) const {
+        const bool last = (group + 1) * this->phases == Forward<T>::items(chunk, 0, 0);
+        for (int s = 0; s < count; ++s)
+            meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows, x + s * stride,
+                           this->state_at(chunk * this->length + group, first_sequence + s), met, last);
     }
 };
 
@@ -136,7 +179,9 @@ struct Backward : Layers<T> {
     bool from_initial;
 
     __device__ index last_step(index chunk) const { return by_steps ? chunk : steps - 1; }
-    __device__ index items(index) const { return by_steps ? this->phases - 1 : steps * this->phases; }
+    __device__ __forceinline__ index items(index, int, int) const {
+        return by_steps ? this->phases - 1 : steps * this->phases;
+    }
     __device__ __forceinline__ index layer(index chunk, index item) const {
         return (last_step(chunk) + 1) * this->phases - 1 - item;
     }
@@ -332,6 +377,8 @@ void run_each_step(const Network<T>& network, const Extent& extent, const T* bef
     rule.state = before;
     rule.state_stride = extent.batch * network.width();
     rule.trajectory = after;
+    rule.trajectory_step = extent.batch * network.width();
+    rule.trajectory_batch = network.width();
     rule.slopes = slopes;
     rule.inputs = inputs;
     persistent::launch_advance(rule, extent.steps, extent.stream);
@@ -394,8 +441,29 @@ void run(const Network<T>& network, const Extent& extent, const T* state, T* tra
     rule.length = extent.steps;
     rule.state = state;
     rule.trajectory = trajectory;
+    rule.trajectory_step = extent.batch * network.width();
+    rule.trajectory_batch = network.width();
     rule.slopes = slopes;
     persistent::launch_advance(rule, 1, extent.stream);
+}
+
+template <class T>
+void run_chunks_on_gpu(const Network<T>& network, const Extent& extent, const Chunks<T>& chunks) {
+    if (extent.steps == 0 || extent.batch == 0) return;
+    Repair<T> rule{};
+    static_cast<Forward<T>&>(rule) = forward(network, extent);
+    rule.length = chunks.length;
+    rule.state = chunks.starts.data();
+    rule.state_stride = extent.batch * network.width();
+    rule.trajectory = chunks.trajectory.data();
+    rule.trajectory_step = chunks.trajectory.step_stride();
+    rule.trajectory_batch = chunks.trajectory.batch_stride();
+    rule.meeting = persistent::Meeting<T>(chunks);
+    const index count = (extent.steps + chunks.length - 1) / chunks.length;
+    if (chunks.asked == nullptr)
+        persistent::launch_advance(static_cast<const Forward<T>&>(rule), count, extent.stream);
+    else
+        persistent::launch_advance(rule, count, extent.stream);
 }
 
 template <Backend B, class T>
@@ -440,6 +508,7 @@ void run_backward(const Network<T>& network, const Extent& extent, const T* befo
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                         \
+    template void run_chunks_on_gpu(const Network<T>&, const Extent&, const Chunks<T>&);                               \
     template void run<Backend::cuda, T>(const Network<T>&, const Extent&, const T*, T*, T*);                           \
     template void linearise<Backend::cuda, T>(const Network<T>&, const Extent&, const T*, T*, T*, T*);                 \
     template void parameter_gradients<Backend::cuda, T>(const Network<T>&, const Extent&, const T*, const T*, T*, T*); \

@@ -38,6 +38,10 @@ struct Extent {
 template <Backend B, class T>
 void run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes);
 
+/// Recurrence::run_chunks on a GPU.
+template <class T>
+void run_chunks_on_gpu(const Network<T>& network, const Extent& extent, const Chunks<T>& chunks);
+
 /// after = f(before); with the Jacobians [steps,batch,width,width], or their diagonals [steps,batch,width], where not
 /// null.
 template <Backend B, class T>

@@ -21,6 +21,10 @@ template <Backend B, class T>
 void run(const Network<T>&, const Extent&, const T*, T*, T*) {
     device::require_gpu();
 }
+template <class T>
+void run_chunks_on_gpu(const Network<T>&, const Extent&, const Chunks<T>&) {
+    device::require_gpu();
+}
 template <Backend B, class T>
 void linearise(const Network<T>&, const Extent&, const T*, T*, T*, T*) {
     device::require_gpu();
@@ -39,6 +43,7 @@ void run_backward(const Network<T>&, const Extent&, const T*, const T*, const T*
 #define DEEPPCR_INSTANTIATE(T)                                                                                         \
     template void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*);                         \
     template void chain::run<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*);      \
+    template void chain::run_chunks_on_gpu(const chain::Network<T>&, const chain::Extent&, const Chunks<T>&);          \
     template void chain::linearise<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*, \
                                                      T*);                                                              \
     template void chain::parameter_gradients<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&,         \

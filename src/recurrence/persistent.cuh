@@ -29,11 +29,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <utility>
 
 #include <deeppcr/launch.cuh>
+#include <deeppcr/recurrence.hpp>
 
 #include "device/cuda.hpp"
 
@@ -59,7 +61,7 @@ void with_layout(index rows, index columns, const Body& body) {
     if (columns <= 32) return body(Layout<8, sets, 8 / sets, true>());
     if (columns <= 64) return body(Layout<16, sets, 32 / sets, true>());
     if (columns <= 128 && rows <= 16 * sets) return body(Layout<32, sets, 16, true>());
-    return body(Layout<32, sets, 16, false>());
+    return body(Layout<32, sets / 2, 16, false>());
 }
 
 template <class T>
@@ -99,7 +101,7 @@ __device__ __forceinline__ void load_up_to_four(const T* from, int left, bool al
 ///                        carries      numbers of a row that stay with it from step to step
 ///   static constexpr bool constant    whether all steps share their matrices
 ///                         stops       whether a chunk may end before its last step
-///   items(chunk)                      its number of steps
+///   items(chunk, first_sequence, count)             its number of steps for these sequences; -1: not even `start`
 ///   matrix(chunk, item)
 ///   Operands load(chunk, place, sequence, row)      what else the row's new numbers need
 ///   start(chunk, sequence, row, carry, x)           x and carries before the first step
@@ -209,6 +211,65 @@ struct Place {
 /// Bytes of matrices ahead of those being multiplied that are called into the second-level cache, and steps at most.
 constexpr int bytes_ahead = 1 << 18, steps_ahead = 8;
 
+/// How rules with `stops` compare with what was there before.
+template <class T>
+struct Meeting {
+    const unsigned char* chunks_asked = nullptr;
+    unsigned char* changed = nullptr;
+    double absolute = 0, relative = 0;
+    typename Chunks<T>::Mismatch* mismatches = nullptr;
+    unsigned long long* repeated = nullptr;
+
+    Meeting() = default;
+    explicit Meeting(const Chunks<T>& chunks)
+        : chunks_asked(chunks.asked),
+          changed(chunks.changed),
+          absolute(chunks.absolute_tolerance),
+          relative(chunks.relative_tolerance),
+          mismatches(chunks.mismatches),
+          repeated(chunks.repeated) {}
+
+    /// Whether a chunk of any of these sequences is; the others then find the states that they had.
+    __device__ __forceinline__ bool asked(index chunk, int first_sequence, int count, int batch) const {
+        bool any = false;
+        for (int s = 0; s < count; ++s) any = any || chunks_asked[chunk * batch + first_sequence + s] != 0;
+        return any;
+    }
+    __device__ __forceinline__ double allowed(T old) const { return absolute + relative * fabs(double(old)); }
+    __device__ __forceinline__ bool meets(T now, T old) const {  // not where either is NaN, or infinite
+        return fabs(double(now) - double(old)) <= allowed(old);
+    }
+    /// Of one sequence, by all threads: notes how far its states are apart where they met, else puts the new one in the
+    /// old one's place.
+    __device__ void settle(index chunk, index step, int sequence, int batch, int width, const T* now, T* old, bool met,
+                           bool last) const {
+        double residual = 0, fraction = 0;
+        for (int i = int(threadIdx.x); i < width; i += int(blockDim.x)) {
+            if (met) {
+                const double apart = fabs(double(now[i]) - double(old[i]));
+                residual = fmax(residual, apart);
+                if (apart > 0) fraction = fmax(fraction, apart / allowed(old[i]));
+            } else {
+                old[i] = now[i];
+            }
+        }
+        if (residual > 0) {
+            atomicMax(&mismatches[sequence].residual, bits_of(residual));
+            atomicMax(&mismatches[sequence].relative_residual, bits_of(fraction));
+        }
+        if (threadIdx.x != 0) return;
+        if (met || last) atomicMax(repeated, (unsigned long long)(step + 1));
+        if (!met && last) changed[chunk * batch + sequence] = 1;
+    }
+
+private:
+    __device__ static unsigned long long bits_of(double value) {
+        unsigned long long bits;
+        memcpy(&bits, &value, sizeof bits);
+        return bits;
+    }
+};
+
 /// Shared memory of a block, in numbers: x twice, and what the rows carry.
 template <class Rule, class L, int together>
 index shared_numbers(const Rule& rule) {
@@ -225,10 +286,12 @@ __global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Ru
     const int chunks = L::whole ? 1 : (rule.columns + L::columns - 1) / L::columns;
     const int blocks = L::whole ? 1 : (rule.rows + L::rows - 1) / L::rows;
     const int stride = chunks * L::columns, groups = (rule.batch + together - 1) / together;
-    const index chunk = index(blockIdx.x) / groups, items = rule.items(chunk);
+    const index chunk = index(blockIdx.x) / groups;
     const int first_sequence = int(index(blockIdx.x) % groups) * together;
+    const index items = rule.items(chunk, first_sequence, std::min(together, rule.batch - first_sequence));
     const index bytes = index(Rule::matrices) * rule.rows * rule.columns * index(sizeof(T));
     const int steps_before = ::max(1, ::min(steps_ahead, int(bytes_ahead / bytes)));
+    if (items < 0) return;
     const Here<L> here(int(threadIdx.x) / 32);
     T* const x = cuda::shared_memory<T>();
     T* const carry = x + 2 * together * stride;
