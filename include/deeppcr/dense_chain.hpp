@@ -17,8 +17,9 @@ enum class Activation { identity, tanh, relu, sigmoid, gelu };  ///< gelu is the
 ///   skip s >= 1:        x_t = x_{t-1} + layer_{ts}( ... layer_{ts-s+1}(x_{t-1})), one step per residual block of s
 ///                       layers; the number of layers must be a multiple of s
 /// where layer(x) = activation(W x + b). The Jacobian is dense.
-/// Weights, biases and initial state are views: they must outlive the chain. The weights are packed once, at
-/// construction; a chain is immutable after that.
+/// Weights, biases and initial state are views: they must outlive the chain. All lie in main memory, where the weights
+/// are packed once, at construction, or all on the current GPU, where they are used as they are and the chain runs with
+/// Backend::cuda; a chain is immutable. On a GPU the callbacks enqueue their work in section.execution.stream.
 template <class T>
 class DenseChain : public Recurrence<T> {
 public:
@@ -33,6 +34,8 @@ public:
 
     index layers() const { return weights_.steps(); }
     const Options& options() const { return options_; }
+    /// Where the weights lie.
+    bool runs_on(Backend backend) const override { return (backend == Backend::cuda) == on_gpu_; }
 
     void initial(const Section& section, View<T> state) const override;
     void step(const Section& section, View<const T> before, View<T> after) const override;
@@ -41,6 +44,7 @@ public:
                             Jacobian<T> diagonal) const override;
     /// Fused: all layers for a cache-resident group of sequences in one pass over the weights.
     void run(const Section& section, View<const T> state, View<T> trajectory) const override;
+    bool run_chunks(const Section& section, const Chunks<T>& chunks) const override;
 
     /// As `run`, and the slope activation'(z) of every layer, [steps * max(skip,1), batch, width], out: what a
     /// backward pass needs and would otherwise have to compute again.
@@ -65,6 +69,7 @@ private:
 
     View<const T> weights_, biases_, initial_;
     Options options_;
+    bool on_gpu_;
     Buffer<T> packed_;  // biases and transposed weights, layer after layer, in the order in which kernels read them
 };
 

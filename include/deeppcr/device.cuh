@@ -77,6 +77,11 @@ __device__ __forceinline__ void wait_for_copies_but() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
+/// Calls the line of 128 bytes there into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 /// From what is stored to what is computed with, and back, rounded to the nearest.
 template <class T>
 __device__ __forceinline__ T widen(T value) {

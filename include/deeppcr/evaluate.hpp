@@ -23,8 +23,9 @@ enum class Method {
     automatic,
     newton,      ///< all steps of a window at once: linearise, solve the bidiagonal system, repeat
     sequential,  ///< Recurrence::run, step after step
-    /// Cells only. Chunks side by side from guessed states; each is repaired from the end of the one before it until it
-    /// meets its old states, within the tolerance. No Jacobian: for contractive recurrences.
+    /// Chunks side by side from guessed states; each is repaired from the end of the one before it until it meets its
+    /// old states, within the tolerance. No Jacobian: for contractive recurrences. On a GPU of cells, DenseChain and
+    /// DenseCell, and of recurrences with `run_chunks`.
     overlap,
     /// Cells only. Multiple shooting: Newton's method for the states between chunks, each chunk carrying the product of
     /// its Jacobians; then as overlap.

@@ -22,6 +22,28 @@ struct Section {
     index batch() const { return index(sequences.size()); }
 };
 
+/// Chunks of a section's steps, side by side (Method::overlap). All arrays lie where the backend works.
+template <class T>
+struct Chunks {
+    index length = 0;      ///< steps of a chunk; the last may have fewer
+    View<const T> starts;  ///< [chunks,batch,width], in: the state before each chunk
+    View<T> trajectory;    ///< [steps,batch,width], any strides, out; of a repair also in
+
+    /// A repair: null for a first run. [chunks,batch], in: the chunks of each sequence that run again, until a new
+    /// state differs from the one that is there by at most absolute + relative * |old| in every number. That one stays,
+    /// and the chunk ends; states before it are replaced.
+    const unsigned char* asked = nullptr;
+    unsigned char* changed = nullptr;  ///< [chunks,batch], out: 1 where a chunk came to its end, else not written
+    double absolute_tolerance = 0, relative_tolerance = 0;
+
+    /// What chunks that met their old states found, kept as bits: of numbers >= 0 the larger has the larger ones.
+    struct Mismatch {
+        unsigned long long residual = 0, relative_residual = 0;  ///< of a double; relative: to what is allowed
+    };
+    Mismatch* mismatches = nullptr;          ///< [batch], in and out, the largest of each sequence
+    unsigned long long* repeated = nullptr;  ///< in and out: the most steps that a chunk repeated
+};
+
 /// A recurrence x_t = f_t(x_{t-1}), t = 1..T, over `batch` independent sequences of width numbers.
 /// All callbacks are const and deterministic, and are called once per pass for a whole section, not per step.
 /// On a GPU (section.execution.backend is cuda; see runs_on) all arrays lie in its memory, and a callback enqueues its
@@ -62,6 +84,10 @@ public:
     /// bit for bit, as repeated `step`. Unless overridden it calls `step` once per step; a fused kernel here is the
     /// baseline that every parallel method is measured against. trajectory: contiguous [steps,batch,width].
     virtual void run(const Section& section, View<const T> state, View<T> trajectory) const;
+
+    /// Runs all chunks from their starts, for Method::overlap on a GPU: whether it knows how to. Unless overridden it
+    /// does not. (On processors `run` serves.)
+    virtual bool run_chunks(const Section& section, const Chunks<T>& chunks) const;
 
 protected:
     Recurrence(const Recurrence&) = default;

@@ -161,6 +161,18 @@ void require_on_gpu(const std::string& name, const void* memory) {
                               "memory of GPU " + std::to_string(attributes.device));
 }
 
+bool is_on_gpu(const void* memory) {
+    if (memory == nullptr || !cuda_problem().empty()) return false;
+    cudaPointerAttributes attributes{};
+    const cudaError_t error = cudaPointerGetAttributes(&attributes, memory);
+    if (error == cudaErrorInvalidValue) {  // what CUDA does not know
+        cudaGetLastError();
+        return false;
+    }
+    check(error, "asking where memory is");
+    return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
     if (const std::string problem = cuda_problem(); !problem.empty())
         throw NoDevice("there is no GPU to use: " + problem);

@@ -17,6 +17,8 @@ Device current_gpu();
 int multiprocessors();
 /// Throws InvalidArgument where the current GPU's kernels cannot read or write what `name` points to.
 void require_on_gpu(const std::string& name, const void* memory);
+/// Whether a GPU can; false where there is none.
+bool is_on_gpu(const void* memory);
 
 /// Throws OutOfMemory, NoDevice.
 std::shared_ptr<void> allocate_on_gpu(index bytes, Device device);

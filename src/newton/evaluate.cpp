@@ -20,6 +20,7 @@
 #include "newton/lyapunov.hpp"
 #include "newton/newton_gpu.hpp"
 #include "newton/options.hpp"
+#include "newton/overlap.hpp"
 #include "newton/review.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/update.hpp"
@@ -526,17 +527,20 @@ template <class T>
 Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
     check_arguments<T>(recurrence, trajectory, options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
-    const bool fused = options.method == Method::overlap || options.method == Method::shooting;
-    if (fused && cell == nullptr)
-        throw InvalidArgument("options.method", "automatic, newton or sequential, as the recurrence is not a cell's",
+    const bool overlap = options.method == Method::overlap && cell == nullptr;
+    if (options.method == Method::shooting && cell == nullptr)
+        throw InvalidArgument("options.method",
+                              "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                               to_string(options.method));
     const bool on_gpu = options.execution.backend == Backend::cuda;
     Options chosen = options;
-    if (options.method == Method::automatic) chosen.method = Method::newton;
+    if (options.method == Method::automatic || overlap) chosen.method = Method::newton;
     Report report;
     if (on_gpu && trajectory.empty()) {
         report.method = describe(chosen);
         report.sequences.resize(std::size_t(recurrence.shape().batch));
+    } else if (overlap && !trajectory.empty()) {
+        report = evaluate_by_overlap(recurrence, trajectory, options);
     } else if (cell != nullptr && options.method != Method::newton) {
         report = on_gpu ? evaluate_on_gpu(*cell, trajectory, options) : evaluate_fused(*cell, trajectory, options);
     } else if (on_gpu) {

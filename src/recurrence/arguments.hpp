@@ -1,9 +1,13 @@
 // What the built-in recurrences check of the arrays and sections that they are given.
 #pragma once
 
+#include <initializer_list>
 #include <string>
+#include <utility>
 
 #include <deeppcr/recurrence.hpp>
+
+#include "device/cuda.hpp"
 
 namespace deeppcr {
 
@@ -50,6 +54,30 @@ void on_backend(const Section& section, const Body& body) {
         body.template operator()<Backend::reference>();
     else
         body.template operator()<Backend::cpu>();
+}
+
+/// The same for recurrences that a GPU knows too, whose parameters lie in its memory or not.
+template <class Body>
+void on_backend(const Section& section, bool on_gpu, const Body& body) {
+    if ((section.execution.backend == Backend::cuda) != on_gpu)
+        throw InvalidArgument(
+            "section.execution.backend",
+            on_gpu ? "cuda, as the parameters lie on a GPU" : "cpu or reference, as the parameters lie in main memory",
+            on_gpu ? "another" : "cuda");
+    if (on_gpu)
+        body.template operator()<Backend::cuda>();
+    else
+        on_backend(section, body);
+}
+
+/// All on a GPU, or none. Throws InvalidArgument.
+template <class T>
+bool all_on_gpu(std::initializer_list<std::pair<const char*, View<const T>>> arrays) {
+    bool any = false;
+    for (const auto& [name, view] : arrays) any = any || (!view.empty() && device::is_on_gpu(view.data()));
+    for (const auto& [name, view] : arrays)
+        if (any && !view.empty()) device::require_on_gpu(name, view.data());
+    return any;
 }
 
 }  // namespace deeppcr

@@ -7,6 +7,7 @@
 #include "device/threads.hpp"
 #include "recurrence/arguments.hpp"
 #include "recurrence/dense_chain_kernels.hpp"
+#include "recurrence/gather.hpp"
 
 namespace deeppcr {
 namespace {
@@ -30,7 +31,8 @@ void require_parameters(const View<T>& weights, const View<T>& biases, index lay
 }
 
 chain::Extent extent_of(const Section& section) {
-    return {section.first, section.steps(), section.batch(), device::thread_count(section.execution)};
+    return {section.first, section.steps(), section.batch(), device::thread_count(section.execution),
+            section.execution.stream};
 }
 
 template <class T>
@@ -71,6 +73,11 @@ DenseChain<T>::DenseChain(View<const T> weights, View<const T> biases, View<cons
     require_shape("initial", initial, {1, shape.batch, shape.width});
     if (options.activation < Activation::identity || options.activation > Activation::gelu)
         throw InvalidArgument("options.activation", "one of Activation", std::to_string(int(options.activation)));
+    on_gpu_ = all_on_gpu<T>({{"weights", weights}, {"biases", biases}, {"initial", initial}});
+    if (on_gpu_) {
+        require_parameters(weights, biases, weights.steps(), shape.width);
+        return;
+    }
     packed_ = pack(weights_, biases_);
 }
 
@@ -83,8 +90,7 @@ template <class T>
 void DenseChain<T>::initial(const Section& section, View<T> state) const {
     require_section(section, this->shape());
     require_shape("state", state, {1, section.batch(), this->shape().width});
-    for (index j = 0; j < section.batch(); ++j)
-        std::copy_n(initial_.at(0, section.sequences[std::size_t(j)]), this->shape().width, state.at(0, j));
+    gather(initial_, section.sequences, state, on_gpu_, section.execution.stream);
 }
 
 template <class T>
@@ -93,7 +99,7 @@ void DenseChain<T>::step(const Section& section, View<const T> before, View<T> a
     const Shape states{section.steps(), section.batch(), this->shape().width};
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
     });
 }
@@ -105,7 +111,7 @@ void DenseChain<T>::linearise(const Section& section, View<const T> before, View
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
     require_contiguous_blocks("jacobian", jacobian, states, states.width);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
     });
 }
@@ -118,7 +124,7 @@ void DenseChain<T>::linearise_diagonal(const Section& section, View<const T> bef
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
     require_contiguous_blocks("diagonal", diagonal, states, 1);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
     });
 }
@@ -138,15 +144,18 @@ void DenseChain<T>::run_with_slopes(const Section& section, View<const T> state,
     require_contiguous("trajectory", trajectory, states);
     if (slopes.data() != nullptr)
         require_contiguous("slopes", slopes, {states.steps * network().depth(), states.batch, states.width});
-    Buffer<T> copy;
-    if (!state.contiguous()) {
-        copy = Buffer<T>::uninitialised(first_state);
-        for (index j = 0; j < states.batch; ++j) std::copy_n(state.at(0, j), states.width, copy.view().at(0, j));
-        state = copy.view();
-    }
-    on_backend(section, [&]<Backend B> {
+    const ContiguousState<T> copy(state, on_gpu_, section.execution.stream);
+    state = copy.view();
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::run<B, T>(network(), extent_of(section), state.data(), trajectory.data(), slopes.data());
     });
+}
+
+template <class T>
+bool DenseChain<T>::run_chunks(const Section& section, const Chunks<T>& chunks) const {
+    if (!on_gpu_ || section.execution.backend != Backend::cuda) return false;
+    chain::run_chunks_on_gpu(network(), extent_of(section), chunks);
+    return true;
 }
 
 template <class T>
@@ -157,7 +166,7 @@ void DenseChain<T>::parameter_gradients(const Section& section, View<const T> be
     require_contiguous("before", before, states);
     require_contiguous("adjoint", adjoint, states);
     require_parameters(weights, biases, states.steps * network().depth(), states.width);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::parameter_gradients<B, T>(network(), extent_of(section), before.data(), adjoint.data(), weights.data(),
                                          biases.data());
     });
@@ -176,7 +185,7 @@ void DenseChain<T>::run_backward(const Section& section, View<const T> before, V
     require_parameters(weights, biases, layers, states.width);
     if (adjoint.data() != nullptr) require_contiguous("adjoint", adjoint, states);
     require_contiguous("initial", initial, {1, states.batch, states.width});
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         chain::run_backward<B, T>(network(), extent_of(section), before.data(), slopes.data(), output_gradient.data(),
                                   weights.data(), biases.data(), adjoint.data(), initial.data());
     });

@@ -14,7 +14,7 @@ template <class T>
 struct Network {
     View<const T> weights;  ///< [layers, out, in]
     View<const T> biases;   ///< [layers, 1, width]
-    const T* panels;        ///< [layers, layer_elements(width)]
+    const T* panels;        ///< [layers, layer_elements(width)]; null where the weights lie on a GPU
     Activation activation;
     index skip;
 
@@ -31,11 +31,16 @@ struct Network {
 struct Extent {
     index first, steps, batch;
     int threads;
+    CUstream_st* stream;  // cuda
 };
 
 /// trajectory[i] = f(trajectory[i-1]) from state [1,batch,width] on; slopes (per layer) or null.
 template <Backend B, class T>
 void run(const Network<T>& network, const Extent& extent, const T* state, T* trajectory, T* slopes);
+
+/// Recurrence::run_chunks on a GPU.
+template <class T>
+void run_chunks_on_gpu(const Network<T>& network, const Extent& extent, const Chunks<T>& chunks);
 
 /// after = f(before); with the Jacobians [steps,batch,width,width], or their diagonals [steps,batch,width], where not
 /// null.

@@ -1,7 +1,9 @@
-// A core without CUDA has no kernels for GPUs, and nothing that could lie on one.
+// A core without CUDA has no kernels for GPUs. What is called nevertheless says that there is no GPU.
 #include "device/cuda.hpp"
+#include "recurrence/dense_chain_kernels.hpp"
 #include "recurrence/device_cells.hpp"
 #include "recurrence/diagonal_gpu.hpp"
+#include "recurrence/gather.hpp"
 
 namespace deeppcr {
 
@@ -37,4 +39,49 @@ DEEPPCR_INSTANTIATE(float16)
 #undef DEEPPCR_INSTANTIATE
 
 }  // namespace cell
+
+template <class T>
+void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*) {
+    device::require_gpu();
+}
+
+namespace chain {
+
+template <Backend B, class T>
+void run(const Network<T>&, const Extent&, const T*, T*, T*) {
+    device::require_gpu();
+}
+template <class T>
+void run_chunks_on_gpu(const Network<T>&, const Extent&, const Chunks<T>&) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void linearise(const Network<T>&, const Extent&, const T*, T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void parameter_gradients(const Network<T>&, const Extent&, const T*, const T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void run_backward(const Network<T>&, const Extent&, const T*, const T*, const T*, T*, T*, T*, T*) {
+    device::require_gpu();
+}
+
+}  // namespace chain
+
+#define DEEPPCR_INSTANTIATE(T)                                                                                         \
+    template void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*);                         \
+    template void chain::run<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*);      \
+    template void chain::run_chunks_on_gpu(const chain::Network<T>&, const chain::Extent&, const Chunks<T>&);          \
+    template void chain::linearise<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*, \
+                                                     T*);                                                              \
+    template void chain::parameter_gradients<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&,         \
+                                                               const T*, const T*, T*, T*);                            \
+    template void chain::run_backward<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*,      \
+                                                        const T*, const T*, T*, T*, T*, T*)
+DEEPPCR_INSTANTIATE(float);
+DEEPPCR_INSTANTIATE(double);
+#undef DEEPPCR_INSTANTIATE
+
 }  // namespace deeppcr

@@ -67,6 +67,11 @@ void Recurrence<T>::run(const Section& section, View<const T> state, View<T> tra
     }
 }
 
+template <class T>
+bool Recurrence<T>::run_chunks(const Section&, const Chunks<T>&) const {
+    return false;
+}
+
 template class Recurrence<float>;
 template class Recurrence<double>;
 template class Recurrence<bfloat16>;

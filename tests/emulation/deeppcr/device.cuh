@@ -47,6 +47,7 @@ template <int groups>
 void wait_for_copies_but() {
     emulation::wait_for_copies(groups);
 }
+inline void prefetch(const void*) {}
 
 template <class T>
 Arithmetic<T> widen(T value) {
