@@ -3,14 +3,16 @@
 #
 #   benchmarks/gpu.sh build
 #       where nvcc and this project's packages are: builds the programs in build/gpu, for GPUS (default 90-real)
-#   benchmarks/gpu.sh run [part ...] [--out FOLDER] [--nn LIBRARY] [--pararnn CHECKOUT] [--profile]
-#       where the GPU is, with build/gpu carried there: it needs a driver, for some parts what is named here. Parts:
+#   benchmarks/gpu.sh run [part ...] [--out FOLDER] [--pararnn CHECKOUT] [--profile]
+#       where the GPU is, with this tree and build/gpu carried there: it needs a driver, for some parts what is named
+#       here. Parts:
 #           tests      the tests of kernels
 #           sanitizer  a share of them under compute-sanitizer: memcheck, racecheck, synccheck
 #           measure    what is to be known first: copy, functions of the hardware, CUB's scan, the sequential cell
 #           solves, cells, map, chains     see benchmarks/gpu/*.cu; chains wants cuBLAS, of a toolkit or of PyTorch
-#           torch      against PyTorch, Triton and JAX, where python3 has them; with --nn through libdeeppcr_nn.so;
-#                      with --pararnn against a checkout of apple/ml-pararnn, which is built in a copy
+#           nn         nn/ built there against python3's PyTorch 2 (with nvcc, CMake and ninja), tested, measured
+#           torch      against PyTorch, Triton and JAX, where python3 has them, through nn/ where that is built; with
+#                      --pararnn against a checkout of apple/ml-pararnn, which is built in a copy
 #           all        every one of them (the default)
 #       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of the library's kernels.
 #
@@ -27,14 +29,14 @@ build() {
     local tree=build/gpu-tree
     cmake -S . -B "$tree" -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release -DDEEPPCR_BUILD_NN=OFF \
         -DDEEPPCR_BUILD_CLI=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF -DDEEPPCR_BUILD_TESTS=ON \
-        -DCMAKE_CUDA_ARCHITECTURES="${GPUS:-90-real}"
+        -DBUILD_SHARED_LIBS=ON -DCMAKE_CUDA_ARCHITECTURES="${GPUS:-90-real}"
     cmake --build "$tree" --parallel "${JOBS:-$(nproc)}" --target gpu_programs
     rm -rf "$programs"
     mkdir -p "$programs"
     find "$tree/benchmarks/gpu" -maxdepth 1 -type f \( -name 'gpu_*' -o -name '*.so' \) -exec cp {} "$programs" \;
+    ldd "$programs/gpu_benchmark" | awk '/libhwy|libcudart|libdeeppcr/ { print $3 }' |
+        xargs cp --dereference --target-directory="$programs"
     strip "$programs"/*
-    # Highway is the one library that has no static form in Debian.
-    cp --dereference "$(ldd "$programs/gpu_benchmark" | awk '/libhwy.so.1/ { print $3 }')" "$programs/"
     local megabytes
     megabytes="$(du -sm "$programs" | cut -f1)"
     echo "built: $megabytes MiB in $programs"
@@ -57,6 +59,7 @@ attempt() {
         status=$?
         case "$status" in
         0) outcome=passed ;;
+        77) outcome=skipped status=0 ;;
         124 | 137) outcome="stopped after $limit s" ;;
         *) outcome="exit code $status" ;;
         esac
@@ -122,9 +125,26 @@ cells() {
 map() { benchmark map; }
 chains() { benchmark chains; }
 
+nn_library="build/gpu-nn/libdeeppcr_nn.so"
+nn() {
+    local script version
+    version="$(python3 -c 'import torch; print(torch.__version__)' 2>/dev/null)" || {
+        note nn "python3 has no torch here" 1 0
+        return
+    }
+    attempt nn-configure 100 sh -c "cmake -S benchmarks/gpu/nn -B '$(dirname "$nn_library")' -G Ninja \
+        -DDEEPPCR_CARRIED='$(realpath "$programs")' \
+        -DTorch_DIR=\"\$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch\""
+    attempt nn-build 250 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
+    for script in nn_torch_library_test nn_gpu_test; do
+        attempt "$script" 100 python3 "tests/$script.py" "$nn_library" "$version"
+    done
+    attempt nn_benchmark 150 python3 benchmarks/gpu/nn_benchmark.py "$nn_library" --json "$output/gpu-nn.json"
+}
+
 torch() {
     local more=()
-    [ -z "$nn" ] || more+=(--nn "$nn")
+    [ ! -f "$nn_library" ] || more+=(--nn "$nn_library")
     if [ -n "$pararnn" ]; then
         local copy
         copy="$(mktemp -d)"
@@ -172,17 +192,17 @@ report() {
 
 run() {
     set -uo pipefail # not -e: what fails is noted, and the next command runs
-    local all=(tests sanitizer measure solves cells map chains torch) parts=() part
+    local all=(tests sanitizer measure solves cells map chains nn torch) parts=() part
     arguments="$*"
-    output="benchmarks/results/$(date +%Y-%m-%d)" nn="" pararnn="" profile=""
+    output="benchmarks/results/$(date +%Y-%m-%d)" pararnn="" profile=""
     failed=() outcomes=() commands=()
     while [ $# -gt 0 ]; do
         case "$1" in
         all) parts+=("${all[@]}") ;;
         --profile) profile=yes ;;
-        --out | --nn | --pararnn)
-            [ $# -ge 2 ] || usage "$1 names a place"
-            case "$1" in --out) output="$2" ;; --nn) nn="$2" ;; --pararnn) pararnn="$2" ;; esac
+        --out | --pararnn)
+            [ $# -ge 2 ] || usage "$1 names a folder"
+            if [ "$1" = --out ]; then output="$2"; else pararnn="$2"; fi
             shift
             ;;
         *)

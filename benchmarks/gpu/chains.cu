@@ -26,8 +26,9 @@ struct Network {
 
     /// Throws NotRun where the library has no chains on a GPU.
     DenseChain<float> on_gpu() const {
-        if (!here.runs_on(Backend::cuda)) throw NotRun("DenseChain does not run on a GPU yet");
-        return {weights, biases, initial, {Activation::tanh, skip}};
+        DenseChain<float> chain(weights, biases, initial, {Activation::tanh, skip});
+        if (!chain.runs_on(Backend::cuda)) throw NotRun("DenseChain does not run on a GPU yet");
+        return chain;
     }
     /// Of the processor.
     Buffer<float> expected() const { return evaluate(here, {.method = Method::sequential}).trajectory.on(there); }
@@ -112,9 +113,7 @@ std::string shape_of(index layers, index batch, index width) {
     return "L = " + text(layers) + ", B = " + text(batch) + ", D = " + text(width);
 }
 void note_time_of_a_layer(Row& row, index layers) {
-    char value[50];
-    std::snprintf(value, sizeof value, "%.3f µs per layer", row.ours->median * 1e6 / double(layers));
-    row.value = value;
+    row.value = rounded(row.ours->median * 1e6 / double(layers)) + " µs per layer";
 }
 
 /// The two sequential baselines by themselves.

@@ -77,10 +77,7 @@ void measure_function(Results& results) {
                               results.tiny())[0];
         const double rate = double(Function::numbers) * side_by_side * count * blocks * threads / row.ours->median;
         row.details = {{"latency_cycles", latency}, {"numbers_per_second", rate}};
-        char value[100];
-        std::snprintf(value, sizeof value, "%.1f cycles one after the other, %.3g numbers per second in all", latency,
-                      rate);
-        row.value = value;
+        row.value = rounded(latency) + " cycles one after the other, " + rounded(rate) + " numbers per second in all";
     });
 }
 
@@ -126,9 +123,7 @@ void measure_sequential_cell(Results& results) {
                         });
                         race(row, ours, copy_name, Copy(row.bytes).timed(), results.tiny());
                         row.details["ns_per_step"] = row.ours->median * 1e9 / double(steps);
-                        char value[50];
-                        std::snprintf(value, sizeof value, "%.1f ns per step", row.ours->median * 1e9 / double(steps));
-                        row.value = value;
+                        row.value = rounded(row.ours->median * 1e9 / double(steps)) + " ns per step";
                     });
     }
 }

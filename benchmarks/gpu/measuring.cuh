@@ -172,15 +172,6 @@ inline void race(Row& row, const Timed& ours, const std::string& baseline_name, 
     row.baseline_name = baseline_name;
 }
 
-inline std::string text(index number) {
-    std::string digits = std::to_string(number);
-    for (std::size_t i = digits.size(); i > 3; i -= 3) digits.insert(i - 3, ",");
-    return digits;
-}
-inline std::string text(const Shape& shape) {
-    return "[" + text(shape.steps) + ", " + text(shape.batch) + ", " + text(shape.width) + "]";
-}
-
 // The parts of the program.
 void measure_ceilings(Results& results);
 void measure_first(Results& results);

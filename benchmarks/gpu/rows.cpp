@@ -41,6 +41,21 @@ const std::vector<Target> targets{
     {"resnet", "training step of a residual network of 1,024 layers", "CUDA graph of cuBLAS calls", 7},
 };
 
+std::string text(index count) {
+    std::string digits = std::to_string(count);
+    for (std::size_t i = digits.size(); i > 3; i -= 3) digits.insert(i - 3, ",");
+    return digits;
+}
+std::string text(const Shape& shape) {
+    return "[" + text(shape.steps) + ", " + text(shape.batch) + ", " + text(shape.width) + "]";
+}
+std::string rounded(double value, int digits) {
+    std::ostringstream text;
+    text.precision(digits);
+    text << value;
+    return text.str();
+}
+
 Timing summarise(std::vector<double> seconds) {
     std::sort(seconds.begin(), seconds.end());
     const std::size_t count = seconds.size();
@@ -85,20 +100,14 @@ Json to_json(const Row& row, const Ceilings& ceilings) {
     return result;
 }
 
-std::string number(double value, int digits = 3) {
-    std::ostringstream text;
-    text.precision(digits);
-    text << value;
-    return text.str();
-}
 std::string duration(const Json& seconds) {
     const double median = seconds["median"].get<double>();
     const double spread =
         (seconds["upper_quartile"].get<double>() - seconds["lower_quartile"].get<double>()) / 2 / median;
-    const std::string text = median >= 1      ? number(median) + " s"
-                             : median >= 1e-3 ? number(median * 1e3) + " ms"
-                                              : number(median * 1e6) + " µs";
-    return text + " ± " + number(spread * 100, 2) + "%";
+    const std::string text = median >= 1      ? rounded(median) + " s"
+                             : median >= 1e-3 ? rounded(median * 1e3) + " ms"
+                                              : rounded(median * 1e6) + " µs";
+    return text + " ± " + rounded(spread * 100, 2) + "%";
 }
 
 std::string text_of(const Json& row, const char* key) { return row.value(key, std::string()); }
@@ -106,7 +115,7 @@ std::string text_of(const Json& row, const char* key) { return row.value(key, st
 std::string line(const Json& row, const Target& target, bool tiny) {
     const std::string begin =
         "| " + text_of(row, "what") + " | " + text_of(row, "shape") + " | " + text_of(row, "type") + " | ";
-    const std::string aim = number(target.ratio) + "x | ";
+    const std::string aim = rounded(target.ratio) + "x | ";
     for (const char* missing : {"not_run", "failed"})
         if (row.contains(missing))
             return begin + "| " + target.baseline + " | | " + aim +
@@ -115,10 +124,10 @@ std::string line(const Json& row, const Target& target, bool tiny) {
                          row.value("baseline", std::string(target.baseline));
     if (row.contains("baseline_seconds")) result += ", " + duration(row["baseline_seconds"]);
     const bool has_ratio = row.contains("ratio");
-    result += " | " + (has_ratio ? number(row["ratio"].get<double>()) + "x" : "") + " | " + aim;
+    result += " | " + (has_ratio ? rounded(row["ratio"].get<double>()) + "x" : "") + " | " + aim;
     result += !has_ratio ? "not run" : tiny ? "tiny sizes" : row["ratio"].get<double>() >= target.ratio ? "yes" : "no";
     return result + " | " +
-           (row.contains("share_of_roofline") ? number(row["share_of_roofline"].get<double>(), 2) : "") + " |\n";
+           (row.contains("share_of_roofline") ? rounded(row["share_of_roofline"].get<double>(), 2) : "") + " |\n";
 }
 
 }  // namespace
@@ -148,7 +157,8 @@ void Results::add(Row row, const std::function<void(Row&)>& measure) {
     if (!row.failed.empty()) std::cout << "FAILED: " << row.failed;
     if (!row.not_run.empty()) std::cout << "not run: " << row.not_run;
     if (last.contains("seconds")) std::cout << duration(last["seconds"]) << ' ';
-    if (last.contains("ratio")) std::cout << number(last["ratio"].get<double>()) << "x of " << row.baseline_name << ' ';
+    if (last.contains("ratio"))
+        std::cout << rounded(last["ratio"].get<double>()) << "x of " << row.baseline_name << ' ';
     std::cout << row.value << std::endl;
     write();
 }
@@ -181,8 +191,8 @@ std::string table(const std::vector<Json>& parts) {
                     any = true;
                 }
         if (!any)
-            result += std::string("| ") + target.what + " | | | | " + target.baseline + " | | " + number(target.ratio) +
-                      "x | not run | |\n";
+            result += std::string("| ") + target.what + " | | | | " + target.baseline + " | | " +
+                      rounded(target.ratio) + "x | not run | |\n";
     }
     result += "\n| measured beside | shape | type | seconds | result |\n| --- | --- | --- | --- | --- |\n";
     for (const Json& part : parts)
@@ -191,7 +201,7 @@ std::string table(const std::vector<Json>& parts) {
             std::string value = text_of(row, "value");
             if (row.contains("ratio")) {
                 if (!value.empty()) value += ", ";
-                value += number(row["ratio"].get<double>()) + "x of " + text_of(row, "baseline");
+                value += rounded(row["ratio"].get<double>()) + "x of " + text_of(row, "baseline");
             }
             if (row.contains("not_run")) value = "not run: " + text_of(row, "not_run");
             if (row.contains("failed")) value = "failed: " + text_of(row, "failed");
@@ -206,10 +216,10 @@ std::string table(const std::vector<Json>& parts) {
         for (const Json& point : part["map"]) {
             result += "| " + std::to_string(point["steps"].get<long long>()) + " | " +
                       std::to_string(point["channels"].get<long long>()) + " | " +
-                      number(point["sequential_ns_per_number"].get<double>());
+                      rounded(point["sequential_ns_per_number"].get<double>());
             for (const char* method : {"overlap", "shooting", "automatic"})
-                result += " | " + number(point[method].get<double>()) + "x";
-            result += " | " + number(point["of_the_fastest"].get<double>()) + " | " + text_of(point, "did") + " |\n";
+                result += " | " + rounded(point[method].get<double>()) + "x";
+            result += " | " + rounded(point["of_the_fastest"].get<double>()) + " | " + text_of(point, "did") + " |\n";
         }
     }
     return result;

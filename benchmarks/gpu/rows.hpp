@@ -9,9 +9,18 @@
 #include <string>
 #include <vector>
 
+#include <deeppcr/array.hpp>
+
 namespace deeppcr::benchmark {
 
 using Json = nlohmann::ordered_json;
+
+/// "16,384"
+std::string text(index count);
+/// "[16,384, 1, 256]"
+std::string text(const Shape& shape);
+/// Three digits of it, or as many as asked for.
+std::string rounded(double value, int digits = 3);
 
 /// A ratio that is aimed at: seconds of the baseline over ours, where nothing else is said.
 struct Target {

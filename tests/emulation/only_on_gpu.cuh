@@ -1,4 +1,5 @@
-// What benchmarks/gpu/only_on_gpu.cuh has, for the emulation: everything happens at once, on this processor.
+// What benchmarks/gpu/only_on_gpu.cuh has, for the emulation: on this processor, once what is enqueued before has
+// happened.
 #pragma once
 
 #include <chrono>
@@ -11,10 +12,18 @@
 
 namespace deeppcr::benchmark {
 
+inline void wait_for(cudaStream_t stream) { cuda::check(cudaStreamSynchronize(stream), "waiting"); }
+
 class Stopwatch {
 public:
-    void begin() { begin_ = std::chrono::steady_clock::now(); }
-    double end() { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+    void begin() {
+        wait_for(nullptr);
+        begin_ = std::chrono::steady_clock::now();
+    }
+    double end() {
+        wait_for(nullptr);
+        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
+    }
 
 private:
     std::chrono::steady_clock::time_point begin_;
@@ -32,9 +41,10 @@ private:
 /// Plain loops.
 class Blas {
 public:
-    void use(cudaStream_t) {}
+    void use(cudaStream_t stream) { stream_ = stream; }
     void gemm(bool transpose_a, bool transpose_b, int m, int n, int k, float alpha, const float* a, int lda,
               const float* b, int ldb, float beta, float* c, int ldc) {
+        wait_for(stream_);
         for (int j = 0; j < n; ++j)
             for (int i = 0; i < m; ++i) {
                 float sum = 0;
@@ -56,11 +66,15 @@ public:
         gemm(transpose, false, transpose ? n : m, 1, transpose ? m : n, alpha, a, lda, x, transpose ? m : n, beta, y,
              transpose ? n : m);
     }
+
+private:
+    cudaStream_t stream_ = nullptr;
 };
 
 template <class T, class Operation>
 void inclusive_scan(void* memory, std::size_t& bytes, const T* from, T* to, Operation operation, index count) {
     bytes = 1;
+    wait_for(nullptr);
     for (index i = 0; memory != nullptr && i < count; ++i) to[i] = i == 0 ? from[i] : operation(to[i - 1], from[i]);
 }
 
