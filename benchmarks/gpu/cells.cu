@@ -13,7 +13,7 @@ template <class T>
 struct Problem {
     explicit Problem(const Shape& shape)
         : inputs(uniform<T>({shape.steps, shape.batch, shape.width * 3}, -1.7, 1.7, 3)),
-          parameters(uniform<T>({3, 1, shape.width}, -0.8, 0.8, 4)),
+          parameters(uniform<Arithmetic<T>>({3, 1, shape.width}, -0.8, 0.8, 4)),
           trajectory(Buffer<T>::uninitialised(shape, Layout::steps_first, there)),
           recurrence(inputs, parameters) {}
 
@@ -50,20 +50,22 @@ struct Problem {
         Buffer<T> first_inputs({some, batch, width * 3}), first_states({some, batch, width});
         detail::copy(first_inputs.data(), inputs.data(), first_inputs.size() * index(sizeof(T)));
         detail::copy(first_states.data(), trajectory.data(), first_states.size() * index(sizeof(T)));
-        const Buffer<T> here = parameters.on(Device::host());
+        const Buffer<Arithmetic<T>> p = parameters.on(Device::host());
         const auto widened = [](const Buffer<T>& numbers) {
             Buffer<float> result(numbers.shape());
             for (index i = 0; i < numbers.size(); ++i) result.data()[i] = float(numbers.data()[i]);
             return result;
         };
-        const Buffer<float> u = widened(first_inputs), p = widened(here), found = widened(first_states);
+        const Buffer<float> u = widened(first_inputs), found = widened(first_states);
         const auto expected = evaluate(CellRecurrence<ParaGRU, float>(u, p), {.method = Method::sequential}).trajectory;
         verify(row, "difference from the processor's", difference(found.on(there), expected.on(there)),
                is_stored_in_16_bits<T> ? 0.05 : 1e-3);
         return trajectory.clone();
     }
 
-    Buffer<T> inputs, parameters, trajectory;
+    Buffer<T> inputs;
+    Buffer<Arithmetic<T>> parameters;
+    Buffer<T> trajectory;
     CellRecurrence<ParaGRU, T> recurrence;
     Workspace workspace{there};
 };

@@ -158,7 +158,7 @@ def measure_lstm(device, ours, row):
     inputs = device.normal(steps, batch, width, dtype=dtype, seed=2)
     weights = device.normal(3 * width, width, dtype=dtype, seed=3, scale=width**-0.5)
     biases = device.normal(3 * width, dtype=dtype, seed=4)
-    parameters = device.normal(3, width, dtype=dtype, seed=5, scale=0.5)
+    parameters = device.normal(3, width, dtype=dtype, seed=5, scale=0.5).float()  # ours are float for bf16 too
 
     def layer():
         return ours.para_gru(torch.nn.functional.linear(inputs, weights, biases), parameters)
@@ -183,8 +183,8 @@ def measure_pararnn(device, ours, checkout, dtype, steps, batch, width, row):
         raise NotRun(f"there is no built extension in {checkout}")
     torch.ops.load_library(built[0])
     gates = device.normal(steps, batch, 3 * width, dtype=dtype, seed=6)
-    parameters = device.normal(3, width, dtype=dtype, seed=7, scale=0.5)
-    theirs_a = parameters.t().contiguous()
+    parameters = device.normal(3, width, dtype=dtype, seed=7, scale=0.5).float()  # the same numbers, ours in float
+    theirs_a = parameters.t().to(dtype).contiguous()
     theirs_b = gates.view(steps, batch, 3, width).permute(1, 3, 0, 2).contiguous()
 
     def theirs():

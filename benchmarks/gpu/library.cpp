@@ -7,6 +7,8 @@
 #include <deeppcr/cells.hpp>
 #include <deeppcr/evaluate.hpp>
 
+#include "bfloat16.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -32,7 +34,7 @@ template <class T>
 void run(const void* inputs, const void* parameters, void* states, const Shape& shape, const Options& options) {
     const CellRecurrence<ParaGRU, T> recurrence(
         View<const T>(static_cast<const T*>(inputs), {shape.steps, shape.batch, 3 * shape.width}),
-        View<const T>(static_cast<const T*>(parameters), {3, 1, shape.width}));
+        View<const Arithmetic<T>>(static_cast<const Arithmetic<T>*>(parameters), {3, 1, shape.width}));
     const Report report = evaluate(recurrence, View<T>(static_cast<T*>(states), shape), options);
     if (!report.ok()) throw Error("the evaluation ended as " + to_string(report.status));
 }
@@ -43,7 +45,8 @@ void run(const void* inputs, const void* parameters, void* states, const Shape& 
 #define DEEPPCR_FOR_C extern "C" __attribute__((visibility("default")))
 
 /// ParaGRU from x_0 = 0. inputs [steps,batch,3*width] (gates z, r, h), parameters [3,width], in; states
-/// [steps,batch,width], out. bits of a number: 64 double, 32 float. tolerance: as in Options.
+/// [steps,batch,width], out. bits of a number: 64 double, 32 float, 16 bfloat16, whose parameters are float. tolerance:
+/// as in Options.
 DEEPPCR_FOR_C int deeppcr_para_gru(const void* inputs, const void* parameters, void* states, long long steps,
                                    long long batch, long long width, int bits, int sequential, double tolerance) {
     using namespace deeppcr;
@@ -54,14 +57,11 @@ DEEPPCR_FOR_C int deeppcr_para_gru(const void* inputs, const void* parameters, v
                               .execution = {.backend = Backend::cuda},
                               .workspace = &workspace()};
         const Shape shape{steps, batch, width};
-        switch (bits) {
-            case 64:
-                return run<double>(inputs, parameters, states, shape, options);
-            case 32:
-                return run<float>(inputs, parameters, states, shape, options);
-            default:
-                throw InvalidArgument("bits", "64 or 32", std::to_string(bits));
-        }
+        if (bits == 64) return run<double>(inputs, parameters, states, shape, options);
+        if (bits == 32) return run<float>(inputs, parameters, states, shape, options);
+        if constexpr (benchmark::bfloat16_runs_on_gpu)
+            if (bits == 16) return run<bfloat16>(inputs, parameters, states, shape, options);
+        throw InvalidArgument("bits", "64, 32 or 16", std::to_string(bits));
     });
 }
 

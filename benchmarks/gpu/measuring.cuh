@@ -10,11 +10,10 @@
 #include <deeppcr/launch.cuh>
 #include <only_on_gpu.cuh>
 
+#include "bfloat16.hpp"
 #include "rows.hpp"
 
 namespace deeppcr::benchmark {
-
-constexpr bool bfloat16_runs_on_gpu = false;  // whether `solve` and cells are there for it
 
 constexpr Device there = Device::cuda();
 constexpr Execution on_the_gpu{.backend = Backend::cuda};
