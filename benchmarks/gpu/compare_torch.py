@@ -16,7 +16,8 @@ import time
 try:
     import torch
 except ImportError:
-    sys.exit("compare_torch.py: this Python has no torch")
+    print("skipped: this Python has no torch")
+    sys.exit(77)
 try:
     import triton
     import triton.language as tl
@@ -300,11 +301,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", help="libdeeppcr_gpu.so")
     parser.add_argument("--nn", help="libdeeppcr_nn.so for this torch: ParaGRU then runs as torch.ops.deeppcr.para_gru")
+    parser.add_argument("--built-with", help="the torch that it is for: with another one nothing runs (exit code 77)")
     parser.add_argument("--pararnn", help="a checkout of ParaRNN with its extension built in place")
     parser.add_argument("--json", help="the file to write")
     parser.add_argument("--tiny", action="store_true", help="sizes that show that all works, and nothing else")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
+    if options.built_with and torch.__version__.split(".")[:2] != options.built_with.split(".")[:2]:
+        print(f"skipped: torch {torch.__version__}, built with {options.built_with}")
+        return 77
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("compare_torch.py: torch sees no GPU here")
     if not (options.library or options.nn):
