@@ -16,8 +16,9 @@
 #           all        every one of them (the default)
 #       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of the library's kernels.
 #
-# Results go to FOLDER, by default benchmarks/results/<date>/: gpu.md has everything in tables, gpu-*.json and gpu-*.log
-# what it comes from. What fails is named there and at the end, the rest still runs, and the exit code is 1.
+# Results go to FOLDER, by default benchmarks/results/<date>/: gpu.md has everything in tables, that of earlier runs into
+# this folder too, gpu-*.json and gpu-*.log what it comes from. What fails is named there and at the end, the rest still
+# runs, and the exit code is 1.
 cd "$(dirname "$0")/.." || exit 1
 programs="${DEEPPCR_GPU_PROGRAMS:-build/gpu}"
 most_megabytes=60
@@ -34,7 +35,7 @@ build() {
     rm -rf "$programs"
     mkdir -p "$programs"
     find "$tree/benchmarks/gpu" -maxdepth 1 -type f \( -name 'gpu_*' -o -name '*.so' \) -exec cp {} "$programs" \;
-    ldd "$programs/gpu_benchmark" | awk '/libhwy|libcudart|libdeeppcr/ { print $3 }' |
+    ldd "$tree/benchmarks/gpu/gpu_benchmark" | awk '/libhwy|libcudart|libdeeppcr/ { print $3 }' |
         xargs cp --dereference --target-directory="$programs"
     strip "$programs"/*
     local megabytes
@@ -71,8 +72,7 @@ attempt() {
 # note NAME OUTCOME STATUS SECONDS
 note() {
     echo "-- $1: $2"
-    outcomes+=("| $1 | $2 | $4 |")
-    commands+=("{\"name\": \"$1\", \"outcome\": \"$2\", \"exit_code\": $3, \"seconds\": $4}")
+    echo "| $1 | $2 | $4 |" >>"$output/gpu-commands.md"
     [ "$3" -eq 0 ] || failed+=("$1: $2")
 }
 
@@ -177,16 +177,10 @@ report() {
         echo "Command: \`benchmarks/gpu.sh run $arguments\`. Version: $(git describe --always --dirty 2>/dev/null)."
         echo
         printf '| command | outcome | seconds |\n| --- | --- | --- |\n'
-        printf '%s\n' "${outcomes[@]}"
+        cat "$output/gpu-commands.md"
         echo
         if [ ${#json[@]} -gt 0 ]; then "$programs/gpu_benchmark" table "${json[@]}"; fi
     } >"$file" || failed+=("report: $file could not be written")
-    local separator='[' command
-    for command in "${commands[@]}"; do
-        printf '%s%s\n' "$separator" "$command"
-        separator=','
-    done >"$output/gpu-commands.json"
-    echo ']' >>"$output/gpu-commands.json"
     echo "gpu.sh: $file"
 }
 
@@ -195,7 +189,7 @@ run() {
     local all=(tests sanitizer measure solves cells map chains nn torch) parts=() part
     arguments="$*"
     output="benchmarks/results/$(date +%Y-%m-%d)" pararnn="" profile=""
-    failed=() outcomes=() commands=()
+    failed=()
     while [ $# -gt 0 ]; do
         case "$1" in
         all) parts+=("${all[@]}") ;;

@@ -65,6 +65,8 @@ expect_not "the table" '| yes |' "$here/out/gpu.md"
 expect_not "the table" '| no |' "$here/out/gpu.md"
 expect "the table" "| ParaGRU forward | | | | Apple's fused kernel | | 6x | not run | |" "$here/out/gpu.md"
 
+expect "earlier runs" '| gpu_second_test | exit code 3 |' "$here/out/gpu.md"
+
 # A benchmark that fails half-way leaves what it has; one that hangs is stopped.
 stand_in "$here/programs/gpu_benchmark" "case \$1 in
 solves) '$benchmark' \"\$@\" --tiny; exit 1 ;;
