@@ -102,9 +102,10 @@ class Library:
         self.library.deeppcr_para_gru.argtypes = [pointer] * 3 + [count] * 3 + [ctypes.c_int] * 2 + [ctypes.c_double]
         self.library.deeppcr_solve_diagonal.argtypes = [pointer] * 3 + [count] * 2
 
-    def check(self, failed):
-        if failed:
-            raise NotRun(self.library.deeppcr_problem().decode())
+    def check(self, outcome):
+        if outcome != 0:
+            problem = self.library.deeppcr_problem().decode()
+            raise NotRun(problem) if outcome == 2 else RuntimeError(problem)
 
     def para_gru(self, gates, parameters, sequential=False, tolerance=0.0):
         steps, batch, width = gates.shape[0], gates.shape[1], gates.shape[2] // 3

@@ -19,6 +19,9 @@ int attempt(const Body& body) {
     try {
         body();
         return 0;
+    } catch (const InvalidArgument& error) {
+        problem = error.what();
+        return 2;
     } catch (const std::exception& error) {
         problem = error.what();
         return 1;
