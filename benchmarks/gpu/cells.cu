@@ -1,0 +1,212 @@
+// ParaGRU by every method: against the copy of its inputs and outputs, against its own fused sequential kernel, and
+// what `automatic` makes of it. Weights and inputs leave it contractive, as the layers of a trained network mostly are.
+#include <deeppcr/cells.hpp>
+
+#include "measuring.cuh"
+
+namespace deeppcr::benchmark {
+namespace {
+
+constexpr double tolerance = 1e-5, tolerance_in_16_bits = 4e-3;
+
+template <class T>
+struct Problem {
+    explicit Problem(const Shape& shape)
+        : inputs(uniform<T>({shape.steps, shape.batch, shape.width * 3}, -1.7, 1.7, 3)),
+          parameters(uniform<Arithmetic<T>>({3, 1, shape.width}, -0.8, 0.8, 4)),
+          trajectory(Buffer<T>::uninitialised(shape, Layout::steps_first, there)),
+          recurrence(inputs, parameters) {}
+
+    /// sweeps: of Newton's method at most, by shooting; 0: as many as it takes.
+    Report run(Method method, index sweeps = 0) {
+        return evaluate(recurrence, trajectory.view(),
+                        {.method = method,
+                         .tolerance = is_stored_in_16_bits<T> ? tolerance_in_16_bits : tolerance,
+                         .max_iterations = sweeps,
+                         .estimates = Estimates::none,
+                         .execution = on_the_gpu,
+                         .workspace = &workspace});
+    }
+    Timed timed(Method method, index sweeps = 0) {
+        return on_gpu([this, method, sweeps] { run(method, sweeps); });
+    }
+    double bytes() const { return double(inputs.size() + trajectory.size()) * double(sizeof(T)); }
+
+    /// Runs it and compares it with the sequential trajectory, all of it; notes what it did.
+    void verify_method(Row& row, Method method, const Buffer<T>& expected, index sweeps = 0) {
+        Report report;
+        for (int call = 0; call < 3; ++call) report = run(method, sweeps);  // learns how many chunks are best
+        if (!report.ok()) throw Error("it ended as " + to_string(report.status));
+        row.details["did"] = report.method;
+        row.details["iterations"] = report.iterations;
+        verify(row, "difference from sequential", difference(trajectory, expected),
+               is_stored_in_16_bits<T> ? 0.05 : 1e-3);
+    }
+    /// The sequential trajectory; its beginning is compared with the processor's.
+    Buffer<T> sequential(Row& row) {
+        if (!run(Method::sequential).ok()) throw Error("the sequential trajectory is not finite");
+        const auto [steps, batch, width] = trajectory.shape();
+        const index some = std::min<index>(steps, std::max<index>(1, (index(1) << 18) / (batch * width)));
+        Buffer<T> first_inputs({some, batch, width * 3}), first_states({some, batch, width});
+        detail::copy(first_inputs.data(), inputs.data(), first_inputs.size() * index(sizeof(T)));
+        detail::copy(first_states.data(), trajectory.data(), first_states.size() * index(sizeof(T)));
+        const Buffer<Arithmetic<T>> p = parameters.on(Device::host());
+        const auto widened = [](const Buffer<T>& numbers) {
+            Buffer<float> result(numbers.shape());
+            for (index i = 0; i < numbers.size(); ++i) result.data()[i] = float(numbers.data()[i]);
+            return result;
+        };
+        const Buffer<float> u = widened(first_inputs), found = widened(first_states);
+        const auto expected = evaluate(CellRecurrence<ParaGRU, float>(u, p), {.method = Method::sequential}).trajectory;
+        verify(row, "difference from the processor's", difference(found.on(there), expected.on(there)),
+               is_stored_in_16_bits<T> ? 0.05 : 1e-3);
+        return trajectory.clone();
+    }
+
+    Buffer<T> inputs;
+    Buffer<Arithmetic<T>> parameters;
+    Buffer<T> trajectory;
+    CellRecurrence<ParaGRU, T> recurrence;
+    Workspace workspace{there};
+};
+
+template <class T>
+std::string with_type(const std::string& target) {
+    return is_stored_in_16_bits<T> ? target + "-bf16" : target;
+}
+
+/// By shooting: one sweep of Newton's method for the starts of chunks, and the one that writes the states.
+template <class T>
+void measure_forward(Results& results, const Shape& shape, Method method, const std::string& target) {
+    const index sweeps = method == Method::shooting ? 1 : 0;
+    results.add({.target = with_type<T>(target),
+                 .what = "ParaGRU forward, " + to_string(method) + (sweeps > 0 ? ", two sweeps" : ""),
+                 .shape = text(shape),
+                 .type = type_name<T>},
+                [&](Row& row) {
+                    Problem<T> problem(shape);
+                    const Buffer<T> expected = problem.sequential(row);
+                    problem.verify_method(row, method, expected, sweeps);
+                    row.bytes = problem.bytes();
+                    race(row, problem.timed(method, sweeps), "copy of inputs + outputs", Copy(row.bytes).timed(),
+                         results.tiny());
+                });
+}
+
+/// The seconds of the pass alone, as its Report has them: the gradients' memory is allocated before it.
+template <class T>
+void measure_backward(Results& results, const Shape& shape) {
+    results.add(
+        {.target = "gru-backward", .what = "ParaGRU backward", .shape = text(shape), .type = type_name<T>},
+        [&](Row& row) {
+            Problem<T> problem(shape);
+            const Report report = problem.run(Method::sequential);
+            const Buffer<T> gradient = uniform<T>(shape, -1, 1, 5);
+            const auto backward = [&](Method method) {
+                return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient,
+                                  {.method = method, .execution = on_the_gpu, .workspace = &problem.workspace});
+            };
+            {
+                const CellGradients<T> expected = backward(Method::sequential), found = backward(Method::automatic);
+                const double limit = is_stored_in_16_bits<T> ? 0.05 : 1e-3;
+                verify(row, "difference of the inputs' gradients", difference(found.inputs, expected.inputs), limit);
+                verify(row, "difference of the parameters' gradients",
+                       difference(found.parameters, expected.parameters), limit);
+                row.details["did"] = found.report.method;
+            }
+            row.bytes = problem.bytes() + double(problem.inputs.size() + gradient.size()) * double(sizeof(T));
+            race(
+                row, [&] { return backward(Method::automatic).report.seconds; }, "copy of its arrays",
+                Copy(row.bytes).timed(), results.tiny());
+        });
+}
+
+template <class T>
+void measure_against_sequential(Results& results, index steps, index channels) {
+    const Shape shape{steps, 1, channels};
+    const std::string target = channels <= 256 ? "gru-256" : channels <= 1024 ? "gru-1024" : "";
+    results.add({.target = target, .what = "ParaGRU forward, automatic", .shape = text(shape), .type = type_name<T>},
+                [&](Row& row) {
+                    Problem<T> problem(shape);
+                    const Buffer<T> expected = problem.sequential(row);
+                    problem.verify_method(row, Method::automatic, expected);
+                    row.bytes = problem.bytes();
+                    race(row, problem.timed(Method::automatic), "own fused sequential kernel",
+                         problem.timed(Method::sequential), results.tiny());
+                });
+}
+
+template <class T>
+void measure_cells_of(Results& results) {
+    const index mi = index(1) << 20;
+    const std::vector<Shape> large = results.tiny()
+                                         ? std::vector<Shape>{{160, 2, 5}, {300, 1, 1}}
+                                         : std::vector<Shape>{{4096, 32, 1024}, {16384, 8, 1024}, {mi, 1, 128}};
+    for (const Shape& shape : large) {
+        measure_forward<T>(results, shape, Method::overlap, "gru-overlap");
+        measure_forward<T>(results, shape, Method::shooting, "gru-shooting");
+        measure_backward<T>(results, shape);
+    }
+    const std::vector<std::pair<index, index>> narrow =
+        results.tiny() ? std::vector<std::pair<index, index>>{{200, 3}}
+                       : std::vector<std::pair<index, index>>{{16384, 1024}, {16384, 256}, {131072, 1024},
+                                                              {131072, 256}, {mi, 32},     {4 * mi, 1}};
+    for (const auto& [steps, channels] : narrow) measure_against_sequential<T>(results, steps, channels);
+}
+
+}  // namespace
+
+void measure_cells(Results& results) {
+    measure_cells_of<float>(results);
+    if constexpr (bfloat16_runs_on_gpu) measure_cells_of<bfloat16>(results);
+}
+
+void measure_map(Results& results) {
+    const std::vector<Method> methods{Method::sequential, Method::overlap, Method::shooting, Method::automatic};
+    const index longest = results.tiny() ? 256 : index(1) << 20, widest = results.tiny() ? 4 : 65536,
+                most = results.tiny() ? 1024 : index(1) << 26;
+    Json map = Json::array();
+    double worst = 1;
+    std::string where;
+    results.add({.target = "automatic",
+                 .what = "ParaGRU forward, automatic",
+                 .type = "float",
+                 .baseline_name = "the fastest method at each point"},
+                [&](Row& row) {
+                    index points = 0, below = 0;
+                    for (index steps = 64; steps <= longest; steps *= 4)
+                        for (index channels = 1; channels <= widest && steps * channels <= most; channels *= 4) {
+                            Problem<float> problem({steps, 1, channels});
+                            Row of_point;
+                            const Buffer<float> expected = problem.sequential(of_point);
+                            std::vector<Timed> bodies;
+                            for (const Method method : methods) {
+                                problem.verify_method(of_point, method, expected);
+                                bodies.push_back(problem.timed(method));
+                            }
+                            const std::string did = of_point.details["did"].get<std::string>();
+                            const std::vector<Timing> timings = take_turns(bodies, results.tiny());
+                            const double sequential = timings[0].median, automatic = timings[3].median;
+                            const double fastest = std::min({sequential, timings[1].median, timings[2].median});
+                            map.push_back({{"steps", steps},
+                                           {"channels", channels},
+                                           {"sequential_ns_per_number", sequential * 1e9 / double(steps * channels)},
+                                           {"overlap", sequential / timings[1].median},
+                                           {"shooting", sequential / timings[2].median},
+                                           {"automatic", sequential / automatic},
+                                           {"of_the_fastest", fastest / automatic},
+                                           {"did", did}});
+                            results.note("map", map);
+                            ++points;
+                            if (fastest / automatic < 0.98) ++below;
+                            if (fastest / automatic < worst || where.empty()) {
+                                worst = fastest / automatic;
+                                where = text({steps, 1, channels});
+                            }
+                        }
+                    row.ratio = worst;
+                    row.shape = "worst of " + text(points) + " points: " + where + "; " + text(below) + " below 0.98";
+                });
+}
+
+}  // namespace deeppcr::benchmark
