@@ -1,7 +1,7 @@
 """torch.ops.deeppcr.* on a GPU: against processors, in streams of its own, under autocast, on packed sequences.
 
 Called with the path of libdeeppcr_nn.so and the version of the LibTorch that it was linked with; exits with 77 (ctest:
-skipped) where this Python has no torch, another one, or no GPU. It is what `benchmarks/gpu/nn.sh tests` runs.
+skipped) where this Python has no torch, another one, or no GPU. It is what `benchmarks/gpu.sh run nn` runs.
 """
 import gc
 import sys

@@ -132,7 +132,8 @@ void* Workspace::take_bytes(index bytes) {
 }
 
 std::shared_ptr<void> Workspace::allocate(index bytes) const {
-    return in_stream_ ? device::allocate_in_stream(bytes, stream_) : detail::allocate(bytes, device_);
+    if (in_stream_ && MemorySource::find(device_) == nullptr) return device::allocate_in_stream(bytes, stream_);
+    return detail::allocate(bytes, device_);
 }
 
 index Workspace::used_bytes() const { return used_; }
