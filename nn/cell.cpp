@@ -3,7 +3,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -60,7 +59,7 @@ struct Forward : torch::CustomClassHolder {
     Tensor gates, parameters, initial;  // detached: the recurrence's views point into them
     CellOptions options;
     std::unique_ptr<ChannelwiseRecurrence<T>> recurrence;
-    Buffer<T> boundaries;  // where the states are recomputed
+    Tensor boundaries;  // where the states are recomputed
     Report report;
 };
 
@@ -72,14 +71,22 @@ CellGradientTensors gradients_of(const Forward<T>& pass, const Tensor& states, c
     const bool reversed = pass.options.reversed;
     const Tensor rows = with_contiguous_rows(output_gradient);
     const View<const T> outputs = view_of<T>(rows, reversed);
-    auto gradients = pass.options.recompute > 0
-                         ? adjoint_from_boundaries(*pass.recurrence, pass.options.recompute, pass.boundaries,
-                                                   pass.report, outputs, evaluation)
-                         : adjoint(*pass.recurrence, view_of<T>(states, reversed), pass.report, outputs, evaluation);
-    const Tensor inputs = adopt(gradients.inputs, pass.gates.sizes(), pass.gates.options());
-    return {reversed ? inputs.flip(0) : inputs,
-            adopt(gradients.parameters, pass.parameters.sizes(), pass.parameters.options()),
-            adopt(gradients.initial, pass.initial.sizes(), pass.initial.options())};
+    if (pass.options.recompute > 0) {
+        auto found = adjoint_from_boundaries(*pass.recurrence, pass.options.recompute, view<const T>(pass.boundaries),
+                                             pass.report, outputs, evaluation);
+        const Tensor inputs = adopt(found.inputs, pass.gates.sizes(), pass.gates.options());
+        return {reversed ? inputs.flip(0) : inputs,
+                adopt(found.parameters, pass.parameters.sizes(), pass.parameters.options()),
+                adopt(found.initial, pass.initial.sizes(), pass.initial.options())};
+    }
+    const auto like = [](const Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
+    CellGradientTensors result{like(pass.gates), like(pass.parameters), like(pass.initial)};
+    const View<T> inputs = view<T>(result.gates);
+    adjoint(*pass.recurrence, view_of<T>(states, reversed), pass.report, outputs,
+            {reversed ? inputs.reversed() : inputs, view<Arithmetic<T>>(result.parameters.unsqueeze(1)),
+             view<T>(result.initial)},
+            evaluation);
+    return result;
 }
 
 template <class T>
@@ -91,19 +98,22 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
         const Options evaluation = here.options(pass->options.evaluation);
         const Shape shape = pass->recurrence->shape();
         Tensor states = at::empty({shape.steps, shape.batch, shape.width}, pass->gates.options());
-        const View<T> all = view<T>(states), whole = options.reversed ? all.reversed() : all;
         if (const index segment = options.recompute; segment > 0) {
             pass->boundaries =
-                Buffer<T>::uninitialised({(shape.steps + segment - 1) / segment, shape.batch, shape.width});
+                at::empty({(shape.steps + segment - 1) / segment, shape.batch, shape.width}, pass->gates.options());
             pass->report = evaluate_boundaries<T>(
-                *pass->recurrence, segment, pass->boundaries, evaluation, [&](index first, View<const T> rows) {
-                    for (index i = 0; i < rows.steps(); ++i)
-                        for (index j = 0; j < rows.batch(); ++j)
-                            std::copy_n(rows.at(i, j), rows.width(), whole.at(first + i, j));
+                *pass->recurrence, segment, view<T>(pass->boundaries), evaluation,
+                [&](index first, View<const T> rows) {
+                    const index steps = rows.steps(), from = options.reversed ? shape.steps - first - steps : first;
+                    const Tensor segment_states = at::from_blob(
+                        const_cast<T*>(rows.data()), {steps, shape.batch, shape.width}, pass->gates.options());
+                    states.narrow(0, from, steps)
+                        .copy_(options.reversed ? segment_states.flip(0) : segment_states, /*non_blocking=*/true);
                 });
             context->save_for_backward({gates, parameters, initial});
         } else {
-            pass->report = evaluate(*pass->recurrence, whole, evaluation);
+            const View<T> all = view<T>(states);
+            pass->report = evaluate(*pass->recurrence, options.reversed ? all.reversed() : all, evaluation);
             context->save_for_backward({gates, parameters, initial, states});
         }
         if (report != nullptr) *report = pass->report;
@@ -134,6 +144,21 @@ CellGradientTensors gradients(CellKind kind, const Tensor& gates, const Tensor& 
     return gradients_of(pass, with_contiguous_rows(states), output_gradient);
 }
 
+/// body(T()) for the type in which the core stores such numbers.
+template <class Body>
+auto with_storage(at::ScalarType type, const Body& body) {
+    switch (type) {
+        case at::kDouble:
+            return body(double());
+        case at::kBFloat16:
+            return body(bfloat16());
+        case at::kHalf:
+            return body(float16());
+        default:
+            return body(float());
+    }
+}
+
 }  // namespace
 
 CellSizes sizes_of(CellKind kind) {
@@ -160,30 +185,29 @@ Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const 
                               "float, double, bfloat16 or float16 [steps,batch," + std::to_string(sizes.inputs) +
                                   " * channels] on the CPU or a GPU",
                               describe(gates));
-    if (options.recompute > 0 && gates.is_cuda())
-        throw InvalidArgument("recompute", "0 for tensors on a GPU", std::to_string(options.recompute));
     const auto type = gates.scalar_type();
-    if (is_16_bit(type))
+    if (must_be_widened(gates))
         return cell(kind, gates.to(at::kFloat), widen("parameters", parameters, type), widen("initial", initial, type),
                     options, report)
             .to(type);
     const index channels = gates.size(2) / sizes.inputs;
-    require("parameters", parameters, {sizes.parameters, channels}, type, gates.device());
+    const Tensor weights = is_16_bit(type) ? widen("parameters", parameters, type) : parameters;
+    require("parameters", weights, {sizes.parameters, channels}, is_16_bit(type) ? at::kFloat : type, gates.device());
     index sequences = gates.size(1);
     for (const SequenceStart& start : options.starts) sequences += start.step > 0;
-    const Tensor states =
-        initial.defined() ? initial : at::zeros({sequences, channels * sizes.states}, gates.options());
+    Tensor states = initial.defined() ? initial : at::zeros({sequences, channels * sizes.states}, gates.options());
+    if (is_16_bit(type)) states = widen("initial", states, type).to(type);
     require("initial", states, {sequences, channels * sizes.states}, type, gates.device());
-    return type == at::kFloat ? CellFunction<float>::apply(gates, parameters, states, kind, options, report)
-                              : CellFunction<double>::apply(gates, parameters, states, kind, options, report);
+    return with_storage(
+        type, [&]<class T>(T) { return CellFunction<T>::apply(gates, weights, states, kind, options, report); });
 }
 
 CellGradientTensors cell_gradients(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
                                    const Tensor& states, Status status, const Tensor& output_gradient,
                                    const CellOptions& options) {
-    return gates.scalar_type() == at::kFloat
-               ? gradients<float>(kind, gates, parameters, initial, states, status, output_gradient, options)
-               : gradients<double>(kind, gates, parameters, initial, states, status, output_gradient, options);
+    return with_storage(gates.scalar_type(), [&]<class T>(T) {
+        return gradients<T>(kind, gates, parameters, initial, states, status, output_gradient, options);
+    });
 }
 
 }  // namespace deeppcr::nn

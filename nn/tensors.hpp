@@ -54,6 +54,9 @@ inline bool is_16_bit(at::ScalarType type) { return type == at::kBFloat16 || typ
 /// Types that the functions of nn/ take: those of the core, and numbers of 16 bits, which stand for floats.
 inline bool is_real(at::ScalarType type) { return type == at::kFloat || type == at::kDouble || is_16_bit(type); }
 
+/// Whether the core cannot store a cell's numbers as these are: of 16 bits only GPUs can.
+inline bool must_be_widened(const at::Tensor& gates) { return is_16_bit(gates.scalar_type()) && !gates.is_cuda(); }
+
 /// `tensor` as float, differentiably; undefined stays so. It goes with tensors of `type`, which is of 16 bits: throws
 /// InvalidArgument where it is of another type, but float.
 inline at::Tensor widen(const char* name, const at::Tensor& tensor, at::ScalarType type) {

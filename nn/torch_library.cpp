@@ -135,12 +135,12 @@ std::tuple<Tensor, Tensor> differentiate_cell(int64_t kind, const Tensor& gates,
 template <CellKind kind>
 Tensor cell_op(const Tensor& gates, const Tensor& parameters, const c10::optional<Tensor>& initial, bool reversed) {
     const auto type = gates.scalar_type();
-    if (is_16_bit(type)) {
-        c10::optional<Tensor> start = initial;
-        if (start) start = widen("initial", *start, type);
-        return cell_op<kind>(gates.to(at::kFloat), widen("parameters", parameters, type), start, reversed).to(type);
-    }
-    return std::get<0>(forward_operation().call(int64_t(kind), gates, parameters, initial, reversed));
+    c10::optional<Tensor> start = initial;
+    if (start && is_16_bit(type)) start = widen("initial", *start, type);
+    const Tensor weights = is_16_bit(type) ? widen("parameters", parameters, type) : parameters;
+    if (must_be_widened(gates)) return cell_op<kind>(gates.to(at::kFloat), weights, start, reversed).to(type);
+    if (start && is_16_bit(type)) start = start->to(type);
+    return std::get<0>(forward_operation().call(int64_t(kind), gates, weights, start, reversed));
 }
 
 Tensor dense_op(const std::string& kind, const Tensor& gates, const Tensor& weight_hh, const Tensor& bias_hh,

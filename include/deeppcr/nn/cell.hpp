@@ -16,7 +16,7 @@ struct CellOptions {
     std::vector<SequenceStart> starts;  ///< where new sequences begin within rows of the batch
     bool reversed = false;              ///< from the last step to the first
     /// Steps per segment of which backward keeps only the first state and computes the others again; 0: keep all. Saves
-    /// memory where nothing else keeps the returned states. Only 0 on a GPU.
+    /// memory where nothing else keeps the returned states.
     index recompute = 0;
 };
 
@@ -32,12 +32,13 @@ CellSizes sizes_of(CellKind kind);
 /// channels * states], one for each sequence (the batch, and one more for each start), or undefined for zeros. Returns
 /// [steps, batch, channels * states], of the gates' type, a channel's states side by side; row t belongs to row t of
 /// the gates, also where `reversed`. report: receives what the evaluation did, where not null. All float or all double,
-/// or gates of 16 bits (bfloat16, float16), with which the others may be float or of the same type: they are widened to
-/// float, and the states narrowed at the end. All on one device: the CPU, or a GPU, where the work runs in LibTorch's
-/// current stream and with its memory (evaluation.execution and evaluation.workspace do not count there) and the call
-/// waits for the stream once, for the report. A trajectory that does not converge follows evaluation.on_failure; one
-/// that is not right has no gradient: backward throws InvalidArgument. Deterministic as `evaluate`: for the same bits
-/// in every call, give method and chunk. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
+/// or gates of 16 bits (bfloat16, float16), with which the others may be float or of the same type: on the CPU they are
+/// widened to float, and the states narrowed at the end; a GPU stores them so, with parameters and arithmetic in float.
+/// All on one device: the CPU, or a GPU, where the work runs in LibTorch's current stream and with its memory
+/// (evaluation.execution and evaluation.workspace do not count there) and the call waits for the stream once, for the
+/// report. A trajectory that does not converge follows evaluation.on_failure; one that is not right has no gradient:
+/// backward throws InvalidArgument. Deterministic as `evaluate`: for the same bits in every call, give method and
+/// chunk. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 at::Tensor cell(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters, const at::Tensor& initial = {},
                 const CellOptions& options = {}, Report* report = nullptr);
 
