@@ -293,8 +293,9 @@ TYPED_TEST(NewtonOnGpu, WhatDoesNotConvergeIsFinishedSequentiallyFromEachPrefix)
     EXPECT_LT(reported.report.sequences[0].confirmed, 70);
     options.on_failure = OnFailure::raise;
     EXPECT_THROW(evaluate_there<TypeParam>(recurrence, options), NotConverged);
-    options = {.progress = [](index, index, index iterations) { return iterations < 2; }};
-    EXPECT_EQ(evaluate_there<TypeParam>(recurrence, options).report.status, Status::max_iterations);
+    Options stopping;
+    stopping.progress = [](index, index, index iterations) { return iterations < 2; };
+    EXPECT_EQ(evaluate_there<TypeParam>(recurrence, stopping).report.status, Status::max_iterations);
 }
 
 TYPED_TEST(NewtonOnGpu, ChaosEndsInTheLadder) {

@@ -150,7 +150,8 @@ Workspace::Scope::~Scope() {
     workspace_.block_ = block_;
     workspace_.offset_ = offset_;
     workspace_.used_ = used_;
-    // Once everything has been given back, many small blocks become one large one; not while an exception is on its way.
+    // Once everything has been given back, many small blocks become one large one; not while an exception is on its
+    // way.
     if (used_ == 0 && workspace_.blocks_.size() > 1 && std::uncaught_exceptions() == exceptions_) {
         workspace_.blocks_.clear();
         workspace_.block_ = workspace_.offset_ = 0;

@@ -233,12 +233,6 @@ index available_on_gpu() {
 
 void synchronise(CUstream_st* stream) { check(cudaStreamSynchronize(stream), "running"); }
 
-bool capturing(CUstream_st* stream) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(stream, &status), "asking for a graph");
-    return status != cudaStreamCaptureStatusNone;
-}
-
 struct Letter::Paper {
     void* memory = nullptr;  // pinned
     cudaEvent_t sent = nullptr;

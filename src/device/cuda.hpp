@@ -38,8 +38,6 @@ void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.
 void synchronise(CUstream_st* stream);
-/// Whether the stream is being captured into a graph: nothing may wait for it then.
-bool capturing(CUstream_st* stream);
 
 /// Few bytes on their way from the current GPU to the host, while both go on. What it needs is taken from earlier ones,
 /// where there are any.

@@ -36,7 +36,6 @@ void copy_on_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
-bool capturing(CUstream_st*) { return false; }
 struct Letter::Paper {};
 Letter::Letter() { require_gpu(); }
 void Letter::send(const void*, index, CUstream_st*) {}

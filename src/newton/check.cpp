@@ -344,7 +344,7 @@ void check_backends_of(CheckReport& report, const Case& one, std::uint64_t seed,
     const auto run = [&](View<T> solution, Reduction method, Backend backend) {
         if (backend != Backend::cuda) return solve_by(system, solution, method, backend);
         const Buffer<T> factors = jacobians.on(Device::cuda()), sides = right.on(Device::cuda());
-        solve_by({Jacobian<T>(factors.data(), shape, block), sides}, sides, method, backend);
+        solve_by({Jacobian<T>(factors.data(), one.shape, one.block), sides}, sides, method, backend);
         const Buffer<T> solved = sides.on(Device::host());
         std::copy_n(solved.data(), solved.size(), solution.data());
     };

@@ -613,10 +613,6 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t event, unsigned)
     resolve(where).operations.push_back({++emulation::operations, {}, event, event->recorded});
     return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-    *status = resolve(stream).capture != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-    return failed(broken());
-}
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (stream == nullptr) return failed(cudaErrorStreamCaptureUnsupported);
     resolve(stream).capture = std::make_unique<CUgraph_st>();
