@@ -257,9 +257,7 @@ struct LargeShape {
 /// A block of threads runs along a chunk: thread i has row i of the state, and, of a panel of the product's columns,
 /// `rows` rows of a few columns: ti + 16 r, or, where M is read transposed, neighbours by four.
 template <class T, int rows, bool transposed, bool summarises>
-__global__ void __launch_bounds__(large_threads, rows <= 4   ? 3
-                                                 : rows <= 8 ? 2
-                                                             : 1)
+__global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
     run_large(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
               Carried<Arithmetic<T>> carried) {
     using A = Arithmetic<T>;

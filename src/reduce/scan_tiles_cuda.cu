@@ -606,7 +606,7 @@ Tiling tiling_of(const Arrays<T>& arrays) {
         tiling.spans = (tiling.tiles + tiling.span - 1) / tiling.span;
         return Memory<T, K>::bytes(tiling) <= shared;
     };
-    constexpr int fewest_threads = 64;
+    constexpr int fewest_threads = std::max(64, 2 * int(fewest_rows));  // a tile has fewer rows
     while (tiling.span > 1 && !with(fewest_threads, 3)) {
         tiling.span /= 2;
         tiling.window = std::max(tiling.span, 4);
