@@ -16,7 +16,6 @@
 #define DEEPPCR_INLINE __host__ __device__ __forceinline__
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET false
-#define DEEPPCR_UNROLLED _Pragma("unroll")
 #elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DEEPPCR_INLINE inline
 #define DEEPPCR_FLATTEN noinline
@@ -26,7 +25,9 @@
 #define DEEPPCR_FLATTEN flatten, noinline
 #define DEEPPCR_ONE_KERNEL_SET false
 #endif
-#if !defined(DEEPPCR_UNROLLED)
+#if defined(__CUDA_ARCH__)
+#define DEEPPCR_UNROLLED _Pragma("unroll")
+#else
 #define DEEPPCR_UNROLLED
 #endif
 

@@ -236,10 +236,11 @@ protected:
                                      workspace_.template take<unsigned char>(all_.count * rows())};
         A* both_ends[2] = {ends, other_ends};
         all_.old_changed = nullptr;
-        for (all_.round = 0; all_.round < repair_rounds; ++all_.round) {
-            all_.old_ends = both_ends[all_.round % 2];
-            all_.ends = both_ends[(all_.round + 1) % 2];
-            all_.changed = changed[all_.round % 2];
+        for (int round = 0; round < repair_rounds; ++round) {
+            all_.round = round;
+            all_.old_ends = both_ends[round % 2];
+            all_.ends = both_ends[(round + 1) % 2];
+            all_.changed = changed[round % 2];
             kernel(all_, stream_);
             all_.old_changed = all_.changed;
         }
