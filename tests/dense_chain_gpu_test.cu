@@ -273,6 +273,29 @@ TEST_F(ChainOnGpu, OverlapSaysWhereStatesCeaseToBeFinite) {
     for (const Report::Sequence& sequence : report.sequences) EXPECT_EQ(sequence.confirmed, 37);
 }
 
+TEST_F(ChainOnGpu, GradientsEqualTheProcessors) {
+    for (const index skip : {0, 2}) {
+        const Problem<double> problem(6, 3, 5, Activation::tanh, skip);
+        const Evaluation<double> here = evaluate(*problem.here, {.method = Method::sequential});
+        const DenseChainGradients<double> expected =
+            adjoint(*problem.here, here.trajectory, here.report, problem.gradient, {.method = Method::sequential});
+        for (const Layout layout : {Layout::steps_first, Layout::batch_first}) {
+            Buffer<double> trajectory(problem.shape(), layout), gradient(problem.shape(), layout);
+            for (index t = 0; t < 6; ++t)
+                for (index j = 0; j < 3; ++j) {
+                    std::copy_n(here.trajectory.view().at(t, j), 5, trajectory.view().at(t, j));
+                    std::copy_n(problem.gradient.view().at(t, j), 5, gradient.view().at(t, j));
+                }
+            const Buffer<double> there = trajectory.on(Device::cuda()), there_gradient = gradient.on(Device::cuda());
+            const DenseChainGradients<double> got = adjoint(*problem.there, there, here.report, there_gradient,
+                                                            {.method = Method::sequential, .execution = gpu});
+            EXPECT_TRUE(near(got.weights.on({}), expected.weights, 1e-12));
+            EXPECT_TRUE(near(got.biases.on({}), expected.biases, 1e-12));
+            EXPECT_TRUE(near(got.initial.on({}), expected.initial, 1e-12));
+        }
+    }
+}
+
 TEST_F(ChainOnGpu, ArraysMustLieWhereItRuns) {
     const Problem<float> problem(2, 1, 4, Activation::tanh, 0);
     EXPECT_TRUE(problem.there->runs_on(Backend::cuda));

@@ -30,8 +30,10 @@ constexpr index state_width(DenseCellKind kind, index hidden) {
 ///           o = s(u_o + W_o h + b_o), c_t = f * c + i * g, h_t = o * tanh(c_t)
 /// where h and c on the right are those of step t - 1. The state is h; of an LSTM, h and then c. The Jacobian is dense.
 /// A hidden unit's number does not depend on the batch, the section, the number of threads or which callback computes
-/// it. All arrays are views: they must outlive the cell. The weights are packed once, at construction; a cell is
-/// immutable after that. Source: documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM, PyTorch 1.13.
+/// it. All arrays are views: they must outlive the cell. All lie in main memory, where the weights are packed once, at
+/// construction, or all on the current GPU, where the weights are contiguous and used as they are, and the cell runs
+/// with Backend::cuda; a cell is immutable. On a GPU the callbacks enqueue their work in section.execution.stream.
+/// Source: documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM, PyTorch 1.13.
 template <class T>
 class DenseCell : public Recurrence<T> {
 public:
@@ -44,6 +46,8 @@ public:
     DenseCellKind kind() const { return kind_; }
     index hidden() const { return weights_.width(); }
     index gates() const { return weights_.steps(); }
+    /// Where the weights lie.
+    bool runs_on(Backend backend) const override { return (backend == Backend::cuda) == on_gpu_; }
 
     void initial(const Section& section, View<T> state) const override;
     void step(const Section& section, View<const T> before, View<T> after) const override;
@@ -53,6 +57,7 @@ public:
     /// Fused: product, gates and new state of each step in one pass over the packed weights. Threads share the
     /// sequences, or, where the sequences are few or the weights exceed a core's cache, the hidden units.
     void run(const Section& section, View<const T> state, View<T> trajectory) const override;
+    bool run_chunks(const Section& section, const Chunks<T>& chunks) const override;
 
     /// Gradients of the parameters from the adjoint states: given before = x_{t-1} and adjoint = dL/dx_t of the steps
     /// of `section`, both [steps,batch,width], writes those of the inputs [steps, batch, gates * hidden] and ADDS those
@@ -72,6 +77,7 @@ private:
 
     DenseCellKind kind_;
     View<const T> inputs_, weights_, biases_, initial_;
+    bool on_gpu_;
     Buffer<T> packed_;
 };
 

@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include <deeppcr/evaluate.hpp>
 
 #include "device/cuda.hpp"
 #include "newton/options.hpp"
+#include "newton/overlap.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/trajectory.hpp"
 
@@ -139,6 +141,29 @@ Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> traject
     return result;
 }
 
+Device device_of(const Options& options) {
+    return options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+}
+
+/// On a GPU: x_{t-1} and dL/dx_t of all steps, contiguous.
+template <class T>
+std::pair<View<const T>, View<const T>> gather_on_gpu(const Recurrence<T>& recurrence, View<const T> trajectory,
+                                                      View<const T> output_gradient, const Section& all,
+                                                      Workspace& workspace) {
+    device::require_on_gpu("trajectory", trajectory.data());
+    device::require_on_gpu("output_gradient", output_gradient.data());
+    const auto [steps, batch, width] = recurrence.shape();
+    CUstream_st* const stream = all.execution.stream;
+    const View<T> initial = workspace.take_states<T>({1, batch, width});
+    const View<T> before = workspace.take_states<T>({steps, batch, width});
+    recurrence.initial({0, 0, all.sequences, all.execution}, initial);
+    gather_starts<T>(trajectory, initial, 1, before, stream);
+    if (output_gradient.contiguous()) return {before, output_gradient};
+    const View<T> gradient = workspace.take_states<T>({steps + 1, batch, width});
+    gather_starts<T>(output_gradient, initial, 1, gradient, stream);
+    return {before, gradient.steps(1, steps + 1)};
+}
+
 /// The fused backward pass reads x_{t-1} and dL/dx_t in place: first the steps after the first, whose predecessors
 /// are rows of the trajectory, then step 1 from the initial state.
 template <class T>
@@ -149,6 +174,12 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
     std::vector<index> sequences(static_cast<std::size_t>(batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
     const Workspace::Scope scope(workspace);
+    if (options.execution.backend == Backend::cuda) {
+        const Section all{0, steps, sequences, options.execution};
+        const auto [before, gradient] = gather_on_gpu<T>(chain, trajectory, output_gradient, all, workspace);
+        chain.run_backward(all, before, slopes, gradient, result.weights, result.biases, {}, result.initial);
+        return device::synchronise(options.execution.stream);
+    }
     const auto contiguous = [&](View<const T> states) {
         if (states.contiguous()) return states;
         const View<T> copy = workspace.take_states<T>(states.shape());
@@ -183,13 +214,14 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
     if (!slopes.empty() && slopes.shape() != Shape{chain.layers(), batch, width})
         throw InvalidArgument("slopes", "one row per layer, " + to_string(Shape{chain.layers(), batch, width}),
                               to_string(slopes.shape()));
-    DenseChainGradients<T> result{Buffer<T>::uninitialised({chain.layers(), width, width}),
-                                  Buffer<T>::uninitialised({chain.layers(), 1, width}),
-                                  Buffer<T>({1, batch, width}),
+    const Device here = device_of(options);
+    DenseChainGradients<T> result{Buffer<T>::uninitialised({chain.layers(), width, width}, Layout::steps_first, here),
+                                  Buffer<T>::uninitialised({chain.layers(), 1, width}, Layout::steps_first, here),
+                                  Buffer<T>({1, batch, width}, Layout::steps_first, here),
                                   {}};
     if (options.method == Method::sequential && chain.shape().count() > 0) {
         const Clock::time_point begin = Clock::now();
-        Workspace own;
+        Workspace own(here);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
         result.report.method = "adjoint, sequential";
@@ -199,8 +231,8 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
         return result;
     }
     if (batch == 0) {
-        std::fill_n(result.weights.data(), result.weights.size(), T(0));
-        std::fill_n(result.biases.data(), result.biases.size(), T(0));
+        detail::fill_zeros(result.weights.data(), result.weights.size() * index(sizeof(T)), here);
+        detail::fill_zeros(result.biases.data(), result.biases.size() * index(sizeof(T)), here);
     }
     result.report = transposed_sweep<T>(
         chain, trajectory, output_gradient, options, result.initial,
@@ -224,6 +256,12 @@ void run_backward(const DenseCell<T>& cell, View<const T> trajectory, View<const
     std::vector<index> sequences(static_cast<std::size_t>(batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
     const Workspace::Scope scope(workspace);
+    if (options.execution.backend == Backend::cuda) {
+        const Section all{0, steps, sequences, options.execution};
+        const auto [before, gradient] = gather_on_gpu<T>(cell, trajectory, output_gradient, all, workspace);
+        cell.run_backward(all, before, gradient, result.inputs, result.weights, result.biases, result.initial);
+        return device::synchronise(options.execution.stream);
+    }
     const View<T> before_memory = workspace.take_states<T>({length, batch, width});
     const View<T> gradient_memory = workspace.take_states<T>({length, batch, width});
     for (index last = steps; last > 0;) {
@@ -245,14 +283,15 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
     check_adjoint_arguments<T>(cell, trajectory, report, output_gradient, options);
     const auto [steps, batch, width] = cell.shape();
     const index hidden = cell.hidden(), gates = cell.gates();
-    DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}),
-                                 Buffer<T>({gates, hidden, hidden}),
-                                 Buffer<T>({gates, 1, hidden}),
-                                 Buffer<T>({1, batch, width}),
+    const Device here = device_of(options);
+    DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}, Layout::steps_first, here),
+                                 Buffer<T>({gates, hidden, hidden}, Layout::steps_first, here),
+                                 Buffer<T>({gates, 1, hidden}, Layout::steps_first, here),
+                                 Buffer<T>({1, batch, width}, Layout::steps_first, here),
                                  {}};
     if (options.method == Method::sequential && cell.shape().count() > 0) {
         const Clock::time_point begin = Clock::now();
-        Workspace own;
+        Workspace own(here);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         run_backward<T>(cell, trajectory, output_gradient, options, workspace, result);
         result.report.method = "adjoint, sequential";

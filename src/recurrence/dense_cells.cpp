@@ -7,6 +7,7 @@
 #include "device/threads.hpp"
 #include "recurrence/arguments.hpp"
 #include "recurrence/dense_cells_kernels.hpp"
+#include "recurrence/gather.hpp"
 
 namespace deeppcr {
 namespace {
@@ -23,7 +24,8 @@ Shape state_shape(DenseCellKind kind, const View<const T>& inputs, const View<co
 }
 
 dense_cell::Extent extent_of(const Section& section) {
-    return {section.first, section.steps(), section.sequences, device::thread_count(section.execution)};
+    return {section.first, section.steps(), section.sequences, device::thread_count(section.execution),
+            section.execution.stream};
 }
 
 template <class T>
@@ -59,6 +61,12 @@ DenseCell<T>::DenseCell(DenseCellKind kind, View<const T> inputs, View<const T> 
     require_shape("weights", weights, {gates(), hidden(), hidden()});
     require_shape("biases", biases, {gates(), 1, hidden()});
     require_shape("initial", initial, {1, shape.batch, shape.width});
+    on_gpu_ = all_on_gpu<T>({{"inputs", inputs}, {"weights", weights}, {"biases", biases}, {"initial", initial}});
+    if (on_gpu_) {
+        require_contiguous("weights", weights, weights.shape());
+        require_contiguous("biases", biases, biases.shape());
+        return;
+    }
     packed_ = pack(cell());
 }
 
@@ -71,8 +79,7 @@ template <class T>
 void DenseCell<T>::initial(const Section& section, View<T> state) const {
     require_section(section, this->shape());
     require_shape("state", state, {1, section.batch(), this->shape().width});
-    for (index j = 0; j < section.batch(); ++j)
-        std::copy_n(initial_.at(0, section.sequences[std::size_t(j)]), this->shape().width, state.at(0, j));
+    gather(initial_, section.sequences, state, on_gpu_, section.execution.stream);
 }
 
 template <class T>
@@ -81,7 +88,7 @@ void DenseCell<T>::step(const Section& section, View<const T> before, View<T> af
     const Shape states{section.steps(), section.batch(), this->shape().width};
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
     });
 }
@@ -93,7 +100,7 @@ void DenseCell<T>::linearise(const Section& section, View<const T> before, View<
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
     require_contiguous_blocks("jacobian", jacobian, states, states.width);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
     });
 }
@@ -106,7 +113,7 @@ void DenseCell<T>::linearise_diagonal(const Section& section, View<const T> befo
     require_contiguous("before", before, states);
     require_contiguous("after", after, states);
     require_contiguous_blocks("diagonal", diagonal, states, 1);
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
     });
 }
@@ -117,12 +124,17 @@ void DenseCell<T>::run(const Section& section, View<const T> state, View<T> traj
     const Shape states{section.steps(), section.batch(), this->shape().width};
     require_shape("state", state, {1, states.batch, states.width});
     require_contiguous("trajectory", trajectory, states);
-    const Buffer<T> copy = Buffer<T>::uninitialised(state.contiguous() ? Shape{0, 0, 1} : state.shape());
-    for (index j = 0; j < copy.shape().batch; ++j) std::copy_n(state.at(0, j), states.width, copy.view().at(0, j));
-    on_backend(section, [&]<Backend B> {
-        dense_cell::run<B, T>(cell(), extent_of(section), state.contiguous() ? state.data() : copy.data(),
-                              trajectory.data());
+    const ContiguousState<T> from(state, on_gpu_, section.execution.stream);
+    on_backend(section, on_gpu_, [&]<Backend B> {
+        dense_cell::run<B, T>(cell(), extent_of(section), from.view().data(), trajectory.data());
     });
+}
+
+template <class T>
+bool DenseCell<T>::run_chunks(const Section& section, const Chunks<T>& chunks) const {
+    if (!on_gpu_ || section.execution.backend != Backend::cuda) return false;
+    dense_cell::run_chunks_on_gpu(cell(), extent_of(section), chunks);
+    return true;
 }
 
 template <class T>
@@ -135,7 +147,7 @@ void DenseCell<T>::parameter_gradients(const Section& section, View<const T> bef
     require_contiguous("inputs", inputs, {states.steps, states.batch, gates() * hidden()});
     require_contiguous("weights", weights, {gates(), hidden(), hidden()});
     require_contiguous("biases", biases, {gates(), 1, hidden()});
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), adjoint.data(), inputs.data(),
                                    weights.data(), biases.data(), nullptr);
     });
@@ -153,7 +165,7 @@ void DenseCell<T>::run_backward(const Section& section, View<const T> before, Vi
     require_contiguous("biases", biases, {gates(), 1, hidden()});
     require_contiguous("state", state, {1, states.batch, states.width});
     if (states.steps == 0 || states.batch == 0) return;
-    on_backend(section, [&]<Backend B> {
+    on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::backward<B, T>(cell(), extent_of(section), before.data(), output_gradient.data(), inputs.data(),
                                    weights.data(), biases.data(), state.data());
     });

@@ -20,7 +20,7 @@ struct Cell {
     View<const T> inputs;   ///< [steps, batch, gates * hidden]
     View<const T> weights;  ///< [gates, hidden, hidden]
     View<const T> biases;   ///< [gates, 1, hidden]
-    const T* panels;
+    const T* panels;  ///< null where the weights lie on a GPU
 
     index hidden() const { return weights.width(); }
     index gates() const { return gate_count(kind); }
@@ -35,6 +35,7 @@ struct Extent {
     index first, steps;
     std::span<const index> sequences;
     int threads;
+    CUstream_st* stream;  // cuda
 
     index batch() const { return index(sequences.size()); }
 };
@@ -42,6 +43,10 @@ struct Extent {
 /// trajectory[i] = f(trajectory[i-1]) from state [1,batch,width] on.
 template <Backend B, class T>
 void run(const Cell<T>& cell, const Extent& extent, const T* state, T* trajectory);
+
+/// Recurrence::run_chunks on a GPU.
+template <class T>
+void run_chunks_on_gpu(const Cell<T>& cell, const Extent& extent, const Chunks<T>& chunks);
 
 /// after = f(before); with the Jacobians [steps,batch,width,width], or their diagonals [steps,batch,width], where not
 /// null.

@@ -33,24 +33,6 @@ constexpr int together = 8;                         // sequences that a warp lin
 constexpr index transposed_bytes = index(1) << 28;  // of copies at a time
 constexpr index product_bytes = 96 << 10;           // of columns of a Jacobian in a block's shared memory
 
-template <class T>
-__device__ __forceinline__ void store_four(T* to, const T (&four)[4], int left, bool aligned) {
-    using Pack = persistent::Pack<T>;
-    if (aligned && left >= 4) {
-        DEEPPCR_UNROLL
-        for (int i = 0; i < 4; i += Pack::count) {
-            Pack pack;
-            DEEPPCR_UNROLL
-            for (int j = 0; j < Pack::count; ++j) pack.values[j] = four[i + j];
-            *reinterpret_cast<Pack*>(to + i) = pack;
-        }
-        return;
-    }
-    DEEPPCR_UNROLL
-    for (int i = 0; i < 4; ++i)
-        if (i < left) to[i] = four[i];
-}
-
 /// The layers of a section, and what its forward evaluation writes. Pointers are to the section's first layer or step.
 template <class T>
 struct Layers : Dimensions {
@@ -153,10 +135,10 @@ struct Repair : Forward<T> {
         return !meeting.meets(x[0], operands.old);
     }
     __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, int count, const T* x,
-                                           int stride, bool met) const {
+                                           int stride, const T*, bool met) const {
         const bool last = (group + 1) * this->phases == Forward<T>::items(chunk, 0, 0);
         for (int s = 0; s < count; ++s)
-            meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows, x + s * stride,
+            meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows, x + s * stride, 1,
                            this->state_at(chunk * this->length + group, first_sequence + s), met, last);
     }
 };
@@ -230,7 +212,7 @@ private:
 
 /// Steps of one layer: a warp for each step, eight sequences and some rows.
 template <class T, class L>
-__global__ void __launch_bounds__(cuda::plain_threads)
+__global__ void __launch_bounds__(cuda::plain_threads, 2)
     linearise_layers(const __grid_constant__ Layers<T> of, index steps, const T* before, T* after, T* jacobian,
                      T* diagonal) {
     const int tiles = (of.rows + L::warp_rows - 1) / L::warp_rows, groups = (of.batch + together - 1) / together;
@@ -282,7 +264,8 @@ __global__ void __launch_bounds__(cuda::plain_threads)
                     if (diagonal != nullptr) diagonal[at + other] = four[v];
                 }
                 if (jacobian != nullptr)
-                    store_four(jacobian + (at + other) * of.columns + first, four, of.columns - first, rows_aligned);
+                    persistent::store_up_to_four(jacobian + (at + other) * of.columns + first, four, of.columns - first,
+                                                 rows_aligned);
             }
         }
     }
@@ -356,9 +339,9 @@ __global__ void __launch_bounds__(cuda::plain_threads)
     DEEPPCR_UNROLL
     for (int i = 0; i < 4; ++i)
         if (row + i < of.rows)
-            store_four(weights + (layer * of.rows + row + i) * of.columns + column, products[i], of.columns - column,
-                       aligned);
-    if (column == 0) store_four(biases + layer * of.rows + row, sums, of.rows - row, false);
+            persistent::store_up_to_four(weights + (layer * of.rows + row + i) * of.columns + column, products[i],
+                                         of.columns - column, aligned);
+    if (column == 0) persistent::store_up_to_four(biases + layer * of.rows + row, sums, of.rows - row, false);
 }
 
 template <class T>

@@ -16,6 +16,8 @@ namespace deeppcr {
 /// On a GPU, in the stream: row j of `to` [1,sequences,width] becomes row sequences[j] of `from` [1,batch,width].
 template <class T>
 void gather_on_gpu(View<const T> from, std::span<const index> sequences, View<T> to, CUstream_st* stream);
+/// On a GPU, in the stream: a copy of `numbers`.
+void numbers_on_gpu(std::span<const index> numbers, index* to, CUstream_st* stream);
 
 template <class T>
 void gather(View<const T> from, std::span<const index> sequences, View<T> to, bool on_gpu, CUstream_st* stream) {

@@ -1,5 +1,6 @@
 // A core without CUDA has no kernels for GPUs. What is called nevertheless says that there is no GPU.
 #include "device/cuda.hpp"
+#include "recurrence/dense_cells_kernels.hpp"
 #include "recurrence/dense_chain_kernels.hpp"
 #include "recurrence/device_cells.hpp"
 #include "recurrence/diagonal_gpu.hpp"
@@ -45,6 +46,30 @@ void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*)
     device::require_gpu();
 }
 
+void numbers_on_gpu(std::span<const index>, index*, CUstream_st*) { device::require_gpu(); }
+
+namespace dense_cell {
+
+template <class T>
+void run_chunks_on_gpu(const Cell<T>&, const Extent&, const Chunks<T>&) {
+    device::require_gpu();
+}
+
+template <Backend B, class T>
+void run(const Cell<T>&, const Extent&, const T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void linearise(const Cell<T>&, const Extent&, const T*, T*, T*, T*) {
+    device::require_gpu();
+}
+template <Backend B, class T>
+void backward(const Cell<T>&, const Extent&, const T*, const T*, T*, T*, T*, T*) {
+    device::require_gpu();
+}
+
+}  // namespace dense_cell
+
 namespace chain {
 
 template <Backend B, class T>
@@ -71,7 +96,15 @@ void run_backward(const Network<T>&, const Extent&, const T*, const T*, const T*
 }  // namespace chain
 
 #define DEEPPCR_INSTANTIATE(T)                                                                                         \
+    template void dense_cell::run_chunks_on_gpu(const dense_cell::Cell<T>&, const dense_cell::Extent&,                 \
+                                                const Chunks<T>&);                                                     \
     template void gather_on_gpu(View<const T>, std::span<const index>, View<T>, CUstream_st*);                         \
+    template void dense_cell::run<Backend::cuda, T>(const dense_cell::Cell<T>&, const dense_cell::Extent&, const T*,   \
+                                                    T*);                                                               \
+    template void dense_cell::linearise<Backend::cuda, T>(const dense_cell::Cell<T>&, const dense_cell::Extent&,       \
+                                                          const T*, T*, T*, T*);                                       \
+    template void dense_cell::backward<Backend::cuda, T>(const dense_cell::Cell<T>&, const dense_cell::Extent&,        \
+                                                         const T*, const T*, T*, T*, T*, T*);                          \
     template void chain::run<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*);      \
     template void chain::run_chunks_on_gpu(const chain::Network<T>&, const chain::Extent&, const Chunks<T>&);          \
     template void chain::linearise<Backend::cuda, T>(const chain::Network<T>&, const chain::Extent&, const T*, T*, T*, \

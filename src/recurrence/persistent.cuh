@@ -93,6 +93,23 @@ __device__ __forceinline__ void load_up_to_four(const T* from, int left, bool al
     for (int i = 0; i < 4; ++i) four[i] = i < left ? from[i] : T(0);
 }
 
+template <class T>
+__device__ __forceinline__ void store_up_to_four(T* to, const T (&four)[4], int left, bool aligned) {
+    if (aligned && left >= 4) {
+        DEEPPCR_UNROLL
+        for (int i = 0; i < 4; i += Pack<T>::count) {
+            Pack<T> pack;
+            DEEPPCR_UNROLL
+            for (int j = 0; j < Pack<T>::count; ++j) pack.values[j] = four[i + j];
+            *reinterpret_cast<Pack<T>*>(to + i) = pack;
+        }
+        return;
+    }
+    DEEPPCR_UNROLL
+    for (int i = 0; i < 4; ++i)
+        if (i < left) to[i] = four[i];
+}
+
 /// What all rules have in common: the size of a step's matrices, the sequences, the steps that make a group. A rule
 /// derives from it and adds (`chunk` is a part of the steps that blocks of their own take)
 ///   Number                            float or double
@@ -106,11 +123,11 @@ __device__ __forceinline__ void load_up_to_four(const T* from, int left, bool al
 ///   Operands load(chunk, place, sequence, row)      what else the row's new numbers need
 ///   start(chunk, sequence, row, carry, x)           x and carries before the first step
 ///   finish(chunk, place, sequence, row, sums, operands, carry, x)   a step; whether the chunk must go on (stops)
-///   settle(chunk, group, first_sequence, count, x, stride, met)     stops: by all threads, after a group's last step,
-///                                                                   with whether no row must go on
+///   settle(chunk, group, first_sequence, count, x, stride, carry, met)   stops: by all threads, after a group's last
+///                                                                   step, with whether no row must go on
 struct Dimensions {
-    int rows, columns, batch, phases;
-    bool aligned;  // rows of the matrices, to 16 bytes
+    int rows, columns, batch, phases;  // all matrices of a step together have less than 2^31 numbers
+    bool aligned;                      // rows of the matrices, to 16 bytes
 };
 
 /// Where a thread's rows and columns begin in a piece, and the row that it owns.
@@ -142,14 +159,28 @@ struct Piece {
 
     /// Its part of the rows and columns from (row, column) on, of matrices [rows, columns] one after the other.
     __device__ __forceinline__ void load(const T* all, const Here<L>& here, int row, int column, const Dimensions& of) {
-        const int first = column + here.first_column(), left = of.columns - first;
-        DEEPPCR_UNROLL
-        for (int m = 0; m < matrices; ++m) {
+        const int first = column + here.first_column(), left = of.columns - first, top = row + here.first_row;
+        const T* const from = all + index(top) * of.columns + first;
+        const int stride = L::set_rows * of.columns, apart = of.rows * of.columns;
+        const int valid = left > 0 ? of.rows - top : 0;  // of its rows, n * set_rows, those below
+        if (of.aligned) {
             DEEPPCR_UNROLL
-            for (int n = 0; n < L::sets; ++n) {
-                const int at = row + here.first_row + n * L::set_rows;
-                load_up_to_four(all + (index(m) * of.rows + at) * of.columns + first, at < of.rows ? left : 0,
-                                of.aligned, numbers[m][n]);
+            for (int m = 0; m < matrices; ++m) {
+                DEEPPCR_UNROLL
+                for (int n = 0; n < L::sets; ++n) {
+                    if (n * L::set_rows < valid)
+                        load_four(from + (m * apart + n * stride), numbers[m][n]);
+                    else
+                        load_up_to_four(from, 0, false, numbers[m][n]);
+                }
+            }
+        } else {
+            DEEPPCR_UNROLL
+            for (int m = 0; m < matrices; ++m) {
+                DEEPPCR_UNROLL
+                for (int n = 0; n < L::sets; ++n)
+                    load_up_to_four(from + (m * apart + n * stride), n * L::set_rows < valid ? left : 0, false,
+                                    numbers[m][n]);
             }
         }
     }
@@ -239,18 +270,18 @@ struct Meeting {
     __device__ __forceinline__ bool meets(T now, T old) const {  // not where either is NaN, or infinite
         return fabs(double(now) - double(old)) <= allowed(old);
     }
-    /// Of one sequence, by all threads: notes how far its states are apart where they met, else puts the new one in the
-    /// old one's place.
-    __device__ void settle(index chunk, index step, int sequence, int batch, int width, const T* now, T* old, bool met,
-                           bool last) const {
+    /// Of `width` numbers of one sequence, by all threads: notes how far they are apart where the states met, else puts
+    /// the new ones in the old ones' place.
+    __device__ void settle(index chunk, index step, int sequence, int batch, int width, const T* now, int now_stride,
+                           T* old, bool met, bool last) const {
         double residual = 0, fraction = 0;
         for (int i = int(threadIdx.x); i < width; i += int(blockDim.x)) {
             if (met) {
-                const double apart = fabs(double(now[i]) - double(old[i]));
+                const double apart = fabs(double(now[i * now_stride]) - double(old[i]));
                 residual = fmax(residual, apart);
                 if (apart > 0) fraction = fmax(fraction, apart / allowed(old[i]));
             } else {
-                old[i] = now[i];
+                old[i] = now[i * now_stride];
             }
         }
         if (residual > 0) {
@@ -383,7 +414,7 @@ __global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Ru
                         const bool met = __syncthreads_or(differs) == 0;
                         differs = false;
                         rule.settle(chunk, now.group, first_sequence, std::min(together, rule.batch - first_sequence),
-                                    new_x, stride, met);
+                                    new_x, stride, carry, met);
                         if (met) return true;
                     } else {
                         wait();
@@ -468,8 +499,12 @@ void launch_advance(const Rule& rule, index chunks, CUstream_st* stream) {
             where.shared_bytes = std::size_t(shared_numbers<Rule, L, together>(rule)) * sizeof(typename Rule::Number);
             cuda::launch(where, advance<Rule, L, together>, rule);
         };
-        if (chunks * rule.batch >= 4 * index(device::multiprocessors()) && rule.batch > 1)
-            go(std::integral_constant<int, (L::warps > 8 ? 2 : 4)>());
+        constexpr int several = Rule::constant && L::whole ? 1
+                                : L::warps <= 8            ? 4
+                                : Rule::stops              ? 1
+                                                           : 2;  // resident matrices: read once
+        if (several > 1 && rule.batch > 1 && chunks * rule.batch >= 4 * index(device::multiprocessors()))
+            go(std::integral_constant<int, several>());
         else
             go(std::integral_constant<int, 1>());
     });
