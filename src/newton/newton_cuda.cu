@@ -45,7 +45,7 @@ constexpr index sequential_piece = 1024;          // steps between two copies to
 constexpr index bytes_worth_waiting = 64 << 20;   // read and written by a pass; fewer take less than a wait
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
-constexpr index growth_entries = index(1) << 22;  // of Jacobians that are brought to the host at a time
+constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
 
 /// A count, or the bits of a non-negative double, which order as it does.
 using Word = unsigned long long;
