@@ -75,8 +75,8 @@ if(DEEPPCR_BUILD_CUDA)
     set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
   endfunction()
   add_resource_test(cells src/recurrence/cells_cuda.cu 128 "(advance|multiply|repair|backward)_kernel.*(ParaGRU|ParaLSTM)Ef")
-  add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 96 "scan_tileI(f|N).*Li[124]E")
-  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 168 "run_(small|large)I(f|N)")
+  add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 128 "scan_tileI(f|N).*Li[124]E")
+  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 180 "run_(small|large)I(f|N)")
 endif()
 
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).
