@@ -388,11 +388,11 @@ __device__ void look_back(const Tiling& tiling, const A* records, int window, co
     }
 }
 
-/// Threads of a block, and blocks of a multiprocessor, between which the shared memory is divided.
+/// Threads of a block, and blocks of a multiprocessor, between which the shared memory is divided. Few threads have
+/// long chunks: there are fewer maps to join, each of which costs K times a step's operations.
 template <class T, int K>
 struct TileShape {
-    static constexpr int numbers = (K * K + K) * int(sizeof(T));
-    static constexpr int threads = numbers <= 32 ? 256 : numbers <= 96 ? 192 : 128;
+    static constexpr int threads = K == 1 ? 256 : 128;
     static constexpr int blocks = sizeof(T) <= 4 ? 3 : 2;
 };
 
