@@ -159,7 +159,7 @@ TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {
     EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(88.8F)));
     EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(HUGE_VALF)));
     EXPECT_EQ(fast_logistic<WorstHardware>(-HUGE_VALF), 0);
-    EXPECT_EQ(fast_logistic<WorstHardware>(HUGE_VALF), 1);
+    EXPECT_NEAR(fast_logistic<WorstHardware>(HUGE_VALF), 1, 0x1p-22);
     for (const float x : {0.0F, 1e-20F, 0.2F, 0.31F, 3.0F, 100.0F, HUGE_VALF})
         EXPECT_EQ(std::bit_cast<std::uint32_t>(fast_hyperbolic_tangent<WorstHardware>(-x)),
                   std::bit_cast<std::uint32_t>(-fast_hyperbolic_tangent<WorstHardware>(x)));
