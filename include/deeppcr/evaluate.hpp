@@ -277,11 +277,11 @@ struct CellGradientViews {
 
 /// Gradients of a loss L from output_gradient = the part of dL/dx_t that does not pass through later states: one fused
 /// pass from the last step to the first. With Method::sequential step after step; otherwise in chunks side by side,
-/// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding. The sums
-/// of the parameters' gradients run in a fixed order, in double over blocks of steps: the same inputs, options, SIMD
-/// target and thread count give the same bits, but where the chunk is chosen (chunk 0) by measured costs. Refuses
-/// (InvalidArgument) a trajectory whose `report` is not ok(). The Jacobians are those at the states of `trajectory`, as
-/// they are stored.
+/// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding (in 16
+/// bits: that of what is stored before the addition). The sums of the parameters' gradients run in a fixed order, in
+/// double over blocks of steps: the same inputs, options, SIMD target and thread count give the same bits, but where
+/// the chunk is chosen (chunk 0) by measured costs. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
+/// The Jacobians are those at the states of `trajectory`, as they are stored.
 template <class T>
 CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                          const Report& report, View<const std::type_identity_t<T>> output_gradient,
