@@ -78,9 +78,7 @@ __device__ __forceinline__ void wait_for_copies_but() {
 }
 
 /// Calls the line of 128 bytes there into the second-level cache.
-__device__ __forceinline__ void prefetch(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 /// From what is stored to what is computed with, and back, rounded to the nearest.
 template <class T>

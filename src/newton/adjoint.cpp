@@ -221,7 +221,7 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
                                   {}};
     if (options.method == Method::sequential && chain.shape().count() > 0) {
         const Clock::time_point begin = Clock::now();
-        Workspace own(here);
+        Workspace own(options.execution);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
         result.report.method = "adjoint, sequential";
@@ -291,7 +291,7 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
                                  {}};
     if (options.method == Method::sequential && cell.shape().count() > 0) {
         const Clock::time_point begin = Clock::now();
-        Workspace own(here);
+        Workspace own(options.execution);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
         run_backward<T>(cell, trajectory, output_gradient, options, workspace, result);
         result.report.method = "adjoint, sequential";

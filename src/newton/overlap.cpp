@@ -369,7 +369,7 @@ Report evaluate_by_overlap(const Recurrence<T>& recurrence, View<T> trajectory, 
     const Device here = on_gpu ? device::current_gpu() : Device::host();
     if (options.workspace != nullptr && options.workspace->device() != here)
         throw InvalidArgument("options.workspace", "a workspace where the arrays are", "one elsewhere");
-    Workspace own(here);
+    Workspace own(options.execution);
     return Overlap<T>(recurrence, trajectory, options, options.workspace != nullptr ? *options.workspace : own).run();
 }
 

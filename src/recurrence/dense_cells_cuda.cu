@@ -41,7 +41,7 @@ struct Gates;
 
 template <>
 struct Gates<1> {  // Elman
-    static constexpr int gates = 1, parts = 1, factors = 1;
+    static constexpr int parts = 1, factors = 1;
     bool relu;
 
     template <class T>
@@ -68,7 +68,7 @@ struct Gates<1> {  // Elman
 
 template <>
 struct Gates<3> {  // GRU: r, z, n. Factors: by the products of r, z, n; z; by u of n
-    static constexpr int gates = 3, parts = 1, factors = 5;
+    static constexpr int parts = 1, factors = 5;
     bool relu;
 
     template <class T>
@@ -102,7 +102,7 @@ struct Gates<3> {  // GRU: r, z, n. Factors: by the products of r, z, n; z; by u
 
 template <>
 struct Gates<4> {  // LSTM: i, f, g, o. Factors: of c by i, f, g; of h by o; dh/dc; f
-    static constexpr int gates = 4, parts = 2, factors = 6;
+    static constexpr int parts = 2, factors = 6;
     bool relu;
 
     template <class T>

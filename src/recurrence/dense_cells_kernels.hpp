@@ -20,7 +20,7 @@ struct Cell {
     View<const T> inputs;   ///< [steps, batch, gates * hidden]
     View<const T> weights;  ///< [gates, hidden, hidden]
     View<const T> biases;   ///< [gates, 1, hidden]
-    const T* panels;  ///< null where the weights lie on a GPU
+    const T* panels;        ///< null where the weights lie on a GPU
 
     index hidden() const { return weights.width(); }
     index gates() const { return gate_count(kind); }

@@ -455,7 +455,7 @@ void linearise(const Network<T>& network, const Extent& extent, const T* before,
     const index width = network.width(), depth = network.depth();
     const Layers<T> layers = layers_of(network, extent);
     if (depth == 1) {
-        persistent::with_layout<(sizeof(T) > 4)>(width, width, [&]<class L>(L) {
+        persistent::with_layout<true>(width, width, [&]<class L>(L) {
             const index groups = (extent.batch + together - 1) / together;
             const index tiles = (width + L::warp_rows - 1) / L::warp_rows;
             cuda::launch(cuda::one_each(32 * extent.steps * groups * tiles, extent.stream), linearise_layers<T, L>,
