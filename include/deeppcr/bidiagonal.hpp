@@ -42,15 +42,14 @@ struct SolveOptions {
 /// IEEE arithmetic (a sequence never affects another). Any sizes; width must be a multiple of block.
 /// T: float, double, or, with Backend::cuda, bfloat16 and float16: A, b, x_0 and x are stored so, everything between
 /// is computed and carried as float, and each x is rounded once, when it is stored.
-/// cuda: the call returns when its work is enqueued in execution.stream. The arrays and the workspace must live, and the
-/// arrays not be written by others, until the stream has done it (of the system and options structs themselves nothing is
-/// kept); work enqueued in the same stream later sees the solution. Errors of the running kernels are reported by a
-/// later call that waits. With a workspace that has been used for the same shape and method before, nothing is
-/// allocated and the host waits for nothing, so that a CUDA graph can capture the call; without one the call allocates and
-/// frees memory on the GPU, which waits for its work.
-/// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; `sequential` and `pcr`
-/// give the same bits for every thread count, `scan` for every thread count where `chunk` is given. cuda: the same inputs,
-/// options and GPU model give the same bits.
+/// cuda: the call returns when its work is enqueued in execution.stream. The arrays and the workspace must live, and
+/// the arrays not be written by others, until the stream has done it (of the system and options structs themselves
+/// nothing is kept); work enqueued in the same stream later sees the solution. Errors of the running kernels are
+/// reported by a later call that waits. With a workspace that has been used for the same shape and method before,
+/// nothing is allocated and the host waits for nothing, so that a CUDA graph can capture the call; without one the call
+/// allocates and frees memory on the GPU, which waits for its work. Deterministic: the same inputs, options, SIMD
+/// target and thread count give the same bits; `sequential` and `pcr` give the same bits for every thread count, `scan`
+/// for every thread count where `chunk` is given. cuda: the same inputs, options and GPU model give the same bits.
 /// Returns the method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source: arXiv
 /// 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
 template <class T>

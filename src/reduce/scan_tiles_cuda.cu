@@ -244,24 +244,22 @@ __device__ void begin_copying(const Strided<const T>& array, const Lie& lie, con
 /// `reversed`: how the tile lies in shared memory.
 template <class Shape, class T>
 __device__ void store(const Strided<T>& array, const Lie& lie, bool reversed, const Part& part, const T* shared) {
-    constexpr int one = int(sizeof(T)), numbers = 16 / one;
-    const auto move = [&]<int many>(int at, T* to) {
-        *reinterpret_cast<Piece<T, many>*>(to) = *reinterpret_cast<const Piece<T, many>*>(shared + at);
+    constexpr int numbers = 16 / int(sizeof(T));
+    const auto move_one = [&](int at, T* to) { *to = shared[at]; };
+    const auto move_piece = [&](int at, T* to) {
+        *reinterpret_cast<Piece<T, numbers>*>(to) = *reinterpret_cast<const Piece<T, numbers>*>(shared + at);
     };
+    // What was copied to shared memory lies there as it did in its own array, which may be aligned otherwise.
+    T* const first = beginning<Shape::size>(array, lie, part);
+    const auto apart =
+        reinterpret_cast<std::uintptr_t>(shared) - (lie.flat ? reinterpret_cast<std::uintptr_t>(first) : 0);
+    const bool pieces = lie.bytes == 16 && apart % 16 == 0;
     if (lie.flat)
-        for_flat<Shape>(
-            beginning<Shape::size>(array, lie, part), 0, part.steps * part.slots * Shape::size,
-            lie.bytes == 16 && (reinterpret_cast<std::uintptr_t>(beginning<Shape::size>(array, lie, part)) -
-                                reinterpret_cast<std::uintptr_t>(shared)) %
-                                       16 ==
-                                   0,
-            [&](int at, T* to) { move.template operator()<numbers>(at, to); },
-            [&](int at, T* to) { move.template operator()<1>(at, to); });
-    else if (lie.bytes == 16)
-        for_pieces<numbers, Shape>(array, reversed, part,
-                                   [&](int at, T* to) { move.template operator()<numbers>(at, to); });
+        for_flat<Shape>(first, 0, part.steps * part.slots * Shape::size, pieces, move_piece, move_one);
+    else if (pieces)
+        for_pieces<numbers, Shape>(array, reversed, part, move_piece);
     else
-        for_pieces<1, Shape>(array, reversed, part, [&](int at, T* to) { move.template operator()<1>(at, to); });
+        for_pieces<1, Shape>(array, reversed, part, move_one);
 }
 
 /// To `staged`, of shared memory, what has come of `count` numbers since the last call; whether this thread's share is
