@@ -91,9 +91,9 @@ struct Kernels {
     Kernel<T> apply = nullptr;        ///< after = f(before), each step on its own
     Kernel<T> linearise = nullptr;    ///< jacobian = J at before
     Kernel<T> backward = nullptr;     ///< from the last step: a = state + gradient; the gradients of inputs (set) and
-                                   ///< parameters (added); state <- J^T a
-    Kernel<T> correct = nullptr;     ///< backward without gradient, added to input_gradient and parameter_gradient
-    Kernel<T> plain_step = nullptr;  ///< apply, without SIMD: what the reference backend runs, 1 lane per block
+                                      ///< parameters (added); state <- J^T a
+    Kernel<T> correct = nullptr;      ///< backward without gradient, added to input_gradient and parameter_gradient
+    Kernel<T> plain_step = nullptr;   ///< apply, without SIMD: what the reference backend runs, 1 lane per block
     Kernel<T> plain_linearise = nullptr;
     Kernel<T> plain_backward = nullptr;
 };
