@@ -158,7 +158,7 @@ void measure_cells_of(Results& results) {
 
 void measure_cells(Results& results) {
     measure_cells_of<float>(results);
-    if constexpr (bfloat16_runs_on_gpu) measure_cells_of<bfloat16>(results);
+    measure_cells_of<bfloat16>(results);
 }
 
 void measure_map(Results& results) {

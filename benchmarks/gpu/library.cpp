@@ -7,7 +7,6 @@
 #include <deeppcr/cells.hpp>
 #include <deeppcr/evaluate.hpp>
 
-#include "bfloat16.hpp"
 
 namespace deeppcr {
 namespace {
@@ -62,8 +61,7 @@ DEEPPCR_FOR_C int deeppcr_para_gru(const void* inputs, const void* parameters, v
         const Shape shape{steps, batch, width};
         if (bits == 64) return run<double>(inputs, parameters, states, shape, options);
         if (bits == 32) return run<float>(inputs, parameters, states, shape, options);
-        if constexpr (benchmark::bfloat16_runs_on_gpu)
-            if (bits == 16) return run<bfloat16>(inputs, parameters, states, shape, options);
+        if (bits == 16) return run<bfloat16>(inputs, parameters, states, shape, options);
         throw InvalidArgument("bits", "64, 32 or 16", std::to_string(bits));
     });
 }

@@ -10,7 +10,6 @@
 #include <deeppcr/launch.cuh>
 #include <only_on_gpu.cuh>
 
-#include "bfloat16.hpp"
 #include "rows.hpp"
 
 namespace deeppcr::benchmark {

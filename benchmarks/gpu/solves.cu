@@ -121,11 +121,9 @@ void measure_solves(Results& results) {
     for (const Case& c : cases) {
         measure_case<float>(results, c, Reduction::automatic);
         if (c.target == "diagonal") measure_case<float>(results, c, Reduction::sequential);
-        if constexpr (bfloat16_runs_on_gpu) {
-            Case untargeted = c;
-            untargeted.target = "";
-            measure_case<bfloat16>(results, untargeted, Reduction::automatic);
-        }
+        Case untargeted = c;
+        untargeted.target = "";
+        measure_case<bfloat16>(results, untargeted, Reduction::automatic);
         if (c.target == "one-row") measure_against_cub(results, c.steps);
     }
 }

@@ -586,7 +586,7 @@ template <class Body>
 auto with_workspace(const Options& options, const Body& body) {
     const Device here = device::current_gpu();
     if (options.workspace == nullptr) {
-        Workspace own(here);
+        Workspace own(options.execution);
         return body(own);
     }
     if (options.workspace->device() != here)

@@ -113,7 +113,7 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
     report.method = to_string(options.method);
     report.sequences.resize(std::size_t(batch));
     if (recurrence.shape().count() == 0) return report;
-    Workspace own(device_of(options));
+    Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const Workspace::Scope scope(workspace);
     const View<T> memory = workspace.take_states<T>({std::min(segment, steps), batch, width});
@@ -160,7 +160,7 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
                             {}};
     result.report.sequences.resize(std::size_t(batch));
     if (recurrence.shape().count() == 0) return result;
-    Workspace own(device_of(options));
+    Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const Workspace::Scope scope(workspace);
     const Shape most{std::min(segment, steps), batch, width};

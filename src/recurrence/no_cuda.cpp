@@ -12,8 +12,13 @@ template <class T>
 void recurrence::take_diagonal_on_gpu(const Jacobian<const T>&, const Jacobian<T>&, CUstream_st*) {
     device::require_gpu();
 }
-template void recurrence::take_diagonal_on_gpu(const Jacobian<const float>&, const Jacobian<float>&, CUstream_st*);
-template void recurrence::take_diagonal_on_gpu(const Jacobian<const double>&, const Jacobian<double>&, CUstream_st*);
+#define DEEPPCR_INSTANTIATE(T) \
+    template void recurrence::take_diagonal_on_gpu(const Jacobian<const T>&, const Jacobian<T>&, CUstream_st*);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+DEEPPCR_INSTANTIATE(bfloat16)
+DEEPPCR_INSTANTIATE(float16)
+#undef DEEPPCR_INSTANTIATE
 
 namespace cell {
 
