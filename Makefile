@@ -27,7 +27,8 @@ reproduce: build
 
 test:
 	@tools/install-packages build test
-	@$(CONFIGURE) -DDEEPPCR_BUILD_TESTS=ON -DDEEPPCR_BUILD_EXAMPLES=ON -DDEEPPCR_TEST_WHOLE_TREE=ON
+	@$(CONFIGURE) -DDEEPPCR_BUILD_TESTS=ON -DDEEPPCR_BUILD_EXAMPLES=ON -DDEEPPCR_TEST_WHOLE_TREE=ON \
+	    -DCMAKE_CUDA_ARCHITECTURES=90-real
 	@$(BUILD)
 	ctest --test-dir build --output-on-failure --no-tests=error --parallel $(JOBS)
 

@@ -8,7 +8,8 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-virtual CACHE STRING "GPUs to build for")
+  # Hopper's machine code; for Ampere and later GPUs what the driver makes of it.
+  set(CMAKE_CUDA_ARCHITECTURES 80-virtual 90-real CACHE STRING "GPUs to build for")
 endif()
 if(BUILD_SHARED_LIBS AND NOT CMAKE_CUDA_RUNTIME_LIBRARY)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)  # one run-time for all libraries of a process

@@ -1,14 +1,7 @@
-# Compiles a file of kernels for one GPU and reads what the assembler says of them:
-#   cmake -DNVCC=... -DSOURCE=... -DROOT=... -DREGISTERS=128 -DHOT=advance_kernel.*Ef -P kernel_resources.cmake
+# Reads what the assembler said of the kernels of an object (see keep_assembler_report.sh):
+#   cmake -DREPORT=... -DREGISTERS=128 -DHOT=advance_kernel.*Ef -P kernel_resources.cmake
 # Fails where a kernel whose name matches HOT spills registers, keeps arrays in local memory or takes more than REGISTERS.
-execute_process(
-  COMMAND "${NVCC}" -std=c++20 -O3 -arch=sm_90 --expt-relaxed-constexpr -Xptxas -v "-I${ROOT}/include" "-I${ROOT}/src" -cubin -o /dev/null
-          "${ROOT}/${SOURCE}"
-  RESULT_VARIABLE failed ERROR_VARIABLE report OUTPUT_VARIABLE output)
-if(failed)
-  message(FATAL_ERROR "nvcc failed:\n${report}${output}")
-endif()
-string(APPEND report "${output}")
+file(READ "${REPORT}" report)
 string(REGEX REPLACE ";" "," report "${report}")
 string(REGEX MATCHALL "Compiling entry function '[^']*' for 'sm_90'\n[^\n]*\n[^\n]*bytes stack frame[^\n]*\n[^\n]*Used [0-9]+ registers" kernels
        "${report}")

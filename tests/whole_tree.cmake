@@ -69,11 +69,14 @@ add_consumer(add_subdirectory "-DDEEPPCR_SOURCE=${PROJECT_SOURCE_DIR}")
 if(DEEPPCR_BUILD_CUDA)
   function(add_resource_test name source registers hot)
     add_test(NAME cuda.${name}
-             COMMAND "${CMAKE_COMMAND}" "-DNVCC=${CMAKE_CUDA_COMPILER}" "-DROOT=${PROJECT_SOURCE_DIR}" "-DSOURCE=${source}"
+             COMMAND "${CMAKE_COMMAND}" "-DREPORT=${PROJECT_BINARY_DIR}/CMakeFiles/deeppcr.dir/${source}.o.report"
                      "-DREGISTERS=${registers}" "-DHOT=${hot}"
                      -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
     set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
   endfunction()
+  set_target_properties(deeppcr PROPERTIES
+                        RULE_LAUNCH_COMPILE "${CMAKE_CURRENT_SOURCE_DIR}/keep_assembler_report.sh <OBJECT>")
+  target_compile_options(deeppcr PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>")
   add_resource_test(cells src/recurrence/cells_cuda.cu 128 "[0-9](advance|multiply|repair|backward|shoot_tiles)_kernel.*((ParaGRU|ParaLSTM)Ef|ParaGRUENS_8bfloat16E)Lb1")
   add_resource_test(dense_chain src/recurrence/dense_chain_cuda.cu 128 "advance.*(Forward|Repair|Backward)If.*LayoutILi32E")
   add_resource_test(newton src/newton/newton_cuda.cu 64 "(test|settle|advance)_")
