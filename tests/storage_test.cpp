@@ -60,7 +60,8 @@ TYPED_TEST(Storage, RoundsToTheNearestTiesToEven) {
         const double error = std::abs(narrow - double(wide));
         for (const int step : {-1, 1}) {
             const auto neighbour = double(float(of_bits<TypeParam>(std::uint32_t(stored.bits + step))));
-            if (std::isfinite(neighbour)) ASSERT_LE(error, std::abs(neighbour - double(wide))) << wide;
+            if (!std::isfinite(neighbour)) continue;
+            ASSERT_LE(error, std::abs(neighbour - double(wide))) << wide;
         }
     }
 }

@@ -7,7 +7,6 @@
 #include <deeppcr/cells.hpp>
 #include <deeppcr/evaluate.hpp>
 
-
 namespace deeppcr {
 namespace {
 

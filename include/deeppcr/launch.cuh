@@ -47,7 +47,8 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
 
 constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
 
-/// Blocks of `threads`, or as many warps as are enough, one thread for each of `count`. Throws InvalidArgument where they are more than a grid has.
+/// Blocks of `threads`, or as many warps as are enough, one thread for each of `count`. Throws InvalidArgument where
+/// they are more than a grid has.
 Launch one_each(index count, cudaStream_t stream, int threads = plain_threads);
 
 }  // namespace deeppcr::cuda
