@@ -151,7 +151,7 @@ DEEPPCR_INLINE constexpr T with_sign(T x, T sign) {
 /// The larger, as running maxima of errors are taken: NaN once either is.
 template <class T>
 DEEPPCR_INLINE constexpr T larger_or_nan(T largest, T more) {
-    return largest != largest || more <= largest ? largest : more;
+    return largest != largest || more <= largest ? largest : more;  // NOLINT(misc-redundant-expression)
 }
 
 // A GPU has 2^x and 1/x in hardware, to about two units and one unit in the last place of a float; subnormal numbers
@@ -442,11 +442,11 @@ private:
 };
 
 template <class D>
-constexpr bool is_dual = false;
+inline constexpr bool is_dual = false;
 template <class T>
-constexpr bool is_dual<Dual<T>> = true;
+inline constexpr bool is_dual<Dual<T>> = true;
 template <class T, int n>
-constexpr bool is_dual<Duals<T, n>> = true;
+inline constexpr bool is_dual<Duals<T, n>> = true;
 template <class D>
 concept AnyDual = is_dual<D>;
 

@@ -193,7 +193,13 @@ std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
         cudaMallocFromPoolAsync(&memory, std::size_t(bytes > 0 ? bytes : 1), pool_of(ordinal), stream);
     if (error == cudaErrorMemoryAllocation) throw out_of_memory(bytes);
     check(error, "allocating memory");
-    return {memory, [stream](void* pointer) { cudaFreeAsync(pointer, stream); }};
+    return {memory, [stream, ordinal](void* pointer) {  // the null stream is that of the current GPU
+                int before = 0;
+                cudaGetDevice(&before);
+                if (before != ordinal) cudaSetDevice(ordinal);
+                cudaFreeAsync(pointer, stream);
+                if (before != ordinal) cudaSetDevice(before);
+            }};
 }
 
 void copy_by_gpu(void* to, const void* from, index bytes) {

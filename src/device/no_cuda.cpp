@@ -16,10 +16,6 @@ Device current_gpu() {
 int multiprocessors() { return 0; }
 void require_on_gpu(const std::string&, const void*) { require_gpu(); }
 bool is_on_gpu(const void*) { return false; }
-std::shared_ptr<void> allocate_in_stream(index, CUstream_st*) {
-    require_gpu();
-    return {};
-}
 std::shared_ptr<void> allocate_on_gpu(index, Device) {
     require_gpu();
     return {};

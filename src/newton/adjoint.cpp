@@ -141,10 +141,6 @@ Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> traject
     return result;
 }
 
-Device device_of(const Options& options) {
-    return options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
-}
-
 /// On a GPU: x_{t-1} and dL/dx_t of all steps, contiguous.
 template <class T>
 std::pair<View<const T>, View<const T>> gather_on_gpu(const Recurrence<T>& recurrence, View<const T> trajectory,
@@ -214,7 +210,8 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
     if (!slopes.empty() && slopes.shape() != Shape{chain.layers(), batch, width})
         throw InvalidArgument("slopes", "one row per layer, " + to_string(Shape{chain.layers(), batch, width}),
                               to_string(slopes.shape()));
-    const Device here = device_of(options);
+    const Device here = check_device<T>(chain, trajectory, output_gradient, options);
+    if (!here.is_host() && !slopes.empty()) device::require_on_gpu("slopes", slopes.data());
     DenseChainGradients<T> result{Buffer<T>::uninitialised({chain.layers(), width, width}, Layout::steps_first, here),
                                   Buffer<T>::uninitialised({chain.layers(), 1, width}, Layout::steps_first, here),
                                   Buffer<T>({1, batch, width}, Layout::steps_first, here),
@@ -283,7 +280,7 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
     check_adjoint_arguments<T>(cell, trajectory, report, output_gradient, options);
     const auto [steps, batch, width] = cell.shape();
     const index hidden = cell.hidden(), gates = cell.gates();
-    const Device here = device_of(options);
+    const Device here = check_device<T>(cell, trajectory, output_gradient, options);
     DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}, Layout::steps_first, here),
                                  Buffer<T>({gates, hidden, hidden}, Layout::steps_first, here),
                                  Buffer<T>({gates, 1, hidden}, Layout::steps_first, here),

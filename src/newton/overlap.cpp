@@ -132,13 +132,13 @@ private:
         return repeated;
     }
 
-    /// Whether a new state is the old one within the tolerance, and how far apart they are. NaN never is.
+    /// Whether a new state is the old one within the tolerance, and how far apart they are. NaN and infinity never are.
     bool meets(const T* now, const T* old, Mismatch<T>& mismatch) const {
         double residual = 0, relative = 0;
         for (index k = 0; k < width_; ++k) {
             const double apart = std::abs(double(now[k]) - double(old[k]));
             const double allowed = chunks_.absolute_tolerance + chunks_.relative_tolerance * std::abs(double(old[k]));
-            if (!(apart <= allowed)) return false;
+            if (!(apart <= allowed && std::isfinite(apart))) return false;
             residual = std::max(residual, apart);
             if (apart > 0) relative = std::max(relative, apart / allowed);
         }
@@ -365,10 +365,12 @@ private:
 template <class T>
 Report evaluate_by_overlap(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
     const bool on_gpu = options.execution.backend == Backend::cuda;
-    if (on_gpu) device::require_on_gpu("trajectory", trajectory.data());
-    const Device here = on_gpu ? device::current_gpu() : Device::host();
-    if (options.workspace != nullptr && options.workspace->device() != here)
+    if (on_gpu) {
+        check_gpu_arguments(recurrence, options);
+        device::require_on_gpu("trajectory", trajectory.data());
+    } else if (options.workspace != nullptr && !options.workspace->device().is_host()) {
         throw InvalidArgument("options.workspace", "a workspace where the arrays are", "one elsewhere");
+    }
     Workspace own(options.execution);
     return Overlap<T>(recurrence, trajectory, options, options.workspace != nullptr ? *options.workspace : own).run();
 }

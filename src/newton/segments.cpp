@@ -87,11 +87,21 @@ void copy_states(View<const T> from, View<T> to, bool adding, const Execution& e
             }
 }
 
+/// Contiguous; on a GPU in the stream.
+template <class T>
+void fill_zeros(View<T> states, const Execution& execution) {
+    const index bytes = states.shape().count() * index(sizeof(T));
+    if (execution.backend == Backend::cuda)
+        device::fill_bytes(states.data(), 0, bytes, execution.stream);
+    else
+        detail::fill_zeros(states.data(), bytes, Device::host());
+}
+
 /// What stands before the first step of each row of the batch.
 template <class T>
 void copy_initial(const ChannelwiseRecurrence<T>& recurrence, View<T> state, const Options& options) {
     const View<const T> given = recurrence.initial_states();
-    if (given.empty()) detail::fill_zeros(state.data(), state.shape().count() * index(sizeof(T)), device_of(options));
+    if (given.empty()) fill_zeros(state, options.execution);
     const auto& parts = recurrence.parts();
     if (!given.empty() && index(parts.size()) == state.batch())
         return copy_states<T>(given, state, false, options.execution);
@@ -166,8 +176,7 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     const Shape most{std::min(segment, steps), batch, width};
     const View<T> states_memory = workspace.take_states<T>(most), gradient_memory = workspace.take_states<T>(most);
     const View<T> carried = workspace.take_states<T>({1, batch, width});  // dL/dx at the segment's end, from behind
-    const index carried_bytes = batch * width * index(sizeof(T));
-    detail::fill_zeros(carried.data(), carried_bytes, device);
+    fill_zeros(carried, options.execution);
     std::vector<double> parameters(std::size_t(result.parameters.size()), 0.0);
     Options here = options;
     here.workspace = &workspace;
@@ -189,7 +198,7 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
         if (index(parts.size()) == batch) {
             copy_states<T>(found.initial, s == 0 ? result.initial.view() : carried, false, here.execution);
         } else {
-            detail::fill_zeros(carried.data(), carried_bytes, device);
+            fill_zeros(carried, options.execution);
             for (index p = 0; p < index(parts.size()); ++p) {
                 const SequencePart& part = parts[std::size_t(p)];
                 if (part.last <= first || part.first >= last) continue;
@@ -204,7 +213,10 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     }
     const Buffer<Arithmetic<T>> sums(recurrence.parameters().shape());
     std::copy(parameters.begin(), parameters.end(), sums.data());
-    detail::copy(result.parameters.data(), sums.data(), sums.size() * index(sizeof(Arithmetic<T>)));
+    if (device.is_host())
+        std::copy_n(sums.data(), sums.size(), result.parameters.data());
+    else
+        detail::copy(result.parameters.data(), sums.data(), sums.size() * index(sizeof(Arithmetic<T>)));
     if (count > 1)
         result.report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
     result.report.workspace_bytes = workspace.peak_bytes();

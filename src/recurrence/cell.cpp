@@ -130,9 +130,11 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
         throw InvalidArgument("before", to_string(Shape{1, shape.batch, shape.width}), to_string(before.shape()));
     std::vector<SequenceStart> starts;
     std::vector<View<const T>> states;
+    bool none_begins = true;  // here
     for (index p = 0; p < index(parts_.size()); ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
         if (part.last <= first || part.first >= last) continue;
+        none_begins = none_begins && part.first < first;
         states.push_back(part.first < first         ? before.sequences(part.sequence, part.sequence + 1)
                          : initial_states().empty() ? View<const T>()
                                                     : initial_.sequences(p, p + 1));
@@ -140,7 +142,7 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
     }
     const index count = index(states.size());
     Buffer<T> initial({1, count, shape.width}, Layout::steps_first, device_of(execution));
-    if (starts.empty() && first > 0)
+    if (none_begins)
         copy_states<T>(before, initial.view(), execution);
     else if (starts.empty() && count == index(parts_.size()))
         copy_states<T>(initial_states(), initial.view(), execution);

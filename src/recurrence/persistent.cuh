@@ -30,6 +30,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -268,7 +269,8 @@ struct Meeting {
     }
     __device__ __forceinline__ double allowed(T old) const { return absolute + relative * fabs(double(old)); }
     __device__ __forceinline__ bool meets(T now, T old) const {  // not where either is NaN, or infinite
-        return fabs(double(now) - double(old)) <= allowed(old);
+        const double apart = fabs(double(now) - double(old));
+        return apart <= allowed(old) && apart < std::numeric_limits<double>::infinity();
     }
     /// Of `width` numbers of one sequence, by all threads: notes how far they are apart where the states met, else puts
     /// the new ones in the old ones' place.
