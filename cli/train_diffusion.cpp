@@ -1,0 +1,143 @@
+// deeppcr train diffusion: a diffusion model of Fashion-MNIST.
+#include <deque>
+#include <fstream>
+#include <memory>
+#include <optional>
+
+#include <deeppcr/nn/diffusion.hpp>
+#include <files/error.hpp>
+
+#include "command.hpp"
+#include "given_options.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+using nn::DiffusionOptions;
+
+struct Arguments {
+    std::string checkpoint, resume, data;
+    bool overwrite = false;
+    std::unique_ptr<GivenOptions<DiffusionOptions>> given;
+};
+
+DiffusionOptions gather(const Arguments& arguments) {
+    DiffusionOptions options = arguments.resume.empty() ? DiffusionOptions{} : nn::diffusion_options(arguments.resume);
+    arguments.given->apply(options);
+    options.resume = arguments.resume;
+    options.data = arguments.data;
+    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
+                         : !arguments.resume.empty()   ? arguments.resume
+                                                       : "diffusion.safetensors";
+    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    return options;
+}
+
+Exit run_train_diffusion(const Arguments& arguments, Output& output) {
+    const DiffusionOptions options = gather(arguments);
+    output.line("Fashion-MNIST, a diffusion model of " +
+                (options.space == nn::Space::latent ? count_text(options.latents) + " latents" : "its pixels") +
+                ", which predicts the " + nn::name_of(nn::prediction_names, options.prediction));
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar;
+    bool autoencoder = false;
+    double recent = 0;
+    nn::DiffusionCallbacks callbacks;
+    callbacks.interrupted = interrupted;
+    callbacks.step = [&](const nn::DiffusionStep& step) {
+        if (!bar || autoencoder != step.autoencoder) {
+            bar.reset();
+            bar.emplace(step.autoencoder ? "autoencoder" : "denoiser", double(step.steps));
+            recent = step.loss;
+            autoencoder = step.autoencoder;
+        }
+        recent += (step.loss - recent) / 50;
+        bar->update(double(step.step), "loss " + number_text(recent));
+    };
+    const nn::DiffusionTraining result = nn::train_diffusion(options, callbacks);
+    bar.reset();
+
+    const auto mean_of_last = [&](bool of_autoencoder) {
+        double sum = 0;
+        int count = 0;
+        for (auto step = result.steps.rbegin(); step != result.steps.rend() && count < 100; ++step)
+            if (step->autoencoder == of_autoencoder) sum += step->loss, ++count;
+        return count > 0 ? sum / count : std::nan("");
+    };
+    std::string text = count_text(index(result.steps.size())) + " steps in " + seconds_text(result.seconds) + ", " +
+                       count_text(result.parameters) + " parameters";
+    if (options.space == nn::Space::latent) text += "; loss of the autoencoder " + number_text(mean_of_last(true));
+    output.line(text + ", of the denoiser " + number_text(mean_of_last(false)) + " (means of the last steps)");
+    output.line(result.interrupted
+                    ? "interrupted; go on with: deeppcr train diffusion --resume " + options.checkpoint.string()
+                    : "checkpoint: " + options.checkpoint.string() + "; next: deeppcr sample " +
+                          options.checkpoint.string());
+
+    Json& json = output.result;
+    json["checkpoint"] = options.checkpoint.string();
+    json["interrupted"] = result.interrupted;
+    json["parameters"] = result.parameters;
+    json["seconds"] = result.seconds;
+    json["steps"] = Json::array();
+    for (const nn::DiffusionStep& step : result.steps)
+        json["steps"].push_back({{"network", step.autoencoder ? "autoencoder" : "denoiser"},
+                                 {"step", step.step},
+                                 {"loss", step.loss},
+                                 {"learning_rate", step.learning_rate},
+                                 {"gradient_norm", step.gradient_norm},
+                                 {"seconds", step.seconds}});
+    return result.interrupted ? Exit::interrupted : Exit::done;
+}
+
+}  // namespace
+
+void add_train_diffusion(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add("train diffusion", "Train a diffusion model of Fashion-MNIST",
+                                    "  deeppcr train diffusion --latents 32 --steps 20000\n"
+                                    "  deeppcr train diffusion --space pixel --hidden 16 --blocks 3\n"
+                                    "  deeppcr train diffusion --resume diffusion.safetensors",
+                                    [arguments](Output& output) { return run_train_diffusion(*arguments, output); });
+    arguments->given = std::make_unique<GivenOptions<DiffusionOptions>>(command);
+    auto& given = *arguments->given;
+    const auto field = [](auto member) {
+        return [=](DiffusionOptions & options) -> auto& { return options.*member; };
+    };
+    given.choice("--space", field(&DiffusionOptions::space), nn::space_names,
+                 "What is denoised: an autoencoder's latents, or the pixels by a U-Net");
+    given.value("--latents", field(&DiffusionOptions::latents), "Numbers that stand for an image");
+    given.value("--hidden", field(&DiffusionOptions::hidden),
+                "Width of the denoiser's blocks; of a U-Net its channels at full resolution");
+    given.value("--blocks", field(&DiffusionOptions::blocks),
+                "Blocks of the denoiser; of a U-Net its resolutions, 1 to 3");
+    given.choice("--schedule", field(&DiffusionOptions::schedule), nn::schedule_names, "How the noise grows");
+    given.value("--times", field(&DiffusionOptions::times), "Times of the schedule");
+    given.choice("--prediction", field(&DiffusionOptions::prediction), nn::prediction_names,
+                 "What the denoiser predicts");
+    given.value("--unconditional", field(&DiffusionOptions::unconditional),
+                "Part of the images whose class the denoiser is not told, for --guidance");
+    given.value("--batch", field(&DiffusionOptions::batch), "Images per step");
+    given.value("--autoencoder-steps", field(&DiffusionOptions::autoencoder_steps),
+                "Of the autoencoder, which is first");
+    given.value("--steps", field(&DiffusionOptions::steps), "Of the denoiser");
+    given.value("--learning-rate", field(&DiffusionOptions::learning_rate), "At its highest");
+    given.value("--warm-up", field(&DiffusionOptions::warm_up), "Steps until the learning rate is at its highest");
+    given.value("--gradient-clip", field(&DiffusionOptions::gradient_clip), "Largest norm of the gradient; 0: any");
+    given.value("--average", field(&DiffusionOptions::average),
+                "Decay of the moving average of the denoiser's weights, which generates");
+    given.value("--seed", field(&DiffusionOptions::seed), "Of weights, order and noise");
+    given.value("--train-images", field(&DiffusionOptions::train_images),
+                "Train on so many images only; 0: all 60,000");
+    given.value("--checkpoint-interval", field(&DiffusionOptions::checkpoint_interval),
+                "Save every so many steps, besides the end; 0: not");
+    command.add_option("--data", arguments->data,
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
+    command.add_option("--checkpoint", arguments->checkpoint,
+                       "Where the training is saved (default: --resume's, else diffusion.safetensors)");
+    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
+}
+
+}  // namespace deeppcr::program

@@ -1,0 +1,62 @@
+// LibTorch's optimisers with a schedule of learning rates, and their state by names that a checkpoint can hold.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/optim/optimizer.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <deeppcr/array.hpp>
+#include <deeppcr/nn/names.hpp>
+
+namespace deeppcr::nn {
+
+using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
+
+struct OptimisationOptions {
+    Optimiser optimiser = Optimiser::adamw;
+    double learning_rate = 1e-3;  ///< at its highest
+    index warm_up = 0;            ///< steps of linear growth; a cosine leads from there to 0
+    index steps = 1;
+    double weight_decay = 0;
+    double momentum = 0.9;     ///< of sgd
+    double gradient_clip = 0;  ///< the norm of all gradients is limited to this; 0: not
+};
+
+/// Throws InvalidArgument for a number that is out of its range.
+void check(const OptimisationOptions& options);
+
+class Optimisation {
+public:
+    /// Parameters whose learning rate is `factor` times the schedule's.
+    struct Group {
+        NamedTensors parameters;
+        double factor = 1;
+    };
+    Optimisation(std::vector<Group> groups, const OptimisationOptions& options);
+
+    /// step: 0..steps-1.
+    double learning_rate(index step) const;
+    void clear_gradients();
+    /// Limits the gradients' norm and updates the parameters. Returns the norm; where it is not finite, nothing is
+    /// updated.
+    double step(index number);
+
+    /// visit("optimiser.<what>.<parameter>", tensor) for each tensor of the optimiser's state.
+    void visit_state(const std::function<void(const std::string& name, const at::Tensor& tensor)>& visit) const;
+    /// take(name, like): the saved tensor of that name, of the shape of `like`; it is kept.
+    void restore_state(index step,
+                       const std::function<at::Tensor(const std::string& name, const at::Tensor& like)>& take);
+
+private:
+    OptimisationOptions options_;
+    std::vector<double> factors_;
+    NamedTensors parameters_;
+    std::unique_ptr<torch::optim::Optimizer> optimiser_;
+};
+
+}  // namespace deeppcr::nn

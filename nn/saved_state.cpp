@@ -1,0 +1,83 @@
+#include "nn/saved_state.hpp"
+
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+#include <variant>
+#include <vector>
+
+#include <files/safetensors.hpp>
+
+#include "nn/tensors.hpp"
+
+namespace deeppcr::nn {
+namespace {
+
+files::Tensor to_file(const at::Tensor& tensor) {
+    const at::Tensor values = tensor.detach().contiguous();
+    files::Tensor result{values.sizes().vec(), {}};
+    const auto fill = [&]<class T>(T) {
+        result.values = std::vector<T>(values.data_ptr<T>(), values.data_ptr<T>() + values.numel());
+    };
+    switch (values.scalar_type()) {
+        case at::kFloat:
+            fill(float());
+            break;
+        case at::kDouble:
+            fill(double());
+            break;
+        case at::kLong:
+            fill(std::int64_t());
+            break;
+        case at::kByte:
+            fill(std::uint8_t());
+            break;
+        default:
+            throw InvalidArgument("tensor", "float, double, 64-bit integers or bytes",
+                                  c10::toString(values.scalar_type()));
+    }
+    return result;
+}
+
+at::Tensor from_file(const files::Tensor& tensor) {
+    return std::visit(
+        [&]<class T>(const std::vector<T>& values) {
+            at::Tensor result = at::empty(tensor.shape, c10::CppTypeToScalarType<T>::value);
+            if (!values.empty()) std::memcpy(result.data_ptr<T>(), values.data(), values.size() * sizeof(T));
+            return result;
+        },
+        tensor.values);
+}
+
+}  // namespace
+
+const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& tensors, const std::string& name,
+                       const at::Tensor& like) {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) throw FileError(path, "tensor " + name, "none");
+    const at::Tensor& tensor = found->second;
+    if (tensor.sizes() != like.sizes() || tensor.scalar_type() != like.scalar_type())
+        throw FileError(path, describe(like) + " as " + name, describe(tensor));
+    return tensor;
+}
+
+void write_state(const std::filesystem::path& path, const SavedState& state) {
+    files::Safetensors contents;
+    contents.metadata = state.metadata;
+    for (const auto& [name, tensor] : state.tensors) contents.tensors.emplace(name, to_file(tensor));
+    files::write_safetensors(path, contents);
+}
+
+SavedState read_state(const std::filesystem::path& path, const std::string& format) {
+    const files::Safetensors contents = files::read_safetensors(path);
+    SavedState state;
+    state.metadata = {contents.metadata.begin(), contents.metadata.end()};
+    const auto found = state.metadata.find("format");
+    if (found == state.metadata.end())
+        throw FileError(path, "metadata \"format\"", "none: not a checkpoint of deeppcr train");
+    if (found->second != format) throw FileError(path, "format \"" + format + "\"", '"' + found->second + '"');
+    for (const auto& [name, tensor] : contents.tensors) state.tensors.emplace(name, from_file(tensor));
+    return state;
+}
+
+}  // namespace deeppcr::nn

@@ -1,0 +1,66 @@
+// What a checkpoint file holds: tensors by their names, and numbers and choices as text.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <charconv>
+#include <filesystem>
+#include <map>
+#include <string>
+
+#include <deeppcr/nn/names.hpp>
+#include <files/error.hpp>
+
+namespace deeppcr::nn {
+
+using Metadata = std::map<std::string, std::string>;
+
+using SavedTensors = std::map<std::string, at::Tensor>;
+
+struct SavedState {
+    Metadata metadata;  ///< "format" says whose it is
+    SavedTensors tensors;
+};
+
+/// The tensor of this name, of the type and shape of `like`. Throws FileError, which names the file.
+const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& tensors, const std::string& name,
+                       const at::Tensor& like);
+
+/// A safetensors file, atomically. Throws FileError.
+void write_state(const std::filesystem::path& path, const SavedState& state);
+/// Throws FileError where the file is corrupt or of another format.
+SavedState read_state(const std::filesystem::path& path, const std::string& format);
+
+/// A number, or a choice by its name.
+template <class Value, class... Names>
+void put_field(Metadata& metadata, const char* key, const Value& value, const Names&... names) {
+    if constexpr (sizeof...(names) > 0) {
+        metadata[key] = name_of(names..., value);
+    } else {
+        char text[64];  // the shortest that reads back to the same bits
+        metadata[key] = {text, std::to_chars(text, text + sizeof text, value).ptr};
+    }
+}
+
+/// Throws FileError where the field is missing or is none.
+template <class Value, class... Names>
+void get_field(const std::filesystem::path& path, const Metadata& metadata, const char* key, Value& value,
+               const Names&... names) {
+    const auto found = metadata.find(key);
+    if (found == metadata.end())
+        throw FileError(path, std::string("metadata \"") + key + "\"", "none: not a checkpoint of deeppcr train");
+    const std::string& written = found->second;
+    if constexpr (sizeof...(names) > 0) {
+        try {
+            value = choice_of(names..., key, written);
+        } catch (const InvalidArgument& problem) {
+            throw FileError(path, problem.what());
+        }
+    } else {
+        const auto [end, problem] = std::from_chars(written.data(), written.data() + written.size(), value);
+        if (problem != std::errc() || end != written.data() + written.size())
+            throw FileError(path, std::string("a number as metadata \"") + key + '"', '"' + written + '"');
+    }
+}
+
+}  // namespace deeppcr::nn
