@@ -353,13 +353,13 @@ struct Dual {
 private:
     // A derivative that the compiler knows to be 0 costs nothing: a direction does not reach most intermediate values.
     DEEPPCR_INLINE static constexpr T times(T factor, T derivative) {
-#ifndef __CUDA_ARCH__
+#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(derivative) && derivative == T(0)) return T(0);
 #endif
         return factor * derivative;
     }
     DEEPPCR_INLINE static constexpr T plus(T a, T b) {
-#ifndef __CUDA_ARCH__
+#if !defined(__CUDA_ARCH__)
         if (__builtin_constant_p(a) && a == T(0)) return b;
         if (__builtin_constant_p(b) && b == T(0)) return a;
 #endif
