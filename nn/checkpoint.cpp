@@ -1,12 +1,6 @@
 #include "nn/checkpoint.hpp"
 
-#include <ATen/ops/empty.h>
-
-#include <charconv>
-#include <cstring>
-#include <vector>
-
-#include <files/safetensors.hpp>
+#include <utility>
 
 namespace deeppcr::nn {
 namespace {
@@ -57,93 +51,20 @@ void visit_fields(C& checkpoint, const Visit& visit) {
     visit("threads", evaluation.execution.threads);
 }
 
-template <class Number>
-std::string to_text(Number number) {
-    char text[64];
-    return {text,
-            std::to_chars(text, text + sizeof text, number).ptr};  // the shortest that reads back to the same bits
-}
-
-files::Tensor to_file(const at::Tensor& tensor) {
-    const at::Tensor values = tensor.detach().cpu().contiguous();
-    files::Tensor result{values.sizes().vec(), {}};
-    const auto fill = [&]<class T>(T) {
-        result.values = std::vector<T>(values.data_ptr<T>(), values.data_ptr<T>() + values.numel());
-    };
-    switch (values.scalar_type()) {
-        case at::kFloat:
-            fill(float());
-            break;
-        case at::kDouble:
-            fill(double());
-            break;
-        case at::kLong:
-            fill(std::int64_t());
-            break;
-        case at::kByte:
-            fill(std::uint8_t());
-            break;
-        default:
-            throw InvalidArgument("tensor", "float, double, 64-bit integers or bytes",
-                                  c10::toString(values.scalar_type()));
-    }
-    return result;
-}
-
-at::Tensor from_file(const files::Tensor& tensor) {
-    return std::visit(
-        [&]<class T>(const std::vector<T>& values) {
-            at::Tensor result = at::empty(tensor.shape, c10::CppTypeToScalarType<T>::value);
-            if (!values.empty()) std::memcpy(result.data_ptr<T>(), values.data(), values.size() * sizeof(T));
-            return result;
-        },
-        tensor.values);
-}
-
 }  // namespace
 
 void write_checkpoint(const std::filesystem::path& path, const Checkpoint& checkpoint) {
-    files::Safetensors contents;
-    auto& metadata = contents.metadata;
-    metadata["format"] = format;
-    visit_fields(checkpoint, [&](const char* key, auto value, const auto&... names) {
-        if constexpr (sizeof...(names) > 0)
-            metadata[key] = name_of(names..., value);
-        else
-            metadata[key] = to_text(value);
-    });
-    for (const auto& [name, tensor] : checkpoint.tensors) contents.tensors.emplace(name, to_file(tensor));
-    files::write_safetensors(path, contents);
+    SavedState state{{{"format", format}}, checkpoint.tensors};
+    visit_fields(checkpoint, [&](const auto&... field) { put_field(state.metadata, field...); });
+    write_state(path, state);
 }
 
 Checkpoint read_checkpoint(const std::filesystem::path& path) {
-    const files::Safetensors contents = files::read_safetensors(path);
-    const auto& metadata = contents.metadata;
-    const auto text = [&](const std::string& key) {
-        const auto found = metadata.find(key);
-        if (found == metadata.end())
-            throw FileError(path, "metadata \"" + key + "\"", "none: not a checkpoint of deeppcr train");
-        return found->second;
-    };
-    if (text("format") != format) throw FileError(path, "format \"" + format + "\"", '"' + text("format") + '"');
-
+    SavedState state = read_state(path, format);
     Checkpoint checkpoint;
-    visit_fields(checkpoint, [&](const char* key, auto& value, const auto&... names) {
-        const std::string written = text(key);
-        if constexpr (sizeof...(names) > 0) {
-            try {
-                value = choice_of(names..., key, written);
-            } catch (const InvalidArgument& problem) {
-                throw FileError(path, problem.what());
-            }
-        } else {
-            const auto [end, problem] = std::from_chars(written.data(), written.data() + written.size(), value);
-            if (problem != std::errc() || end != written.data() + written.size())
-                throw FileError(path, std::string("a number as metadata \"") + key + '"', '"' + written + '"');
-        }
-    });
+    visit_fields(checkpoint, [&](const char* key, auto&... field) { get_field(path, state.metadata, key, field...); });
     if (checkpoint.step < 0) throw FileError(path, "a count as metadata \"step\"", std::to_string(checkpoint.step));
-    for (const auto& [name, tensor] : contents.tensors) checkpoint.tensors.emplace(name, from_file(tensor));
+    checkpoint.tensors = std::move(state.tensors);
     return checkpoint;
 }
 

@@ -1,13 +1,11 @@
 // Checkpoints: everything that a training needs to go on to the same numbers, as a safetensors file.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <filesystem>
-#include <map>
-#include <string>
 
 #include <deeppcr/nn/training.hpp>
+
+#include "nn/saved_state.hpp"
 
 namespace deeppcr::nn {
 
@@ -18,7 +16,7 @@ struct Checkpoint {
     double epoch_loss = 0, epoch_accuracy = 0, epoch_seconds = 0;  ///< sums over the steps of the epoch under way
     /// Parameters by their names in the network; the optimiser's state of each under "optimiser.<what>.<parameter>";
     /// "prediction": DenseChainMemory's, where there is one.
-    std::map<std::string, at::Tensor> tensors;
+    SavedTensors tensors;
 };
 
 /// Atomically. Throws FileError.

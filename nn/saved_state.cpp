@@ -14,7 +14,7 @@ namespace deeppcr::nn {
 namespace {
 
 files::Tensor to_file(const at::Tensor& tensor) {
-    const at::Tensor values = tensor.detach().contiguous();
+    const at::Tensor values = tensor.detach().cpu().contiguous();
     files::Tensor result{values.sizes().vec(), {}};
     const auto fill = [&]<class T>(T) {
         result.values = std::vector<T>(values.data_ptr<T>(), values.data_ptr<T>() + values.numel());
@@ -57,7 +57,7 @@ const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& te
     if (found == tensors.end()) throw FileError(path, "tensor " + name, "none");
     const at::Tensor& tensor = found->second;
     if (tensor.sizes() != like.sizes() || tensor.scalar_type() != like.scalar_type())
-        throw FileError(path, describe(like) + " as " + name, describe(tensor));
+        throw FileError(path, type_and_shape(like) + " as " + name, type_and_shape(tensor));
     return tensor;
 }
 

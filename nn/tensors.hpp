@@ -14,12 +14,18 @@
 
 namespace deeppcr::nn {
 
-inline std::string describe(const at::Tensor& tensor) {
-    if (!tensor.defined()) return "an undefined tensor";
+inline std::string type_and_shape(const at::Tensor& tensor) {
     std::ostringstream text;
     text << tensor.scalar_type() << " [";
     for (index d = 0; d < tensor.dim(); ++d) text << (d ? "," : "") << tensor.size(d);
-    text << "] on " << tensor.device();
+    text << "]";
+    return text.str();
+}
+
+inline std::string describe(const at::Tensor& tensor) {
+    if (!tensor.defined()) return "an undefined tensor";
+    std::ostringstream text;
+    text << type_and_shape(tensor) << " on " << tensor.device();
     return text.str();
 }
 

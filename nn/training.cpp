@@ -4,16 +4,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <dlfcn.h>
-#include <torch/optim/adamw.h>
-#include <torch/optim/sgd.h>
 #include <torch/version.h>
-// Not self-contained in 1.13:
-#include <torch/nn/utils/clip_grad.h>
 
 #include <chrono>
 #include <cmath>
 #include <memory>
-#include <numbers>
 
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/residual_network.hpp>
@@ -21,7 +16,7 @@
 #include <files/write.hpp>
 
 #include "nn/checkpoint.hpp"
-#include "nn/libtorch.hpp"
+#include "nn/optimisation.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -49,21 +44,18 @@ void require(bool condition, const std::string& argument, const std::string& exp
     if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
 }
 
+OptimisationOptions optimisation_options(const TrainingOptions& options, index steps) {
+    return {options.optimiser,    options.learning_rate, options.warm_up,      steps,
+            options.weight_decay, options.momentum,      options.gradient_clip};
+}
+
 void check(const TrainingOptions& options) {
     require(options.batch >= 1, "batch", "at least 1", options.batch);
     require(options.epochs >= 1, "epochs", "at least 1", options.epochs);
-    require(options.steps >= 0, "steps", "at least 0", options.steps);
-    require(options.warm_up >= 0, "warm_up", "at least 0", options.warm_up);
+    check(optimisation_options(options, options.steps));
     require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
-    const auto require_amount = [](const char* name, double value) {
-        require(std::isfinite(value) && value >= 0, name, "a finite number, at least 0", value);
-    };
-    require(std::isfinite(options.learning_rate) && options.learning_rate > 0, "learning_rate",
-            "a finite number above 0", options.learning_rate);
-    require_amount("trunk_learning_rate", options.trunk_learning_rate);
-    require_amount("weight_decay", options.weight_decay);
-    require_amount("gradient_clip", options.gradient_clip);
-    require(options.momentum >= 0 && options.momentum < 1, "momentum", "0 to below 1", options.momentum);
+    require(std::isfinite(options.trunk_learning_rate) && options.trunk_learning_rate >= 0, "trunk_learning_rate",
+            "a finite number, at least 0", options.trunk_learning_rate);
 }
 
 /// Throws unless `options` continue the training of the checkpoint.
@@ -127,17 +119,6 @@ ResidualNetwork make_network(const TrainingOptions& options) {
                                .evaluation(options.evaluation));
 }
 
-const Tensor& find(const std::filesystem::path& path, const Checkpoint& checkpoint, const std::string& name,
-                   const Tensor& like) {
-    const auto found = checkpoint.tensors.find(name);
-    if (found == checkpoint.tensors.end()) throw FileError(path, "tensor " + name, "none");
-    const Tensor& tensor = found->second;
-    if (tensor.sizes() != like.sizes() || tensor.scalar_type() != like.scalar_type())
-        throw FileError(path, std::string(c10::toString(like.scalar_type())) + " " + shape_text(like) + " as " + name,
-                        std::string(c10::toString(tensor.scalar_type())) + " " + shape_text(tensor));
-    return tensor;
-}
-
 /// The network of a checkpoint. The file's own tensors are compared with its metadata before anything is built from it.
 ResidualNetwork make_network(const std::filesystem::path& path, const Checkpoint& checkpoint) {
     const TrainingOptions& options = checkpoint.options;
@@ -151,7 +132,7 @@ ResidualNetwork make_network(const std::filesystem::path& path, const Checkpoint
     ResidualNetwork network = make_network(options);
     const at::NoGradGuard no_gradients;
     for (auto& parameter : network->named_parameters())
-        parameter.value().copy_(find(path, checkpoint, parameter.key(), parameter.value()));
+        parameter.value().copy_(find(path, checkpoint.tensors, parameter.key(), parameter.value()));
     if (const auto found = checkpoint.tensors.find("prediction"); found != checkpoint.tensors.end())
         network->memory->prediction = found->second;
     return network;
@@ -208,105 +189,17 @@ ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index ba
 
 // ---------------------------------------------------------------------------------------------- optimisers
 
-/// LibTorch's optimiser with two groups of parameters (encoder and decoder; the trunk), and the schedule.
-class Schedule {
-public:
-    Schedule(ResidualNetwork& network, const TrainingOptions& options, index steps)
-        : options_(options),
-          steps_(steps),
-          trunk_factor_((options.trunk_learning_rate > 0 ? options.trunk_learning_rate
-                                                         : options.learning_rate / double(options.layers)) /
-                        options.learning_rate) {
-        std::vector<Tensor> ends, trunk;
-        for (const auto& parameter : network->named_parameters()) {
-            names_.emplace_back(parameter.key(), parameter.value());
-            (parameter.key().starts_with("layers.") ? trunk : ends).push_back(parameter.value());
-        }
-        std::vector<torch::optim::OptimizerParamGroup> groups{torch::optim::OptimizerParamGroup(ends),
-                                                              torch::optim::OptimizerParamGroup(trunk)};
-        const double rate = options.learning_rate, decay = options.weight_decay;
-        if (options.optimiser == Optimiser::adamw)
-            optimiser_ =
-                std::make_unique<torch::optim::AdamW>(groups, torch::optim::AdamWOptions(rate).weight_decay(decay));
-        else
-            optimiser_ = std::make_unique<torch::optim::SGD>(
-                groups, torch::optim::SGDOptions(rate).momentum(options.momentum).weight_decay(decay));
-    }
-
-    /// Linear warm-up, then half a cosine down to 0. step: 0..steps-1.
-    double learning_rate(index step) const {
-        const index warm_up = std::min(options_.warm_up, steps_);
-        if (step < warm_up) return options_.learning_rate * double(step + 1) / double(warm_up);
-        const double done = double(step - warm_up) / double(std::max<index>(1, steps_ - warm_up));
-        return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * done));
-    }
-
-    void clear_gradients() {
-        for (auto& [name, parameter] : names_) parameter.mutable_grad() = Tensor();
-    }
-
-    /// Limits the gradients' norm and updates the parameters. Returns the norm; where it is not finite, nothing is
-    /// updated.
-    double step(index number) {
-        std::vector<Tensor> parameters;
-        for (const auto& [name, parameter] : names_) parameters.push_back(parameter);
-        const double limit =
-            options_.gradient_clip > 0 ? options_.gradient_clip : std::numeric_limits<double>::infinity();
-        const double norm = torch::nn::utils::clip_grad_norm_(parameters, limit);
-        if (!std::isfinite(norm)) return norm;
-        auto& groups = optimiser_->param_groups();
-        groups[0].options().set_lr(learning_rate(number));
-        groups[1].options().set_lr(learning_rate(number) * trunk_factor_);
-        optimiser_->step();
-        return norm;
-    }
-
-    /// visit(name, tensor) for each tensor of the optimiser's state.
-    template <class Visit>
-    void visit_state(const Visit& visit) const {
-        using namespace torch::optim;
-        for (const auto& [name, parameter] : names_) {
-            const auto found = optimiser_->state().find(state_key(*optimiser_, parameter));
-            if (found == optimiser_->state().end()) continue;
-            if (options_.optimiser == Optimiser::adamw) {
-                const auto& state = static_cast<const AdamWParamState&>(*found->second);
-                visit("optimiser.exp_avg." + name, state.exp_avg());
-                visit("optimiser.exp_avg_sq." + name, state.exp_avg_sq());
-            } else if (const auto& state = static_cast<const SGDParamState&>(*found->second);
-                       state.momentum_buffer().defined()) {
-                visit("optimiser.momentum_buffer." + name, state.momentum_buffer());
-            }
-        }
-    }
-
-    /// take(name, like): the saved tensor of that name, of the shape of `like`.
-    template <class Take>
-    void restore_state(index step, const Take& take) {
-        using namespace torch::optim;
-        for (const auto& [name, parameter] : names_) {
-            std::unique_ptr<OptimizerParamState> restored;
-            if (options_.optimiser == Optimiser::adamw) {
-                auto state = std::make_unique<AdamWParamState>();
-                state->step(step);
-                state->exp_avg(take("optimiser.exp_avg." + name, parameter));
-                state->exp_avg_sq(take("optimiser.exp_avg_sq." + name, parameter));
-                restored = std::move(state);
-            } else if (options_.momentum > 0) {
-                auto state = std::make_unique<SGDParamState>();
-                state->momentum_buffer(take("optimiser.momentum_buffer." + name, parameter));
-                restored = std::move(state);
-            }
-            if (restored) optimiser_->state()[state_key(*optimiser_, parameter)] = std::move(restored);
-        }
-    }
-
-private:
-    TrainingOptions options_;
-    index steps_;
-    double trunk_factor_;
-    std::vector<std::pair<std::string, Tensor>> names_;
-    std::unique_ptr<torch::optim::Optimizer> optimiser_;
-};
+/// Two groups of parameters: encoder and decoder; the trunk.
+Optimisation make_optimisation(ResidualNetwork& network, const TrainingOptions& options, index steps) {
+    Optimisation::Group ends, trunk;
+    trunk.factor = (options.trunk_learning_rate > 0 ? options.trunk_learning_rate
+                                                    : options.learning_rate / double(options.layers)) /
+                   options.learning_rate;
+    for (const auto& parameter : network->named_parameters())
+        (parameter.key().starts_with("layers.") ? trunk : ends)
+            .parameters.emplace_back(parameter.key(), parameter.value());
+    return {{ends, trunk}, optimisation_options(options, steps)};
+}
 
 Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor& logits) {
     logits = network->forward(batch.images);
@@ -347,17 +240,17 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         throw InvalidArgument("steps", "at least the " + std::to_string(state.step) + " steps of the checkpoint",
                               std::to_string(steps));
 
-    Schedule schedule(network, options, steps);
+    Optimisation optimisation = make_optimisation(network, options, steps);
     if (state.step > 0)
-        schedule.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
-            return find(options.resume, state, name, like).to(device, like.scalar_type(), false, /*copy=*/true);
+        optimisation.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
+            return find(options.resume, state.tensors, name, like).to(device, like.scalar_type(), false, /*copy=*/true);
         });
 
     const auto save = [&] {
         if (options.checkpoint.empty()) return;
         state.tensors.clear();
         for (const auto& parameter : network->named_parameters()) state.tensors[parameter.key()] = parameter.value();
-        schedule.visit_state([&](const std::string& name, const Tensor& tensor) { state.tensors[name] = tensor; });
+        optimisation.visit_state([&](const std::string& name, const Tensor& tensor) { state.tensors[name] = tensor; });
         if (network->memory->prediction.defined()) state.tensors["prediction"] = network->memory->prediction;
         write_checkpoint(options.checkpoint, state);
     };
@@ -374,7 +267,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         const auto batch =
             data.training.batch(order.slice(0, position * options.batch, (position + 1) * options.batch));
 
-        schedule.clear_gradients();
+        optimisation.clear_gradients();
         Tensor logits;
         const Tensor loss = mean_loss(network, batch, logits);
         StepRecord record;
@@ -386,7 +279,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         };
         if (!std::isfinite(record.loss)) throw diverged("the loss");
         loss.backward();
-        record.gradient_norm = schedule.step(state.step);
+        record.gradient_norm = optimisation.step(state.step);
         if (!std::isfinite(record.gradient_norm)) throw diverged("the gradient");
 
         const Report& forward = network->memory->forward;
@@ -396,7 +289,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         record.epoch_step = position + 1;
         record.epoch_steps = std::min(epoch_steps, steps - epoch * epoch_steps);
         record.accuracy = double(correct(logits, batch.labels)) / double(options.batch);
-        record.learning_rate = schedule.learning_rate(state.step);
+        record.learning_rate = optimisation.learning_rate(state.step);
         record.iterations = forward.iterations;
         for (const auto& sequence : forward.sequences)
             record.mean_iterations += double(sequence.iterations) / double(options.batch);

@@ -247,17 +247,6 @@ struct Strided {
     }
 };
 
-template <class T, bool add>
-__global__ void __launch_bounds__(plain_threads)
-    copy_elements(const Strided<const T> from, const Strided<T> to, const Elements all) {
-    const index i = this_thread();
-    if (i >= all.count) return;
-    const index step = all.step(i), j = all.sequence(i), k = all.element(i);
-    const T value = from.at(step, j, k);
-    T& there = to.at(step, j, k);
-    there = add ? there + value : value;
-}
-
 template <class T>
 __global__ void __launch_bounds__(plain_threads) fill_ones(T* data, index count) {
     const index i = this_thread();
@@ -808,17 +797,6 @@ Report evaluate_newton_on_gpu(const Recurrence<T>& recurrence, View<T> trajector
     return GpuNewton<T>(recurrence, trajectory, options, workspace).evaluate();
 }
 
-template <class T>
-void copy_states_on_gpu(View<const T> from, View<T> to, CUstream_st* stream) {
-    const Elements all = elements_of(from.shape());
-    for_each(all, stream, copy_elements<T, false>, Strided<const T>(from), Strided<T>(to), all);
-}
-template <class T>
-void add_states_on_gpu(View<const T> from, View<T> to, CUstream_st* stream) {
-    const Elements all = elements_of(from.shape());
-    for_each(all, stream, copy_elements<T, true>, Strided<const T>(from), Strided<T>(to), all);
-}
-
 }  // namespace deeppcr::newton
 
 namespace deeppcr {
@@ -872,10 +850,7 @@ template class EnqueuedEvaluation<float>;
 template class EnqueuedEvaluation<double>;
 
 namespace newton {
-#define DEEPPCR_INSTANTIATE(T)                                                             \
-    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&); \
-    template void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*);                \
-    template void add_states_on_gpu(View<const T>, View<T>, CUstream_st*);
+#define DEEPPCR_INSTANTIATE(T) template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE

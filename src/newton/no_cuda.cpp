@@ -24,14 +24,6 @@ Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&) {
     return {};
 }
 template <class T>
-void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*) {
-    device::require_gpu();
-}
-template <class T>
-void add_states_on_gpu(View<const T>, View<T>, CUstream_st*) {
-    device::require_gpu();
-}
-template <class T>
 void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*) {
     device::require_gpu();
 }
@@ -42,8 +34,6 @@ void find_non_finite(View<const T>, unsigned long long*, CUstream_st*) {
 
 #define DEEPPCR_INSTANTIATE(T)                                                               \
     template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);   \
-    template void copy_states_on_gpu(View<const T>, View<T>, CUstream_st*);                  \
-    template void add_states_on_gpu(View<const T>, View<T>, CUstream_st*);                   \
     template void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*); \
     template void find_non_finite(View<const T>, unsigned long long*, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)

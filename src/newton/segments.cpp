@@ -11,8 +11,8 @@
 #include "device/cuda.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
+#include "newton/trajectory.hpp"
 #include "recurrence/cell_rows.hpp"
-#include "recurrence/device_cells.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -74,40 +74,16 @@ Device device_of(const Options& options) {
     return options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
 }
 
-/// to = from, or to += from.
-template <class T>
-void copy_states(View<const T> from, View<T> to, bool adding, const Execution& execution) {
-    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, adding, execution.stream);
-    if constexpr (!is_stored_in_16_bits<T>)
-        for (index i = 0; i < from.steps(); ++i)
-            for (index j = 0; j < from.batch(); ++j) {
-                const T* const source = from.at(i, j);
-                T* const target = to.at(i, j);
-                for (index k = 0; k < from.width(); ++k) target[k] = adding ? target[k] + source[k] : source[k];
-            }
-}
-
-/// Contiguous; on a GPU in the stream.
-template <class T>
-void fill_zeros(View<T> states, const Execution& execution) {
-    const index bytes = states.shape().count() * index(sizeof(T));
-    if (execution.backend == Backend::cuda)
-        device::fill_bytes(states.data(), 0, bytes, execution.stream);
-    else
-        detail::fill_zeros(states.data(), bytes, Device::host());
-}
-
 /// What stands before the first step of each row of the batch.
 template <class T>
 void copy_initial(const ChannelwiseRecurrence<T>& recurrence, View<T> state, const Options& options) {
     const View<const T> given = recurrence.initial_states();
-    if (given.empty()) fill_zeros(state, options.execution);
+    if (given.empty()) clear(state.data(), state.shape().count(), options.execution);
     const auto& parts = recurrence.parts();
-    if (!given.empty() && index(parts.size()) == state.batch())
-        return copy_states<T>(given, state, false, options.execution);
+    if (!given.empty() && index(parts.size()) == state.batch()) return copy_states<T>(given, state, options.execution);
     for (index p = 0; !given.empty() && p < index(parts.size()); ++p)
         if (const SequencePart& part = parts[std::size_t(p)]; part.first == 0)
-            copy_states<T>(given.sequences(p, p + 1), state.sequences(part.sequence, part.sequence + 1), false,
+            copy_states<T>(given.sequences(p, p + 1), state.sequences(part.sequence, part.sequence + 1),
                            options.execution);
 }
 
@@ -146,7 +122,7 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
         if (visit) visit(first, View<const T>(states));
         if (!report.ok()) break;
         if (s + 1 < count)
-            copy_states<T>(states.steps(last - first - 1, last - first), boundaries.steps(s + 1, s + 2), false,
+            copy_states<T>(states.steps(last - first - 1, last - first), boundaries.steps(s + 1, s + 2),
                            options.execution);
     }
     if (count > 1) report.method += ", " + std::to_string(count) + " segments of " + std::to_string(segment) + " steps";
@@ -176,7 +152,7 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     const Shape most{std::min(segment, steps), batch, width};
     const View<T> states_memory = workspace.take_states<T>(most), gradient_memory = workspace.take_states<T>(most);
     const View<T> carried = workspace.take_states<T>({1, batch, width});  // dL/dx at the segment's end, from behind
-    fill_zeros(carried, options.execution);
+    clear(carried.data(), batch * width, options.execution);
     std::vector<double> parameters(std::size_t(result.parameters.size()), 0.0);
     Options here = options;
     here.workspace = &workspace;
@@ -188,23 +164,23 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
         const auto part_recurrence = recurrence.segment(first, last, boundaries.steps(s, s + 1), here.execution);
         const View<T> states = states_memory.steps(0, last - first), gradient = gradient_memory.steps(0, last - first);
         const Report again = evaluate(*part_recurrence, states, here);
-        copy_states<T>(output_gradient.steps(first, last), gradient, false, here.execution);
-        copy_states<T>(carried, gradient.steps(last - first - 1, last - first), true, here.execution);
+        copy_states<T>(output_gradient.steps(first, last), gradient, here.execution);
+        add_states<T>(carried, gradient.steps(last - first - 1, last - first), here.execution);
         CellGradients<T> found = adjoint(*part_recurrence, View<const T>(states), again, View<const T>(gradient), here);
-        copy_states<T>(found.inputs, result.inputs.view().steps(first, last), false, here.execution);
+        copy_states<T>(found.inputs, result.inputs.view().steps(first, last), here.execution);
         const Buffer<Arithmetic<T>> sums = found.parameters.on(Device::host());
         for (std::size_t k = 0; k < parameters.size(); ++k) parameters[k] += double(sums.data()[k]);
         index piece = 0;  // the segment's sequences, in the order of `parts`
         if (index(parts.size()) == batch) {
-            copy_states<T>(found.initial, s == 0 ? result.initial.view() : carried, false, here.execution);
+            copy_states<T>(found.initial, s == 0 ? result.initial.view() : carried, here.execution);
         } else {
-            fill_zeros(carried, options.execution);
+            clear(carried.data(), batch * width, options.execution);
             for (index p = 0; p < index(parts.size()); ++p) {
                 const SequencePart& part = parts[std::size_t(p)];
                 if (part.last <= first || part.first >= last) continue;
                 const View<T> to = part.first >= first ? result.initial.view().sequences(p, p + 1)
                                                        : carried.sequences(part.sequence, part.sequence + 1);
-                copy_states<T>(found.initial.view().sequences(piece, piece + 1), to, false, here.execution);
+                copy_states<T>(found.initial.view().sequences(piece, piece + 1), to, here.execution);
                 ++piece;
             }
         }

@@ -6,14 +6,14 @@
 #include <deeppcr/recurrence.hpp>
 
 #include "device/cuda.hpp"
-#include "newton/newton_gpu.hpp"
+#include "recurrence/device_cells.hpp"
 
 namespace deeppcr::newton {
 
 /// to = from, element by element; any strides.
 template <class T>
 void copy_states(const std::type_identity_t<View<const T>>& from, const View<T>& to, const Execution& execution) {
-    if (execution.backend == Backend::cuda) return copy_states_on_gpu<T>(from, to, execution.stream);
+    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, false, execution.stream);
     for (index i = 0; i < from.steps(); ++i)
         for (index j = 0; j < from.batch(); ++j) std::copy_n(from.at(i, j), from.width(), to.at(i, j));
 }
@@ -21,10 +21,11 @@ void copy_states(const std::type_identity_t<View<const T>>& from, const View<T>&
 /// to += from
 template <class T>
 void add_states(const std::type_identity_t<View<const T>>& from, const View<T>& to, const Execution& execution) {
-    if (execution.backend == Backend::cuda) return add_states_on_gpu<T>(from, to, execution.stream);
-    for (index i = 0; i < from.steps(); ++i)
-        for (index j = 0; j < from.batch(); ++j)
-            for (index k = 0; k < from.width(); ++k) to(i, j, k) += from(i, j, k);
+    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, true, execution.stream);
+    if constexpr (!is_stored_in_16_bits<T>)  // only GPUs compute with those
+        for (index i = 0; i < from.steps(); ++i)
+            for (index j = 0; j < from.batch(); ++j)
+                for (index k = 0; k < from.width(); ++k) to(i, j, k) += from(i, j, k);
 }
 
 /// Sets `count` numbers to 0.
