@@ -144,6 +144,14 @@ struct OnGpu {
             return pack;
         }
     }
+    /// Of inputs, which nothing writes meanwhile: neither stores nor steps hold such a read up.
+    __device__ __forceinline__ static InputPack load_constant(const Chunks& all, const T* from, int there) {
+        if constexpr (V == 1) {
+            return {__ldg(from)};
+        } else {
+            return load<1>(all, from, there);
+        }
+    }
     template <int per>
     __device__ __forceinline__ static void store(const Chunks& all, T* to, int there, const Pack<T, V * per>& pack) {
         if constexpr (V * per == 1) {
@@ -241,7 +249,7 @@ struct OnGpu {
             if (with_input_gradient) input_gradients = input_gradient_at(all, here, first);
         }
         __device__ __forceinline__ void load(int slot) {
-            for (int g = 0; g < G; ++g) u[slot][g] = OnGpu::load<1>(all, inputs + g * all.channels, there);
+            for (int g = 0; g < G; ++g) u[slot][g] = OnGpu::load_constant(all, inputs + g * all.channels, there);
             inputs += backward ? -all.input_step : all.input_step;
             if (with_states) {
                 x[slot] = OnGpu::load<K>(all, states, there);
@@ -266,37 +274,29 @@ struct OnGpu {
                 for (int g = 0; g < G; ++g) item.input_gradient[g] = input_gradient[slot][g];
             return item;
         }
-        __device__ __forceinline__ void shift() {
-            DEEPPCR_UNROLL
-            for (int i = 0; i + 1 < ahead; ++i) {
-                for (int g = 0; g < G; ++g) u[i][g] = u[i + 1][g];
-                if (with_states) x[i] = x[i + 1];
-                if (with_gradient) gradient[i] = gradient[i + 1];
-                if (with_input_gradient)
-                    for (int g = 0; g < G; ++g) input_gradient[i][g] = input_gradient[i + 1][g];
-            }
+        /// The step whose numbers lie in `slot`; false after the last one and where visit says so.
+        template <int slot, class Visit>
+        __device__ __forceinline__ bool turn(int& left, const Visit& visit) {
+            // A branch in every step keeps the reads where they are: a compiler that sees several steps in one piece
+            // puts the reads of all behind the last one, and the next waits for them.
+            if (left <= 0) return false;
+            const Item item = take(slot);
+            if (left > ahead) load(slot);
+            --left;
+            return visit(item);
         }
-
-        /// Calls visit(item) for `count` steps; stops where it says false.
+        template <int... slots, class Visit>
+        __device__ __forceinline__ bool turns(int& left, const Visit& visit, std::integer_sequence<int, slots...>) {
+            return (turn<slots>(left, visit) && ...);
+        }
+        /// Calls visit(item) for `count` steps, fewer than 2^31; stops where it says false.
         template <class Visit>
         __device__ __forceinline__ void run(index count, const Visit& visit) {
+            int left = int(count);
             DEEPPCR_UNROLL
             for (int i = 0; i < ahead; ++i)
-                if (i < count) load(i);
-            index left = count;
-            for (; left >= 2 * ahead; left -= ahead) {
-                DEEPPCR_UNROLL
-                for (int i = 0; i < ahead; ++i) {
-                    if (!visit(take(i))) return;
-                    load(i);
-                }
-            }
-            DEEPPCR_ROLLED
-            for (; left > 0; --left) {
-                if (!visit(take(0))) return;
-                shift();
-                if (left > ahead) load(ahead - 1);
-            }
+                if (i < left) load(i);
+            while (turns(left, visit, std::make_integer_sequence<int, ahead>())) {}
         }
     };
     using Inputs = Stream<false, false, false, false>;
