@@ -224,7 +224,11 @@ struct OnGpu {
         InputPack input_gradient[G];
     };
 
-    /// Reads of successive steps, `ahead` of them on their way. before: from the last step to the first.
+    /// Reads of successive steps: a batch of `ahead` is on its way while the one before it is passed. before: from the
+    /// last step to the first.
+    //
+    // The reads of a batch wait together, on one of the six counters that a warp has for what takes its time; reads
+    // that were issued step after step would each wait for the newest.
     template <bool with_states, bool with_gradient, bool with_input_gradient, bool backward>
     struct Stream {
         static constexpr int numbers =
@@ -234,9 +238,6 @@ struct OnGpu {
         const Chunks& all;
         const int there;
         const T *inputs, *states = nullptr, *gradients = nullptr, *input_gradients = nullptr;
-        InputPack u[ahead][G];
-        StatePack x[with_states ? ahead : 1], gradient[with_gradient ? ahead : 1];
-        InputPack input_gradient[with_input_gradient ? ahead : 1][G];
 
         /// From step `first` on; states and gradients are those of `states_from`.
         __device__ __forceinline__ Stream(const Chunks& chunks, const Here<T>& here, index first, index states_from)
@@ -248,55 +249,48 @@ struct OnGpu {
                             here.channel * K;
             if (with_input_gradient) input_gradients = input_gradient_at(all, here, first);
         }
-        __device__ __forceinline__ void load(int slot) {
-            for (int g = 0; g < G; ++g) u[slot][g] = OnGpu::load_constant(all, inputs + g * all.channels, there);
+        /// The next step's numbers.
+        __device__ __forceinline__ void load(Item& item) {
+            for (int g = 0; g < G; ++g) item.u[g] = load_constant(all, inputs + g * all.channels, there);
             inputs += backward ? -all.input_step : all.input_step;
             if (with_states) {
-                x[slot] = OnGpu::load<K>(all, states, there);
+                item.x = OnGpu::load<K>(all, states, there);
                 states += backward ? -all.trajectory_step : all.trajectory_step;
             }
             if (with_gradient) {
-                gradient[slot] = OnGpu::load<K>(all, gradients, there);
+                item.gradient = OnGpu::load<K>(all, gradients, there);
                 gradients += backward ? -all.gradient_step : all.gradient_step;
             }
             if (with_input_gradient) {
                 for (int g = 0; g < G; ++g)
-                    input_gradient[slot][g] = OnGpu::load<1>(all, input_gradients + g * all.channels, there);
+                    item.input_gradient[g] = OnGpu::load<1>(all, input_gradients + g * all.channels, there);
                 input_gradients += backward ? -all.input_gradient_step : all.input_gradient_step;
             }
         }
-        __device__ __forceinline__ Item take(int slot) const {
-            Item item;
-            for (int g = 0; g < G; ++g) item.u[g] = u[slot][g];
-            if (with_states) item.x = x[slot];
-            if (with_gradient) item.gradient = gradient[slot];
-            if (with_input_gradient)
-                for (int g = 0; g < G; ++g) item.input_gradient[g] = input_gradient[slot][g];
-            return item;
-        }
-        /// The step whose numbers lie in `slot`; false after the last one and where visit says so.
-        template <int slot, class Visit>
-        __device__ __forceinline__ bool turn(int& left, const Visit& visit) {
-            // A branch in every step keeps the reads where they are: a compiler that sees several steps in one piece
-            // puts the reads of all behind the last one, and the next waits for them.
-            if (left <= 0) return false;
-            const Item item = take(slot);
-            if (left > ahead) load(slot);
-            --left;
-            return visit(item);
+        template <int... slots>
+        __device__ __forceinline__ void load_batch(Item (&batch)[ahead], int count,
+                                                   std::integer_sequence<int, slots...>) {
+            ((slots < count ? load(batch[slots]) : void()), ...);
         }
         template <int... slots, class Visit>
-        __device__ __forceinline__ bool turns(int& left, const Visit& visit, std::integer_sequence<int, slots...>) {
-            return (turn<slots>(left, visit) && ...);
+        __device__ __forceinline__ static bool pass(const Item (&batch)[ahead], int count, const Visit& visit,
+                                                    std::integer_sequence<int, slots...>) {
+            return ((slots < count && visit(batch[slots])) && ...);
         }
+
         /// Calls visit(item) for `count` steps, fewer than 2^31; stops where it says false.
         template <class Visit>
         __device__ __forceinline__ void run(index count, const Visit& visit) {
-            int left = int(count);
-            DEEPPCR_UNROLL
-            for (int i = 0; i < ahead; ++i)
-                if (i < left) load(i);
-            while (turns(left, visit, std::make_integer_sequence<int, ahead>())) {}
+            constexpr auto slots = std::make_integer_sequence<int, ahead>();
+            Item now[ahead], next[ahead];
+            load_batch(now, int(count), slots);
+            DEEPPCR_ROLLED
+            for (int left = int(count); left > 0; left -= ahead) {
+                load_batch(next, left - ahead, slots);
+                if (!pass(now, left, visit, slots)) return;
+                DEEPPCR_UNROLL
+                for (int i = 0; i < ahead; ++i) now[i] = next[i];
+            }
         }
     };
     using Inputs = Stream<false, false, false, false>;
@@ -869,8 +863,8 @@ struct OnGpu {
             }
             if (leads && goes_on) {
                 Stream<false, with_gradient, adding, true> stream(all, here, here.first, here.first);
-                stream.load(0);
-                const Item item = stream.take(0);
+                Item item;
+                stream.load(item);
                 if (with_gradient) add_gradient(item.gradient);
                 step<adding>(item, initial_state(all, here));
                 visit();

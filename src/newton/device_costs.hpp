@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -21,7 +22,8 @@ struct KernelCost {
     double latency = 0;     ///< seconds per step, nothing else at work
     double throughput = 0;  ///< seconds per step of a channel, all at work
 
-    double seconds(double chains, double steps) const { return steps * std::max(latency, throughput * chains); }
+    /// Where both count, each adds to the other: on an H200, hypot() is within 3 % of what is measured.
+    double seconds(double chains, double steps) const { return steps * std::hypot(latency, throughput * chains); }
 };
 
 struct DeviceCosts {
@@ -41,7 +43,7 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     const int multiprocessors = device::multiprocessors(), V = kernels.channels_per_group;
     const index full = index(kernels.advance.resident_threads()) * multiprocessors;
     const index row_bytes = full * V * (inputs + states) * index(sizeof(T));
-    const index full_steps = std::clamp<index>(bytes_at_most / row_bytes, 4, 32);
+    const index full_steps = std::clamp<index>(bytes_at_most / row_bytes, 4, 96);
     const index most_groups = std::max(full, few_groups);
     const index rows = std::max(full_steps, (many_steps * few_groups + full - 1) / full);
     const Buffer<T> input({rows, 1, full * V * inputs}, Layout::steps_first, here),

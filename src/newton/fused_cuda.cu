@@ -372,8 +372,8 @@ private:
         Plan shooting;
         if (groups > 0)
             shooting.seconds =
-                3 * cost.launch + double(longest_) * std::max(cost.tiles.latency * groups / fewest_tile_groups,
-                                                              cost.tiles.throughput * chains());
+                3 * cost.launch + double(longest_) * std::hypot(cost.tiles.latency * groups / fewest_tile_groups,
+                                                                cost.tiles.throughput * chains());
         else
             shooting = plan_shooting(cost, seen.shots);
         Method best = options_.method;
