@@ -83,7 +83,7 @@ if(DEEPPCR_BUILD_CUDA)
                     "advanceI.*(ForwardI[fd]|BackwardI[fd]|RepairI[fd]Li[13]E)|linearise_statesI(d|fLi[13]E)")
   add_resource_test(newton src/newton/newton_cuda.cu 64 "(test|settle|advance)_")
   add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 128 "scan_tileI(f|N).*Li[124]E")
-  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 180 "run_(small|large)I(f|N)")
+  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 220 "run_(small|large)I(f|N)")
 endif()
 
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).
