@@ -674,6 +674,34 @@ TYPED_TEST(Bidiagonal, NaNStaysInItsSequence) {
                 });
 }
 
+// Of positive numbers an infinite one makes others infinite, and none NaN, which 0, where kernels fill up blocks,
+// would.
+TYPED_TEST(Bidiagonal, AnInfiniteNumberIsNotMultipliedByWhatFillsUpBlocks) {
+    using T = TypeParam;
+    constexpr index steps = 9, bad = 5, row = 3, column = 5;
+    for (const index block : {6, 12, 20, 50, 70})
+        for (const Backend backend : backends)
+            for (const Reduction method : {Reduction::sequential, Reduction::scan})
+                for (const bool transposed : {false, true}) {
+                    const Shape shape{steps, 1, block};
+                    Buffer<T> factors({steps, 1, block * block}), right_side(shape), solution(shape);
+                    std::fill_n(factors.data(), factors.size(), T(0.5) / T(block));
+                    std::fill_n(right_side.data(), right_side.size(), T(1));
+                    factors(bad, 0, row * block + column) = std::numeric_limits<T>::infinity();
+                    const SolveOptions options{.method = method, .execution = {backend}, .chunk = 4};
+                    SCOPED_TRACE(describe(shape, block, placements[0], options, transposed));
+                    solve_either<T>({Jacobian<const T>(factors.data(), shape, block), right_side}, solution.view(),
+                                    options, transposed);
+                    for (index t = 0; t < steps; ++t)
+                        for (index k = 0; k < block; ++k) {
+                            const index after = transposed ? bad - 1 - t : t - bad;
+                            const bool infinite = after > 0 || (after == 0 && k == (transposed ? column : row));
+                            ASSERT_EQ(std::isinf(solution(t, 0, k)), infinite) << t << ", " << k;
+                            ASSERT_FALSE(std::isnan(solution(t, 0, k))) << t << ", " << k;
+                        }
+                }
+}
+
 TYPED_TEST(Bidiagonal, AWorkspaceIsReused) {
     using T = TypeParam;
     Problem<T> problem({2'000, 2, 6}, 3, placements[0], 10);  // steps of several tiles on a GPU

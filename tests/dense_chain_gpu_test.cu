@@ -219,6 +219,58 @@ TEST_F(ChainOnGpu, OverlapFindsTheTrajectory) {
     }
 }
 
+// Sequences that share a block are repaired as if they were alone, however long their neighbours take.
+TEST_F(ChainOnGpu, OverlapOfASequenceDoesNotDependOnItsNeighbours) {
+    constexpr index steps = 1200, batch = 6;
+    for (const index width : {6, 20}) {  // of one warp, of several
+        Problem<float> problem(steps, batch, width, Activation::identity, 0, 0.5);
+        for (index j = 0; j < batch; ++j)  // the larger, the longer it is remembered
+            for (index k = 0; k < width; ++k) problem.initial(0, j, k) *= std::pow(100.0F, float(j % 4));
+        problem.there_initial = problem.initial.on(Device::cuda());
+        const Options options{.method = Method::overlap, .chunk = 40, .tolerance = 1e-4, .execution = gpu};
+        const Buffer<float> together = on_gpu<float>(problem.shape());
+        problem.there.emplace(problem.there_weights, problem.there_biases, problem.there_initial, problem.options);
+        const Report report = evaluate(*problem.there, together.view(), options);
+        EXPECT_EQ(report.status, Status::converged) << report;
+        for (index j = 0; j < batch; ++j) {
+            const DenseChain<float> one(problem.there_weights, problem.there_biases,
+                                        View<const float>(problem.there_initial).sequences(j, j + 1), problem.options);
+            const Buffer<float> alone = on_gpu<float>(one.shape());
+            const Report of_one = evaluate(one, alone.view(), options);
+            EXPECT_TRUE(same_bits<float>(alone.on({}).view(), together.on({}).view().sequences(j, j + 1))) << j;
+            EXPECT_EQ(of_one.residual, report.sequences[std::size_t(j)].residual) << j;
+        }
+    }
+}
+
+// Old states that are not finite are met by nothing: all of them are replaced.
+TEST_F(ChainOnGpu, OverlapReplacesStatesThatAreNotFinite) {
+    std::vector<float> factors;
+    for (const auto& [factor, count] :
+         {std::pair{0.5F, 140}, std::pair{1.0F, 60}, std::pair{2.0F, 140}, std::pair{1.0F, 60}})
+        factors.insert(factors.end(), std::size_t(count), factor);
+    const Buffer<float> weights({400, 1, 1}), biases({400, 1, 1}), initial({1, 1, 1});
+    std::copy(factors.begin(), factors.end(), weights.data());
+    initial.data()[0] = 1;
+    const DenseChain<float>::Options identity{Activation::identity, 0};
+    const DenseChain<float> here(weights, biases, initial, identity);
+    const Buffer<float> there_weights = weights.on(Device::cuda()), there_biases = biases.on(Device::cuda()),
+                        there_initial = initial.on(Device::cuda());
+    const DenseChain<float> there(there_weights, there_biases, there_initial, identity);
+    const Buffer<float> expected = evaluate(here, {.method = Method::sequential}).trajectory;
+    for (const Guess guess : {Guess::initial_state, Guess::given}) {  // the second chunk overflows, or begins with NaN
+        Options options{.method = Method::overlap, .chunk = 200, .guess = guess};
+        Buffer<float> trajectory(here.shape());
+        trajectory(199, 0, 0) = std::numeric_limits<float>::quiet_NaN();
+        const Buffer<float> there_trajectory = trajectory.on(Device::cuda());
+        EXPECT_EQ(evaluate(here, trajectory.view(), options).status, Status::converged);
+        EXPECT_TRUE(same_bits<float>(trajectory, expected));
+        options.execution = gpu;
+        EXPECT_EQ(evaluate(there, there_trajectory.view(), options).status, Status::converged);
+        EXPECT_TRUE(same_bits<float>(there_trajectory.on({}), expected));
+    }
+}
+
 // The residual that the report names is the one that f has, exactly; both backends do the same.
 TEST_F(ChainOnGpu, OverlapReportsTheResidual) {
     const Problem<double> problem(160, 2, 6, Activation::tanh, 0, 0.7);

@@ -21,6 +21,8 @@ protected:
         machine.compute_capability = 90;
         machine.broken = machine.launch_error = 0;
         machine.good_allocations = -1;
+        machine.shared_bytes = std::size_t(227) << 10;
+        machine.kept = 0;
         cudaSetDevice(0);
         cudaGetLastError();
     }
@@ -66,6 +68,7 @@ private:
 };
 
 constexpr Execution gpu{.backend = Backend::cuda};
+constexpr Device first_gpu = Device::cuda();
 
 /// Lets every allocation of `call` fail in turn: each time it must say so, leave `untouched` as it was, and give back
 /// all that it had taken.
@@ -165,6 +168,179 @@ TEST_F(EmulatedGpu, TheSecondCallAllocatesNothing) {
     const long allocations = emulation::machine().allocations;
     evaluate(recurrence, trajectory.view(), options);
     EXPECT_EQ(emulation::machine().allocations, allocations);
+}
+
+/// A stream and the graph that what `call` enqueues there is captured into.
+struct Captured {
+    template <class Call>
+    explicit Captured(cudaStream_t stream, const Call& call) : stream_(stream) {
+        cudaGraph_t graph = nullptr;
+        cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
+        try {
+            call();
+        } catch (...) {
+            cudaStreamEndCapture(stream, &graph);
+            cudaGraphDestroy(graph);
+            throw;
+        }
+        cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
+        cuda::check(cudaGraphInstantiate(&executable_, graph, 0), "making a graph");
+        cuda::check(cudaGraphDestroy(graph), "ending a graph");
+    }
+    ~Captured() { cudaGraphExecDestroy(executable_); }
+    void launch() const { cuda::check(cudaGraphLaunch(executable_, stream_), "launching a graph"); }
+
+private:
+    cudaStream_t stream_;
+    cudaGraphExec_t executable_ = nullptr;
+};
+
+struct Stream {
+    Stream() { cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream"); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Execution execution() const { return {.backend = Backend::cuda, .stream = stream}; }
+    cudaStream_t stream = nullptr;
+};
+
+/// A system whose scan needs memory.
+struct Scanned {
+    explicit Scanned(index steps)
+        : shape{steps, 1, 6},
+          factors(Buffer<float>::random({steps, 1, 36}, 1, Layout::steps_first, Device::cuda())),
+          right_side(Buffer<float>::random(shape, 2, Layout::steps_first, Device::cuda())),
+          solution(shape, Layout::steps_first, Device::cuda()) {
+        const Buffer<float> small = factors.on(Device::host());
+        for (index i = 0; i < small.size(); ++i) small.data()[i] *= 0.2F;
+        factors = small.on(Device::cuda());
+    }
+    void solve(const Execution& execution, Workspace* workspace = nullptr) const {
+        deeppcr::solve<float>({Jacobian<const float>(factors.data(), shape, 6), right_side}, solution.view(),
+                              {.method = Reduction::scan, .execution = execution, .chunk = 16, .workspace = workspace});
+    }
+    Shape shape;
+    Buffer<float> factors, right_side, solution;
+};
+
+TEST_F(EmulatedGpu, AWorkspaceKeepsWhatAGraphUses) {
+    const Scanned small(300), large(9000);
+    const Stream stream;
+    small.solve(gpu);
+    const Buffer<float> expected = small.solution.on(Device::host());
+    Workspace workspace(Device::cuda());
+    small.solve(stream.execution(), &workspace);
+    const void* memory = nullptr;
+    const Captured graph(stream.stream, [&] {
+        small.solve(stream.execution(), &workspace);
+        const Workspace::Use use(workspace, stream.execution());
+        const Workspace::Scope scope(workspace);
+        memory = workspace.take<char>(1);
+    });
+    for (const index growing : {1, 2, 3}) {
+        const Workspace::Use use(workspace, stream.execution());
+        const Workspace::Scope scope(workspace);
+        for (index i = 0; i < 2 * growing; ++i) workspace.take<char>(growing << 20);
+    }
+    large.solve(stream.execution(), &workspace);
+    EXPECT_TRUE(device::is_on_gpu(memory));
+    detail::fill_zeros(small.solution.data(), small.solution.size() * 4, Device::cuda());
+    graph.launch();
+    device::synchronise(stream.stream);
+    EXPECT_TRUE(same_bits<float>(small.solution.on(Device::host()), expected));
+    const long allocations = emulation::machine().allocations;
+    large.solve(stream.execution(), &workspace);
+    EXPECT_EQ(emulation::machine().allocations, allocations);
+}
+
+TEST_F(EmulatedGpu, AWorkspaceDoesNotGrowIntoAGraph) {
+    const Scanned system(300);
+    const Stream stream;
+    Workspace workspace(Device::cuda());
+    const std::string what =
+        message([&] { Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); }); });
+    EXPECT_NE(what.find("options.workspace: expected one that an earlier call of the same sizes has grown"),
+              std::string::npos)
+        << what;
+    system.solve(stream.execution(), &workspace);
+    Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); });
+}
+
+TEST_F(EmulatedGpu, CallsInDifferentStreamsTakeTurnsInAWorkspace) {
+    const Scanned systems[] = {Scanned(300), Scanned(310)};
+    Buffer<float> expected[2];
+    for (int i : {0, 1}) {
+        systems[i].solve(gpu);
+        expected[i] = systems[i].solution.on(Device::host());
+    }
+    for (int tries = 0; tries < 20; ++tries) {
+        const Stream streams[2];
+        Workspace workspace(Device::cuda());
+        for (int i : {0, 1, 0}) systems[i].solve(streams[i].execution(), &workspace);
+        for (const Stream& stream : streams) device::synchronise(stream.stream);
+        for (int i : {0, 1}) EXPECT_TRUE(same_bits<float>(systems[i].solution.on(Device::host()), expected[i]));
+    }
+    const Stream one, other;
+    Workspace bound(one.execution());
+    systems[0].solve(one.execution(), &bound);
+    EXPECT_EQ(
+        message([&] { systems[0].solve(other.execution(), &bound); }),
+        "options.workspace: expected a workspace of the call's stream, or one made for a Device, got one made for "
+        "another stream");
+    device::synchronise(one.stream);
+}
+
+TEST_F(EmulatedGpu, WhatIsEnqueuedAllocatesNothing) {
+    const Stream stream;
+    const auto check = [&](const auto& recurrence, Surrogate surrogate) {
+        const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
+        EnqueuedEvaluation<float> evaluation(
+            recurrence, trajectory.view(),
+            {.surrogate = surrogate, .max_iterations = 30, .execution = stream.execution()});
+        EXPECT_EQ(evaluation.finish().status, Status::converged);
+        const Buffer<float> expected = trajectory.on(Device::host());
+        const long allocations = emulation::machine().allocations;
+        evaluation.enqueue();
+        EXPECT_EQ(emulation::machine().allocations, allocations);
+        evaluation.finish();
+        const Captured graph(stream.stream, [&] { evaluation.enqueue(); });
+        detail::fill_zeros(trajectory.data(), trajectory.size() * 4, Device::cuda());
+        graph.launch();
+        EXPECT_EQ(evaluation.finish().status, Status::converged);
+        EXPECT_TRUE(same_bits<float>(trajectory.on(Device::host()), expected));
+    };
+    check(Halves(12, 3), Surrogate::diagonal);  // whose diagonal is the library's
+    const Buffer<float> weights = Buffer<float>::random({24, 2, 2}, 1),
+                        biases({24, 1, 2}, Layout::steps_first, first_gpu),
+                        initial = Buffer<float>::random({1, 3, 2}, 2, Layout::steps_first, first_gpu);
+    for (index i = 0; i < weights.size(); ++i) weights.data()[i] *= 0.1F;
+    const Buffer<float> there_weights = weights.on(first_gpu);
+    check(DenseChain<float>(there_weights, biases, initial, {Activation::tanh, 2}), Surrogate::full);
+}
+
+TEST_F(EmulatedGpu, WhatAPoolKeepsUnusedIsAvailable) {
+    const index available = device::available_on_gpu();
+    emulation::machine().kept = std::size_t(1) << 28;
+    EXPECT_EQ(device::available_on_gpu(), available);
+}
+
+TEST_F(EmulatedGpu, WhereSharedMemoryIsShortABlockTakesFewerSequences) {
+    constexpr index width = 200, batch = 13;
+    const Buffer<double> weights = Buffer<double>::random({2, width, width}, 1, Layout::steps_first, first_gpu),
+                         biases = Buffer<double>::random({2, 1, width}, 2, Layout::steps_first, first_gpu),
+                         initial = Buffer<double>::random({1, batch, width}, 3, Layout::steps_first, first_gpu);
+    const DenseChain<double> chain(weights, biases, initial, {Activation::tanh, 0});
+    const std::vector<index> sequences = all(batch);
+    const auto run = [&] {
+        const Buffer<double> trajectory(chain.shape(), Layout::steps_first, first_gpu);
+        chain.run({0, 2, sequences, gpu}, initial, trajectory.view());
+        return trajectory.on(Device::host());
+    };
+    const Buffer<double> expected = run();
+    emulation::machine().shared_bytes = 8 << 10;
+    EXPECT_TRUE(same_bits<double>(run(), expected));
+    emulation::machine().shared_bytes = 4 << 10;
+    EXPECT_EQ(message(run),
+              "weights: expected a width of at most 128, for the 4096 bytes of shared memory that a block has on this "
+              "GPU, got 200");
 }
 
 // --- errors

@@ -60,13 +60,14 @@ struct Pendulum {
     }
 };
 
-/// x_t = tanh(gain M x_{t-1} + u_t), dense; from `bad_step` on f of sequence `bad_sequence` is not finite.
+/// x_t = tanh(gain M x_{t-1} + u_t), dense; from `bad_step` on f of sequence `bad_sequence` is not finite; at
+/// `singular_step` one of its derivatives is infinite.
 struct Network {
     static constexpr index block = 5;
     template <class T>
     static constexpr index width = 5;
     double gain = 0.7;
-    index bad_step = -1, bad_sequence = -1;
+    index bad_step = -1, bad_sequence = -1, singular_step = -1;
     template <class T>
     __host__ __device__ T weight(int row, int column) const {
         return T(gain) * std::cos(T(3 * row + 5 * column + 1)) / std::sqrt(T(5));
@@ -83,6 +84,8 @@ struct Network {
         }
         if (bad_step >= 0 && at.step >= bad_step && at.sequence == bad_sequence)
             at.after[0] = std::numeric_limits<T>::quiet_NaN();
+        if (at.step == singular_step && at.sequence == bad_sequence && at.jacobian != nullptr)
+            at.jacobian[7] = std::numeric_limits<T>::infinity();
     }
 };
 
@@ -337,6 +340,26 @@ TYPED_TEST(NewtonOnGpu, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
     }
 }
 
+TYPED_TEST(NewtonOnGpu, AnInfiniteJacobianOfAConfirmedStepPassesNothingOn) {
+    const User<Network, TypeParam> recurrence(90, 3, {.bad_sequence = 1, .singular_step = 4});
+    const auto expected = evaluate(recurrence, {.method = Method::sequential});
+    for (const Reduction reduction : {Reduction::sequential, Reduction::scan, Reduction::pcr}) {
+        const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.reduction = reduction});
+        EXPECT_EQ(report.status, Status::converged) << report;
+        EXPECT_LE(report.iterations, 25);
+        EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
+        EXPECT_LE(report.sequences[0].error, 1000 * epsilon<TypeParam>);
+        EXPECT_EQ(report.sequences[1].error, std::numeric_limits<double>::infinity());
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, ABufferOfItsOwnLiesWhereTheCallRuns) {
+    const User<Network, TypeParam> recurrence(20, 2);
+    const auto found = evaluate(recurrence, {.execution = gpu});
+    EXPECT_EQ(found.trajectory.device(), Device::cuda());
+    EXPECT_TRUE(same_bits<TypeParam>(found.trajectory.on({}), evaluate_there<TypeParam>(recurrence, {}).trajectory));
+}
+
 TYPED_TEST(NewtonOnGpu, AnyGuessEndsInTheSameTrajectory) {
     const User<Network, TypeParam> recurrence(80, 2);
     const auto expected = evaluate(recurrence, {.method = Method::sequential});
@@ -437,6 +460,14 @@ TYPED_TEST(NewtonOnGpu, WhatIsEnqueuedIsFinishedSequentiallyOrReported) {
     EXPECT_THROW(EnqueuedEvaluation<TypeParam>(recurrence, there.view(), options), InvalidArgument);
     options = {.window = 30, .max_iterations = 3, .execution = gpu};
     EXPECT_THROW(EnqueuedEvaluation<TypeParam>(recurrence, there.view(), options), InvalidArgument);
+    for (const Method method : {Method::sequential, Method::overlap, Method::shooting}) try {
+            EnqueuedEvaluation<TypeParam>(recurrence, there.view(),
+                                          {.method = method, .max_iterations = 3, .execution = gpu});
+            ADD_FAILURE() << to_string(method);
+        } catch (const InvalidArgument& error) {
+            EXPECT_EQ(std::string(error.what()),
+                      "options.method: expected automatic or newton, got " + to_string(method));
+        }
 }
 
 template <class S, class T>

@@ -79,9 +79,11 @@ if(DEEPPCR_BUILD_CUDA)
   target_compile_options(deeppcr PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>")
   add_resource_test(cells src/recurrence/cells_cuda.cu 128 "[0-9](advance|multiply|repair|backward|shoot_tiles)_kernel.*((ParaGRU|ParaLSTM)Ef|ParaGRUENS_8bfloat16E)Lb1")
   add_resource_test(dense_chain src/recurrence/dense_chain_cuda.cu 128 "advance.*(Forward|Repair|Backward)If.*LayoutILi32E")
+  add_resource_test(dense_cells src/recurrence/dense_cells_cuda.cu 255
+                    "advanceI.*(ForwardI[fd]|BackwardI[fd]|RepairI[fd]Li[13]E)|linearise_statesI(d|fLi[13]E)")
   add_resource_test(newton src/newton/newton_cuda.cu 64 "(test|settle|advance)_")
   add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 128 "scan_tileI(f|N).*Li[124]E")
-  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 180 "run_(small|large)I(f|N)")
+  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 220 "run_(small|large)I(f|N)")
 endif()
 
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).

@@ -287,14 +287,21 @@ private:
 };
 
 struct Execution;
+namespace device {
+class Mark;
+}
 
-/// Memory that calls reuse: a first call grows it, later calls of the same sizes allocate nothing.
-/// Not for use by two threads at once, nor by two streams. `peak_bytes` is the largest amount in use at any time.
+/// Memory that calls reuse: a first call grows it, later calls of the same sizes allocate nothing. Not for use by two
+/// threads at once. `peak_bytes` is the largest amount in use at any time.
+/// On a GPU calls may be in different streams: one in another stream than the call before waits there, on the GPU, for
+/// that call's work. A call that is captured into a graph must find the workspace grown by an earlier one of the same
+/// sizes (InvalidArgument); the memory that it takes is not freed before the workspace. A graph waits for nobody: its
+/// launches must be ordered with other work in the workspace as if they were calls in one stream.
 class Workspace {
 public:
     explicit Workspace(Device device = {});
     /// Where `execution` runs: on a GPU in the order of its stream, from a pool, so that neither growing nor the end of
-    /// the workspace waits for the work in it.
+    /// the workspace waits for the work in it. Calls in other streams refuse it (InvalidArgument).
     explicit Workspace(const Execution& execution);
     ~Workspace();
     Workspace(Workspace&&) noexcept;
@@ -335,19 +342,39 @@ public:
         int exceptions_;  // on their way when the scope began
     };
 
+    /// A call, from its begin to its end, that enqueues work in execution.stream and takes the memory for it. Of nested
+    /// ones the outermost counts. In main memory it does nothing.
+    class Use {
+    public:
+        Use(Workspace& workspace, const Execution& execution);
+        ~Use();
+        Use(const Use&) = delete;
+        Use& operator=(const Use&) = delete;
+
+    private:
+        Workspace& workspace_;
+    };
+
 private:
+    void begin_use(CUstream_st* stream);
+    void end_use();
+    void join_blocks();
     void* take_bytes(index bytes);
     std::shared_ptr<void> allocate(index bytes) const;
     struct Block {
         std::shared_ptr<void> memory;
         index bytes;
+        bool captured = false;  // a graph may use it
     };
     Device device_;
-    CUstream_st* stream_ = nullptr;
+    CUstream_st* stream_ = nullptr;  // of the last use
     bool in_stream_ = false;
     std::vector<Block> blocks_;
     std::size_t block_ = 0, offset_ = 0;
     index used_ = 0, peak_ = 0;
+    int uses_ = 0;                        // nested
+    bool capturing_ = false;              // the stream of this use
+    std::shared_ptr<device::Mark> mark_;  // the end of the last use, where nothing was captured
 };
 
 /// Bytes of main memory that a call may plan with: what the machine has available now, never below 0.

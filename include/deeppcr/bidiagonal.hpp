@@ -46,12 +46,14 @@ struct SolveOptions {
 /// the arrays not be written by others, until the stream has done it (of the system and options structs themselves
 /// nothing is kept); work enqueued in the same stream later sees the solution. Errors of the running kernels are
 /// reported by a later call that waits. With a workspace that has been used for the same shape and method before,
-/// nothing is allocated and the host waits for nothing, so that a CUDA graph can capture the call; without one the call
-/// takes memory from the GPU's pool and gives it back, both in the order of the stream. Deterministic: the same inputs,
-/// options, SIMD target and thread count give the same bits; `sequential` and `pcr` give the same bits for every thread
-/// count, `scan` for every thread count where `chunk` is given. cuda: the same inputs, options and GPU model give the
-/// same bits. Returns the method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source:
-/// arXiv 2309.16318, Algorithm 1 (pcr); Blelloch (1990) (scan).
+/// nothing is allocated and the host waits for nothing, so that a CUDA graph can capture the call. A first call may
+/// wait for the GPU: CUDA loads its kernels, and a workspace made for a Device grows by cudaMalloc and cudaFree.
+/// Without a workspace the call takes memory from the GPU's pool and gives it back, both in the order of the stream,
+/// and so without a wait but on GPUs that have no pools. Deterministic: the same inputs, options, SIMD target and
+/// thread count give the same bits; `sequential` and `pcr` give the same bits for every thread count, `scan` for every
+/// thread count where `chunk` is given. cuda: the same inputs, options and GPU model give the same bits. Returns the
+/// method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source: arXiv 2309.16318,
+/// Algorithm 1 (pcr); Blelloch (1990) (scan).
 template <class T>
 Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                 const SolveOptions& options = {});

@@ -172,10 +172,10 @@ struct Evaluation {
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
 
-/// The same, into a buffer of its own.
+/// The same, into a buffer of its own: in main memory, or on the current GPU for Backend::cuda.
 template <class T>
 Evaluation<T> evaluate(const Recurrence<T>& recurrence, const Options& options = {}) {
-    Evaluation<T> result{Buffer<T>(recurrence.shape()), {}};
+    Evaluation<T> result{Buffer<T>(recurrence.shape(), Layout::steps_first, detail::device_of(options.execution)), {}};
     result.report = evaluate(recurrence, result.trajectory.view(), options);
     return result;
 }
@@ -192,7 +192,8 @@ class EnqueuedEvaluation {
 public:
     /// Takes all memory and evaluates once, so that later calls allocate nothing and find their kernels loaded; with
     /// Guess::given that changes the trajectory. recurrence, trajectory and options.workspace must outlive this object.
-    /// Throws InvalidArgument, where not said: options.max_iterations 0, a window shorter than all steps, `progress`;
+    /// Throws InvalidArgument, where not said: options.method neither automatic nor newton, options.max_iterations 0, a
+    /// window shorter than all steps, `progress`;
     /// OutOfMemory, NoDevice.
     EnqueuedEvaluation(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory,
                        const Options& options);

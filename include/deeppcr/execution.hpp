@@ -21,6 +21,11 @@ struct Execution {
     CUstream_st* stream = nullptr;  ///< cuda: a cudaStream_t; calls return before its work is done where they say so
 };
 
+namespace detail {
+/// Where the arrays of a call lie. Throws NoDevice.
+Device device_of(const Execution& execution);
+}  // namespace detail
+
 /// Threads that a call with `threads == 0` uses: DEEPPCR_THREADS from the environment, else the processors this
 /// process may run on.
 int default_threads();

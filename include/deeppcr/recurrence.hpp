@@ -17,6 +17,9 @@ struct Section {
     index last = 0;
     std::span<const index> sequences;
     Execution execution = {};
+    /// Memory for what a callback needs beside the arrays, where the backend works, to be taken in a Scope of its own;
+    /// null: none is offered.
+    Workspace* workspace = nullptr;
 
     index steps() const { return last - first; }
     index batch() const { return index(sequences.size()); }

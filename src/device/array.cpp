@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <fstream>
 #include <numbers>
 #include <random>
+#include <utility>
 
 #include <deeppcr/execution.hpp>
 
@@ -101,13 +103,15 @@ void fill(T* data, index count, std::uint64_t seed) {
 void fill_normal(float* data, index count, std::uint64_t seed) { fill(data, count, seed); }
 void fill_normal(double* data, index count, std::uint64_t seed) { fill(data, count, seed); }
 
+Device device_of(const Execution& execution) {
+    return execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+}
+
 }  // namespace detail
 
 Workspace::Workspace(Device device) : device_(device) {}
 Workspace::Workspace(const Execution& execution)
-    : device_(execution.backend == Backend::cuda ? device::current_gpu() : Device::host()),
-      stream_(execution.stream),
-      in_stream_(!device_.is_host()) {}
+    : device_(detail::device_of(execution)), stream_(execution.stream), in_stream_(!device_.is_host()) {}
 Workspace::~Workspace() = default;
 Workspace::Workspace(Workspace&&) noexcept = default;
 Workspace& Workspace::operator=(Workspace&&) noexcept = default;
@@ -121,10 +125,16 @@ void* Workspace::take_bytes(index bytes) {
     }
     if (block_ == blocks_.size()) {
         const index grown = std::max(bytes, index(1) << 16);
+        if (capturing_)
+            throw InvalidArgument("options.workspace",
+                                  "one that an earlier call of the same sizes has grown, as the stream is being "
+                                  "captured: call once before",
+                                  "one that lacks " + std::to_string(bytes) + " bytes");
         blocks_.push_back({allocate(grown), grown});
         offset_ = 0;
     }
     void* memory = static_cast<char*>(blocks_[block_].memory.get()) + offset_;
+    if (capturing_) blocks_[block_].captured = true;
     offset_ += std::size_t(bytes);
     used_ += bytes;
     peak_ = std::max(peak_, used_);
@@ -150,14 +160,45 @@ Workspace::Scope::~Scope() {
     workspace_.block_ = block_;
     workspace_.offset_ = offset_;
     workspace_.used_ = used_;
-    // Once everything has been given back, many small blocks become one large one; not while an exception is on its
-    // way.
-    if (used_ == 0 && workspace_.blocks_.size() > 1 && std::uncaught_exceptions() == exceptions_) {
-        workspace_.blocks_.clear();
-        workspace_.block_ = workspace_.offset_ = 0;
+    if (used_ == 0 && !workspace_.capturing_ && std::uncaught_exceptions() == exceptions_) workspace_.join_blocks();
+}
+
+/// Once everything has been given back, many small blocks become one large one, beside those that graphs use.
+void Workspace::join_blocks() {
+    const auto captured = [](const Block& block) { return block.captured; };
+    if (index(blocks_.size()) - std::count_if(blocks_.begin(), blocks_.end(), captured) < 2) return;
+    std::erase_if(blocks_, [&](const Block& block) { return !captured(block); });
+    block_ = offset_ = 0;
+    try {
+        blocks_.push_back({allocate(peak_), peak_});
+    } catch (...) {  // the next call allocates what it needs, or says why it cannot
+    }
+}
+
+Workspace::Use::Use(Workspace& workspace, const Execution& execution) : workspace_(workspace) {
+    if (workspace.uses_ == 0 && !workspace.device_.is_host()) workspace.begin_use(execution.stream);
+    ++workspace.uses_;
+}
+
+Workspace::Use::~Use() {
+    if (--workspace_.uses_ == 0 && !workspace_.device_.is_host()) workspace_.end_use();
+}
+
+void Workspace::begin_use(CUstream_st* stream) {
+    if (in_stream_ && stream != stream_)
+        throw InvalidArgument("options.workspace", "a workspace of the call's stream, or one made for a Device",
+                              "one made for another stream");
+    capturing_ = device::is_captured(stream);
+    if (mark_ != nullptr && stream != stream_ && !capturing_) mark_->wait_in(stream);
+    stream_ = stream;
+}
+
+void Workspace::end_use() {
+    if (!std::exchange(capturing_, false) && !in_stream_) {
         try {
-            workspace_.blocks_.push_back({workspace_.allocate(workspace_.peak_), workspace_.peak_});
-        } catch (...) {  // the next call allocates what it needs, or says why it cannot
+            if (mark_ == nullptr) mark_ = std::make_shared<device::Mark>();
+            mark_->set(stream_);
+        } catch (...) {  // every later call says what is wrong
         }
     }
 }

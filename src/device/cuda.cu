@@ -142,6 +142,7 @@ Device current_gpu() {
 }
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, current_ordinal()); }
+index shared_bytes_per_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, current_ordinal()); }
 
 void require_on_gpu(const std::string& name, const void* memory) {
     const auto refuse = [&](const std::string& actual) {
@@ -234,10 +235,35 @@ void fill_bytes(void* data, int value, index bytes, CUstream_st* stream) {
 index available_on_gpu() {
     std::size_t available = 0, total = 0;
     check(cudaMemGetInfo(&available, &total), "asking for memory");
-    return index(available);
+    std::uint64_t reserved = 0, used = 0;
+    if (const int ordinal = current_ordinal(); attribute(cudaDevAttrMemoryPoolsSupported, ordinal) != 0) {
+        check(cudaMemPoolGetAttribute(pool_of(ordinal), cudaMemPoolAttrReservedMemCurrent, &reserved),
+              "looking at a pool of memory");
+        check(cudaMemPoolGetAttribute(pool_of(ordinal), cudaMemPoolAttrUsedMemCurrent, &used),
+              "looking at a pool of memory");
+    }
+    return index(available + (reserved - used));
 }
 
 void synchronise(CUstream_st* stream) { check(cudaStreamSynchronize(stream), "running"); }
+
+bool is_captured(CUstream_st* stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "looking at a stream");
+    return status != cudaStreamCaptureStatusNone;
+}
+
+Mark::Mark() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    event_ = {event, [](void* made) { cudaEventDestroy(static_cast<cudaEvent_t>(made)); }};
+}
+void Mark::set(CUstream_st* stream) {
+    check(cudaEventRecord(static_cast<cudaEvent_t>(event_.get()), stream), "recording an event");
+}
+void Mark::wait_in(CUstream_st* stream) const {
+    check(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(event_.get()), 0), "waiting for an event");
+}
 
 struct Letter::Paper {
     void* memory = nullptr;  // pinned

@@ -15,6 +15,8 @@ void require_gpu();
 Device current_gpu();
 /// Of the current one.
 int multiprocessors();
+/// Of the current one: what a block may have.
+index shared_bytes_per_block();
 /// Throws InvalidArgument where the current GPU's kernels cannot read or write what `name` points to.
 void require_on_gpu(const std::string& name, const void* memory);
 /// Whether a GPU can; false where there is none.
@@ -34,10 +36,23 @@ void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_on_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
-/// Bytes that the current GPU has available.
+/// Bytes that the current GPU has available: free, or kept by the pool and not in use.
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.
 void synchronise(CUstream_st* stream);
+/// Whether what is enqueued there is captured into a graph.
+bool is_captured(CUstream_st* stream);
+
+/// A point in a stream of the current GPU that other streams can wait for.
+class Mark {
+public:
+    Mark();
+    void set(CUstream_st* stream);
+    void wait_in(CUstream_st* stream) const;
+
+private:
+    std::shared_ptr<void> event_;
+};
 
 /// Few bytes on their way from the current GPU to the host, while both go on. What it needs is taken from earlier ones,
 /// where there are any.

@@ -14,6 +14,7 @@ Device current_gpu() {
     return {};
 }
 int multiprocessors() { return 0; }
+index shared_bytes_per_block() { return 0; }
 void require_on_gpu(const std::string&, const void*) { require_gpu(); }
 bool is_on_gpu(const void*) { return false; }
 std::shared_ptr<void> allocate_on_gpu(index, Device) {
@@ -32,6 +33,10 @@ void copy_on_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
+bool is_captured(CUstream_st*) { return false; }
+Mark::Mark() { require_gpu(); }
+void Mark::set(CUstream_st*) {}
+void Mark::wait_in(CUstream_st*) const {}
 struct Letter::Paper {};
 Letter::Letter() { require_gpu(); }
 void Letter::send(const void*, index, CUstream_st*) {}

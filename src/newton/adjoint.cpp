@@ -65,6 +65,7 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
 
     Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const Workspace::Use use(workspace, options.execution);
     const index length = window_length(recurrence, solving, recurrence.block());
     report.window = length;
     const Workspace::Scope scope(workspace);
@@ -220,6 +221,7 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
         const Clock::time_point begin = Clock::now();
         Workspace own(options.execution);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        const Workspace::Use use(workspace, options.execution);
         run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
         result.report.method = "adjoint, sequential";
         for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});
@@ -290,6 +292,7 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
         const Clock::time_point begin = Clock::now();
         Workspace own(options.execution);
         Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        const Workspace::Use use(workspace, options.execution);
         run_backward<T>(cell, trajectory, output_gradient, options, workspace, result);
         result.report.method = "adjoint, sequential";
         for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});

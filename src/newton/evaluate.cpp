@@ -536,6 +536,8 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
     Options chosen = options;
     if (options.method == Method::automatic || overlap) chosen.method = Method::newton;
     Report report;
+    std::optional<Workspace::Use> use;
+    if (on_gpu && options.workspace != nullptr) use.emplace(*options.workspace, options.execution);
     if (on_gpu && trajectory.empty()) {
         report.method = describe(chosen);
         report.sequences.resize(std::size_t(recurrence.shape().batch));

@@ -60,6 +60,7 @@ struct Track {
     Word error;                        ///< likewise, of the estimate
     Word iterations;                   ///< passes until the last step was confirmed
     Word ended;                        ///< 1: f of the last confirmed state is not finite
+    Word singular;                     ///< 1: a Jacobian of the confirmed steps is not finite
 };
 
 /// What the host hears of a pass.
@@ -150,7 +151,11 @@ __global__ void __launch_bounds__(plain_threads) test_rows(const Pass<T> pass) {
         norms.add(x, f);
     }
     norms.join(lanes);
-    if (!open) return;
+    if (!open) {  // passes nothing on: infinity times 0 would be NaN
+        if (exists && track->singular != 0)
+            for (index k = lane; k < width * pass.block; k += lanes) pass.jacobian[row * width * pass.block + k] = T(0);
+        return;
+    }
     const double relative = norms.relative(pass.tolerance);
     const bool good = norms.bad == 0;
     if (good && relative <= 1) return;
@@ -209,6 +214,10 @@ __global__ void __launch_bounds__(plain_threads) settle_rows(const Pass<T> pass)
     const bool fresh = exists && step >= track->confirmed_before && step < confirmed;
     const bool beyond = exists && track->ended == 0 && step >= confirmed;
     T* const state = pass.states + (row + pass.batch) * width;
+    // The update of a confirmed step is finite, unless its Jacobian, or one before it, is not.
+    if (exists && step < confirmed)
+        for (index k = lane; k < width; k += lanes)
+            if (!finite(pass.update[row * width + k])) track->singular = 1;
     // What the state is compared with, or what it becomes.
     const auto other = [&](index k) {
         const index at = row * width + k;
@@ -433,7 +442,9 @@ private:
         endings_ = workspace_.template take<Ending>(batch_);
     }
 
-    Section section(index first, index last) const { return {first, last, sequences_, options_.execution}; }
+    Section section(index first, index last) const {
+        return {first, last, sequences_, options_.execution, &workspace_};
+    }
     /// Rows of the window at hand.
     index rows() const { return std::min(window_, steps_ - first_); }
     Shape shape(index count) const { return {count, batch_, width_}; }
@@ -672,7 +683,9 @@ private:
             result.iterations = index(track.iterations);
             result.residual = std::bit_cast<double>(track.residual);
             result.relative_residual = std::bit_cast<double>(track.relative_residual);
-            result.error = estimating() ? std::bit_cast<double>(track.error) : unknown;
+            result.error = !estimating()         ? unknown
+                           : track.singular != 0 ? std::numeric_limits<double>::infinity()
+                                                 : std::bit_cast<double>(track.error);
             result.status = track.ended != 0             ? Status::non_finite
                             : result.confirmed == steps_ ? Status::converged
                                                          : unfinished;
@@ -804,19 +817,30 @@ namespace deeppcr {
 template <class T>
 struct EnqueuedEvaluation<T>::Implementation {
     Implementation(const Recurrence<T>& given_recurrence, const View<T>& trajectory, const Options& given_options)
-        : recurrence(given_recurrence), options(given_options) {
+        : recurrence(given_recurrence), options(by_newton(given_options)) {
         newton::check_arguments<T>(recurrence, trajectory, options);
         newton::check_gpu_arguments(recurrence, options);
+        if (given_options.method != Method::automatic && given_options.method != Method::newton)
+            throw InvalidArgument("options.method", "automatic or newton", to_string(given_options.method));
         if (options.max_iterations == 0) throw InvalidArgument("options.max_iterations", "1 or more passes", "0");
         if (options.progress) throw InvalidArgument("options.progress", "none, as nobody waits for the passes", "one");
-        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own.emplace(device::current_gpu());
         if (trajectory.empty()) return;
-        newton.emplace(recurrence, trajectory, options, workspace);
+        const Workspace::Use use(workspace(), options.execution);
+        newton.emplace(recurrence, trajectory, options, workspace());
         if (newton->window() < recurrence.shape().steps)
             throw InvalidArgument("options.window", "all " + std::to_string(recurrence.shape().steps) + " steps",
                                   std::to_string(newton->window()));
         newton->enqueue(options.max_iterations);
         device::synchronise(options.execution.stream);
+    }
+
+    static Options by_newton(Options options) {
+        options.method = Method::newton;
+        return options;
+    }
+    Workspace& workspace() {
+        if (options.workspace != nullptr) return *options.workspace;
+        return own ? *own : own.emplace(device::current_gpu());
     }
 
     const Recurrence<T>& recurrence;
@@ -835,13 +859,18 @@ EnqueuedEvaluation<T>::~EnqueuedEvaluation() = default;
 
 template <class T>
 void EnqueuedEvaluation<T>::enqueue() {
-    if (implementation_->newton) implementation_->newton->enqueue(implementation_->options.max_iterations);
+    if (!implementation_->newton) return;
+    const Workspace::Use use(implementation_->workspace(), implementation_->options.execution);
+    implementation_->newton->enqueue(implementation_->options.max_iterations);
 }
 
 template <class T>
 Report EnqueuedEvaluation<T>::finish() {
     Report report;
-    if (implementation_->newton) report = implementation_->newton->finish();
+    if (implementation_->newton) {
+        const Workspace::Use use(implementation_->workspace(), implementation_->options.execution);
+        report = implementation_->newton->finish();
+    }
     newton::raise_failure(report, implementation_->options, implementation_->recurrence.shape().steps);
     return report;
 }

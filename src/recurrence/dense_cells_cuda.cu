@@ -209,9 +209,7 @@ struct Forward : Arrays<T> {
     T* trajectory;
     index trajectory_step, trajectory_batch;
 
-    __device__ __forceinline__ index items(index chunk, int, int) const {
-        return std::min(length, steps - chunk * length);
-    }
+    __device__ __forceinline__ index items(index chunk) const { return std::min(length, steps - chunk * length); }
     __device__ __forceinline__ T* state_at(index step, int sequence) const {
         return trajectory + step * trajectory_step + sequence * trajectory_batch;
     }
@@ -268,8 +266,8 @@ struct Repair : Forward<T, gates> {
 
     persistent::Meeting<T> meeting;
 
-    __device__ __forceinline__ index items(index chunk, int first_sequence, int count) const {
-        return meeting.asked(chunk, first_sequence, count, this->batch) ? Base::items(chunk, 0, 0) : -1;
+    __device__ __forceinline__ unsigned asked(index chunk, int first_sequence, int count) const {
+        return meeting.asked(chunk, first_sequence, count, this->batch);
     }
     __device__ __forceinline__ Operands load(index chunk, const Place& place, int sequence, int row) const {
         Operands operands{Base::load(chunk, place, sequence, row), {}};
@@ -288,15 +286,17 @@ struct Repair : Forward<T, gates> {
         for (int part = 0; part < parts; ++part) met = met && meeting.meets(now[part], operands.old[part]);
         return !met;
     }
-    __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, int count, const T*, int,
-                                           const T* carry, bool met) const {
-        const bool last = group + 1 == Base::items(chunk, 0, 0);
-        for (int s = 0; s < count; ++s) {
+    __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, unsigned running, unsigned met,
+                                           const T*, int, const T* carry) const {
+        const bool last = group + 1 == Base::items(chunk);
+        for (int s = 0; running >> s != 0; ++s) {
+            if ((running >> s & 1U) == 0) continue;
             T* const old = this->state_at(chunk * this->length + group, first_sequence + s);
             DEEPPCR_UNROLL
             for (int part = 0; part < parts; ++part)
                 meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows,
-                               carry + index(s) * parts * this->rows + part, parts, old + part * this->rows, met, last);
+                               carry + index(s) * parts * this->rows + part, parts, old + part * this->rows,
+                               (met >> s & 1U) != 0, last);
         }
         __syncthreads();  // before the next step changes what the rows carry
     }
@@ -317,7 +317,7 @@ struct Backward : Arrays<T> {
     const T *factors, *gradient;
     T *products, *input_gradient, *state;  // products null: as those of the inputs
 
-    __device__ __forceinline__ index items(index, int, int) const { return steps; }
+    __device__ __forceinline__ index items(index) const { return steps; }
     __device__ __forceinline__ const T* matrix(index, index) const { return this->weights; }
     __device__ __forceinline__ Operands load(index, const Place& place, int sequence, int row) const {
         const index step = steps - 2 - place.item;
@@ -387,7 +387,7 @@ constexpr int states_per_warp = 16;
 
 /// f at all states: a warp for some units and some states.
 template <class T, int gates, class L>
-__global__ void __launch_bounds__(cuda::plain_threads, 2)
+__global__ void __launch_bounds__(cuda::plain_threads, sizeof(T) > 4 ? 1 : 2)
     linearise_states(const __grid_constant__ Arrays<T> of, index count, const T* before,
                      const __grid_constant__ Linearised<T> to) {
     using Kind = Gates<gates>;
@@ -544,7 +544,7 @@ void linearise_all(const Cell<T>& cell, const Extent& extent, const T* before, c
     const SequencesOnGpu sequences(extent);
     const Arrays<T> arrays = arrays_of(cell, extent, sequences);
     on_gates(cell.kind, [&]<int gates> {
-        persistent::with_layout<true>(arrays.rows, arrays.columns, [&]<class L>(L) {
+        persistent::with_layout<true, true>(arrays.rows, arrays.columns, [&]<class L>(L) {
             const index count = extent.steps * extent.batch(), tiles = (arrays.rows + L::warp_rows - 1) / L::warp_rows;
             const index warps = (count + states_per_warp - 1) / states_per_warp * tiles;
             cuda::launch(cuda::one_each(32 * warps, extent.stream), linearise_states<T, gates, L>, arrays, count,

@@ -31,8 +31,12 @@ void require_parameters(const View<T>& weights, const View<T>& biases, index lay
 }
 
 chain::Extent extent_of(const Section& section) {
-    return {section.first, section.steps(), section.batch(), device::thread_count(section.execution),
-            section.execution.stream};
+    return {section.first,
+            section.steps(),
+            section.batch(),
+            device::thread_count(section.execution),
+            section.execution.stream,
+            section.workspace};
 }
 
 template <class T>

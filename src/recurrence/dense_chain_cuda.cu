@@ -69,7 +69,7 @@ struct Forward : Layers<T> {
     index trajectory_step, trajectory_batch;
     T *slopes, *inputs;  // inputs: what enters each layer
 
-    __device__ __forceinline__ index items(index chunk, int, int) const {
+    __device__ __forceinline__ index items(index chunk) const {
         return std::min(length, steps - chunk * length) * this->phases;
     }
     __device__ __forceinline__ index layer(index chunk, index item) const {
@@ -102,7 +102,7 @@ struct Forward : Layers<T> {
             if (this->residual) *carry = x[0] = *carry + x[0];
             if (trajectory != nullptr) state_at(chunk * length + place.group, sequence)[row] = x[0];
         }
-        if (inputs != nullptr && place.item + 1 < items(chunk, 0, 0)) inputs[at(layer + 1, sequence, row)] = x[0];
+        if (inputs != nullptr && place.item + 1 < items(chunk)) inputs[at(layer + 1, sequence, row)] = x[0];
         return false;
     }
 };
@@ -117,8 +117,8 @@ struct Repair : Forward<T> {
 
     persistent::Meeting<T> meeting;
 
-    __device__ __forceinline__ index items(index chunk, int first_sequence, int count) const {
-        return meeting.asked(chunk, first_sequence, count, this->batch) ? Forward<T>::items(chunk, 0, 0) : -1;
+    __device__ __forceinline__ unsigned asked(index chunk, int first_sequence, int count) const {
+        return meeting.asked(chunk, first_sequence, count, this->batch);
     }
     __device__ __forceinline__ Operands load(index chunk, const Place& place, int sequence, int row) const {
         Operands operands{Forward<T>::load(chunk, place, sequence, row).bias, T(0)};
@@ -134,12 +134,14 @@ struct Repair : Forward<T> {
         if (this->residual) *carry = x[0] = *carry + x[0];
         return !meeting.meets(x[0], operands.old);
     }
-    __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, int count, const T* x,
-                                           int stride, const T*, bool met) const {
-        const bool last = (group + 1) * this->phases == Forward<T>::items(chunk, 0, 0);
-        for (int s = 0; s < count; ++s)
-            meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows, x + s * stride, 1,
-                           this->state_at(chunk * this->length + group, first_sequence + s), met, last);
+    __device__ __forceinline__ void settle(index chunk, index group, int first_sequence, unsigned running, unsigned met,
+                                           const T* x, int stride, const T*) const {
+        const bool last = (group + 1) * this->phases == Forward<T>::items(chunk);
+        for (int s = 0; running >> s != 0; ++s)
+            if ((running >> s & 1U) != 0)
+                meeting.settle(chunk, group, first_sequence + s, this->batch, this->rows, x + s * stride, 1,
+                               this->state_at(chunk * this->length + group, first_sequence + s), (met >> s & 1U) != 0,
+                               last);
     }
 };
 
@@ -161,9 +163,7 @@ struct Backward : Layers<T> {
     bool from_initial;
 
     __device__ index last_step(index chunk) const { return by_steps ? chunk : steps - 1; }
-    __device__ __forceinline__ index items(index, int, int) const {
-        return by_steps ? this->phases - 1 : steps * this->phases;
-    }
+    __device__ __forceinline__ index items(index) const { return by_steps ? this->phases - 1 : steps * this->phases; }
     __device__ __forceinline__ index layer(index chunk, index item) const {
         return (last_step(chunk) + 1) * this->phases - 1 - item;
     }
@@ -455,7 +455,7 @@ void linearise(const Network<T>& network, const Extent& extent, const T* before,
     const index width = network.width(), depth = network.depth();
     const Layers<T> layers = layers_of(network, extent);
     if (depth == 1) {
-        persistent::with_layout<true>(width, width, [&]<class L>(L) {
+        persistent::with_layout<true, true>(width, width, [&]<class L>(L) {
             const index groups = (extent.batch + together - 1) / together;
             const index tiles = (width + L::warp_rows - 1) / L::warp_rows;
             cuda::launch(cuda::one_each(32 * extent.steps * groups * tiles, extent.stream), linearise_layers<T, L>,
@@ -464,7 +464,7 @@ void linearise(const Network<T>& network, const Extent& extent, const T* before,
         return;
     }
     const bool wanted = jacobian != nullptr || diagonal != nullptr;
-    const Scratch<T> slopes(wanted ? extent.steps * depth * extent.batch * width : 0, extent.stream);
+    const Scratch<T> slopes(wanted ? extent.steps * depth * extent.batch * width : 0, extent.stream, extent.workspace);
     run_each_step<T>(network, extent, before, after, slopes.data(), nullptr);
     if (!wanted) return;
     const index most = product_bytes / (2 * width * index(sizeof(T)));

@@ -31,7 +31,8 @@ struct Network {
 struct Extent {
     index first, steps, batch;
     int threads;
-    CUstream_st* stream;  // cuda
+    CUstream_st* stream;             // cuda
+    Workspace* workspace = nullptr;  // as in a Section
 };
 
 /// trajectory[i] = f(trajectory[i-1]) from state [1,batch,width] on; slopes (per layer) or null.

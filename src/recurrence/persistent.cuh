@@ -32,6 +32,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -52,16 +54,17 @@ struct Layout {
     static_assert(sets <= lanes);
 };
 
-/// Calls body(Layout) for matrices of that size, which have at most as many rows as columns. The number of lanes, and
-/// with it the order of additions, depends on the columns alone; `fewer`: half as many sets per warp, for large numbers
-/// or several matrices.
-template <bool fewer, class Body>
+/// Calls body(Layout) for matrices of that size, which have at most as many rows as columns; `square`: as many. The
+/// number of lanes, and with it the order of additions, depends on the columns alone; `fewer`: half as many sets per
+/// warp, for large numbers or several matrices.
+template <bool fewer, bool square, class Body>
 void with_layout(index rows, index columns, const Body& body) {
     constexpr int sets = fewer ? 4 : 8;
     if (columns <= 16) return body(Layout<4, 2, 1, true>());
     if (columns <= 32) return body(Layout<8, sets, 8 / sets, true>());
     if (columns <= 64) return body(Layout<16, sets, 32 / sets, true>());
-    if (columns <= 128 && rows <= 16 * sets) return body(Layout<32, sets, 16, true>());
+    if constexpr (!fewer || !square)
+        if (columns <= 128 && rows <= 16 * sets) return body(Layout<32, sets, 16, true>());
     return body(Layout<32, sets / 2, 16, false>());
 }
 
@@ -118,14 +121,16 @@ __device__ __forceinline__ void store_up_to_four(T* to, const T (&four)[4], int 
 ///                        outputs      numbers of x, `rows` apart, that a row becomes
 ///                        carries      numbers of a row that stay with it from step to step
 ///   static constexpr bool constant    whether all steps share their matrices
-///                         stops       whether a chunk may end before its last step
-///   items(chunk, first_sequence, count)             its number of steps for these sequences; -1: not even `start`
+///                         stops       whether a chunk may end before its last step, each sequence at one of its own
+///   items(chunk)                                    its number of steps
 ///   matrix(chunk, item)
 ///   Operands load(chunk, place, sequence, row)      what else the row's new numbers need
 ///   start(chunk, sequence, row, carry, x)           x and carries before the first step
-///   finish(chunk, place, sequence, row, sums, operands, carry, x)   a step; whether the chunk must go on (stops)
-///   settle(chunk, group, first_sequence, count, x, stride, carry, met)   stops: by all threads, after a group's last
-///                                                                   step, with whether no row must go on
+///   finish(chunk, place, sequence, row, sums, operands, carry, x)   a step; whether the sequence must go on (stops)
+///   asked(chunk, first_sequence, count)             stops: the sequences that run, a bit for each
+///   settle(chunk, group, first_sequence, running, met, x, stride, carry)   stops: by all threads, after a group's last
+///                                                   step, with the bits of the sequences that run, and of those among
+///                                                   them of which no row must go on
 struct Dimensions {
     int rows, columns, batch, phases;  // all matrices of a step together have less than 2^31 numbers
     bool aligned;                      // rows of the matrices, to 16 bytes
@@ -261,11 +266,12 @@ struct Meeting {
           mismatches(chunks.mismatches),
           repeated(chunks.repeated) {}
 
-    /// Whether a chunk of any of these sequences is; the others then find the states that they had.
-    __device__ __forceinline__ bool asked(index chunk, int first_sequence, int count, int batch) const {
-        bool any = false;
-        for (int s = 0; s < count; ++s) any = any || chunks_asked[chunk * batch + first_sequence + s] != 0;
-        return any;
+    /// The sequences of which a chunk is, a bit for each.
+    __device__ __forceinline__ unsigned asked(index chunk, int first_sequence, int count, int batch) const {
+        unsigned bits = 0;
+        for (int s = 0; s < count; ++s)
+            if (chunks_asked[chunk * batch + first_sequence + s] != 0) bits |= 1U << s;
+        return bits;
     }
     __device__ __forceinline__ double allowed(T old) const { return absolute + relative * fabs(double(old)); }
     __device__ __forceinline__ bool meets(T now, T old) const {  // not where either is NaN, or infinite
@@ -303,31 +309,60 @@ private:
     }
 };
 
-/// Shared memory of a block, in numbers: x twice, and what the rows carry.
-template <class Rule, class L, int together>
-index shared_numbers(const Rule& rule) {
-    return index(together) *
-           (2 * ((rule.columns + L::columns - 1) / L::columns * L::columns) + Rule::carries * rule.rows);
+constexpr int votes = 3;
+
+/// All threads' bits, or-ed. `ballots`: `votes` words of shared memory, 0 at first; each vote takes the next one, and
+/// clears that of the last vote, which everybody has read.
+template <int together>
+__device__ __forceinline__ unsigned vote(unsigned bits, unsigned* ballots, index number) {
+    if constexpr (together == 1) return __syncthreads_or(int(bits)) != 0 ? 1 : 0;
+    unsigned of_warp = 0;
+    DEEPPCR_UNROLL
+    for (int s = 0; s < together; ++s)
+        if (__any_sync(~0U, int(bits >> s & 1U)) != 0) of_warp |= 1U << s;
+    unsigned* const ballot = ballots + number % votes;
+    if (threadIdx.x % 32 == 0 && of_warp != 0) atomicOr(ballot, of_warp);
+    __syncthreads();
+    if (threadIdx.x == 0) ballots[(number + votes - 1) % votes] = 0;
+    return *ballot;
+}
+
+/// Shared memory of a block for `together` sequences of `rows` numbers: x twice, what the rows carry, and the ballots.
+template <class Rule, class L>
+index shared_bytes(index rows, int together) {
+    const index columns = (Rule::outputs * rows + L::columns - 1) / L::columns * L::columns;
+    return together * (2 * columns + Rule::carries * rows) * index(sizeof(typename Rule::Number)) +
+           (Rule::stops && together > 1 ? votes * index(sizeof(unsigned)) : 0);
 }
 
 template <class Rule, class L, int together>
-__global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Rule rule) {
+__global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 ? 1 : 0)
+    advance(const __grid_constant__ Rule rule) {
     using T = typename Rule::Number;
     constexpr bool resident = Rule::constant && L::whole;
     constexpr int words = Rule::matrices * L::sets * 4 * int(sizeof(T) / 4);  // registers of a piece
-    constexpr int depth = resident ? 4 : L::warps > 8 || words > 48 ? 2 : words > 24 ? 3 : 4;
+    constexpr int depth = resident                      ? 4
+                          : L::warps > 8 && words >= 48 ? 1
+                          : L::warps > 8 || words > 48  ? 2
+                          : words > 24                  ? 3
+                                                        : 4;
     const int chunks = L::whole ? 1 : (rule.columns + L::columns - 1) / L::columns;
     const int blocks = L::whole ? 1 : (rule.rows + L::rows - 1) / L::rows;
     const int stride = chunks * L::columns, groups = (rule.batch + together - 1) / together;
     const index chunk = index(blockIdx.x) / groups;
     const int first_sequence = int(index(blockIdx.x) % groups) * together;
-    const index items = rule.items(chunk, first_sequence, std::min(together, rule.batch - first_sequence));
+    const index items = rule.items(chunk);
     const index bytes = index(Rule::matrices) * rule.rows * rule.columns * index(sizeof(T));
     const int steps_before = ::max(1, ::min(steps_ahead, int(bytes_ahead / bytes)));
-    if (items < 0) return;
+    unsigned running = 0;
+    if constexpr (Rule::stops) {
+        running = rule.asked(chunk, first_sequence, std::min(together, rule.batch - first_sequence));
+        if (running == 0) return;
+    }
     const Here<L> here(int(threadIdx.x) / 32);
     T* const x = cuda::shared_memory<T>();
     T* const carry = x + 2 * together * stride;
+    auto* const ballots = reinterpret_cast<unsigned*>(carry + together * rule.rows * Rule::carries);
     const auto wait = [] {
         if constexpr (L::warps == 1)
             __syncwarp();
@@ -337,6 +372,7 @@ __global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Ru
     const auto exists = [&](int s) { return together == 1 || first_sequence + s < rule.batch; };
 
     for (int i = int(threadIdx.x); i < 2 * together * stride; i += L::threads) x[i] = T(0);
+    if (Rule::stops && together > 1 && threadIdx.x < votes) ballots[threadIdx.x] = 0;
     wait();
     for (int row = here.row; here.owns && row < rule.rows; row += L::rows)
         for (int s = 0; s < together && exists(s); ++s) {
@@ -376,7 +412,7 @@ __global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Ru
     }
     T sums[together][Rule::matrices][L::sets];
     T *old_x = x, *new_x = x + together * stride;
-    bool differs = false;
+    unsigned differ = 0;  // sequences of which a row of this thread's must go on
     // Multiplies piece i of those at hand; whether that was the last one.
     const auto turn = [&]<int i>(std::integral_constant<int, i>) {
         constexpr int last = (i + depth - 1) % depth;
@@ -405,19 +441,20 @@ __global__ void __launch_bounds__(L::threads) advance(const __grid_constant__ Ru
                 DEEPPCR_UNROLL
                 for (int m = 0; m < Rule::matrices; ++m) totals[m] = add_lanes<L::lanes / 2>(sums[s][m], here.part);
                 if (!here.owns || row >= rule.rows || !exists(s)) continue;
-                differs |= rule.finish(chunk, now, first_sequence + s, row, totals, operands[i][s],
-                                       carry + (s * rule.rows + row) * Rule::carries, values);
+                if (rule.finish(chunk, now, first_sequence + s, row, totals, operands[i][s],
+                                carry + (s * rule.rows + row) * Rule::carries, values))
+                    differ |= 1U << s;
                 DEEPPCR_UNROLL
                 for (int o = 0; o < Rule::outputs; ++o) new_x[s * stride + o * rule.rows + row] = values[o];
             }
             if (now.block + 1 == blocks) {
                 if constexpr (Rule::stops) {
                     if (now.phase + 1 == rule.phases) {
-                        const bool met = __syncthreads_or(differs) == 0;
-                        differs = false;
-                        rule.settle(chunk, now.group, first_sequence, std::min(together, rule.batch - first_sequence),
-                                    new_x, stride, carry, met);
-                        if (met) return true;
+                        const unsigned met = running & ~vote<together>(differ, ballots, now.group);
+                        differ = 0;
+                        rule.settle(chunk, now.group, first_sequence, running, met, new_x, stride, carry);
+                        running &= ~met;
+                        if (running == 0) return true;
                     } else {
                         wait();
                     }
@@ -446,16 +483,26 @@ bool rows_aligned(const T* matrix, index columns) {
            columns % 4 == 0;
 }
 
-/// Memory for what is enqueued in a stream before it ends.
+/// Memory for what is enqueued in a stream before it ends: from the workspace, or of its own where there is none.
 template <class T>
 class Scratch {
 public:
-    Scratch(index count, CUstream_st* stream)
-        : memory_(count > 0 ? device::allocate_in_stream(count * index(sizeof(T)), stream) : nullptr) {}
-    T* data() const { return static_cast<T*>(memory_.get()); }
+    Scratch(index count, CUstream_st* stream, Workspace* workspace = nullptr) {
+        if (count <= 0) return;
+        if (workspace == nullptr) {
+            memory_ = device::allocate_in_stream(count * index(sizeof(T)), stream);
+            data_ = static_cast<T*>(memory_.get());
+        } else {
+            scope_.emplace(*workspace);
+            data_ = workspace->take<T>(count);
+        }
+    }
+    T* data() const { return data_; }
 
 private:
     std::shared_ptr<void> memory_;
+    std::optional<Workspace::Scope> scope_;
+    T* data_ = nullptr;
 };
 
 constexpr int tile_side = 32, tile_threads = 256;
@@ -489,26 +536,37 @@ void transpose(const T* from, index count, index rows, index columns, T* to, CUs
 }
 
 /// Enqueues `chunks` parts of the steps, all sequences of each. Where there are blocks enough, a block takes several
-/// sequences, as many as its registers hold, so that the matrices are read less often.
+/// sequences, as many as its registers and shared memory hold, so that the matrices are read less often. Throws
+/// InvalidArgument where not even one sequence has room.
 template <class Rule>
 void launch_advance(const Rule& rule, index chunks, CUstream_st* stream) {
     if (chunks == 0 || rule.batch == 0) return;
     constexpr bool fewer = Rule::matrices > 1 || sizeof(typename Rule::Number) > 4;
-    with_layout<fewer>(rule.rows, rule.columns, [&]<class L>(L) {
+    with_layout<fewer, Rule::outputs == 1>(rule.rows, rule.columns, [&]<class L>(L) {
         const auto go = [&]<int together>(std::integral_constant<int, together>) {
             cuda::Launch where = cuda::one_each(chunks * ((rule.batch + together - 1) / together), stream, 1);
             where.threads = dim3(L::threads);
-            where.shared_bytes = std::size_t(shared_numbers<Rule, L, together>(rule)) * sizeof(typename Rule::Number);
+            where.shared_bytes = std::size_t(shared_bytes<Rule, L>(rule.rows, together));
             cuda::launch(where, advance<Rule, L, together>, rule);
         };
-        constexpr int several = Rule::constant && L::whole ? 1
-                                : L::warps <= 8            ? 4
-                                : Rule::stops              ? 1
-                                                           : 2;  // resident matrices: read once
-        if (several > 1 && rule.batch > 1 && chunks * rule.batch >= 4 * index(device::multiprocessors()))
-            go(std::integral_constant<int, several>());
-        else
-            go(std::integral_constant<int, 1>());
+        // Resident matrices are read once. Of many warps a thread has registers for what one sequence of a cell needs
+        // in double.
+        constexpr int several = Rule::constant && L::whole                                             ? 1
+                                : L::warps <= 8                                                        ? 4
+                                : Rule::stops || (Rule::constant && sizeof(typename Rule::Number) > 4) ? 1
+                                                                                                       : 2;
+        const index most = device::shared_bytes_per_block();
+        if (several > 1 && rule.batch > 1 && chunks * rule.batch >= 4 * index(device::multiprocessors()) &&
+            shared_bytes<Rule, L>(rule.rows, several) <= most)
+            return go(std::integral_constant<int, several>());
+        index widest = rule.rows;
+        while (widest > 0 && shared_bytes<Rule, L>(widest, 1) > most) --widest;
+        if (widest < rule.rows)
+            throw InvalidArgument("weights",
+                                  "a width of at most " + std::to_string(widest) + ", for the " + std::to_string(most) +
+                                      " bytes of shared memory that a block has on this GPU",
+                                  std::to_string(rule.rows));
+        go(std::integral_constant<int, 1>());
     });
 }
 

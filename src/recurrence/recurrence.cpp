@@ -1,6 +1,7 @@
 #include <deeppcr/recurrence.hpp>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "device/cuda.hpp"
@@ -42,12 +43,15 @@ void Recurrence<T>::linearise_diagonal(const Section& section, View<const T> bef
     const bool on_gpu = section.execution.backend == Backend::cuda;
     const index at_once = std::clamp<index>((on_gpu ? block_bytes_on_gpu : block_bytes) / step_bytes, 1,
                                             std::max<index>(1, section.steps()));
-    Workspace workspace(section.execution);
+    std::optional<Workspace> own;
+    Workspace& workspace = section.workspace != nullptr ? *section.workspace : own.emplace(section.execution);
+    const Workspace::Scope scope(workspace);
     T* const memory = workspace.take<T>(Shape{at_once, batch * width, block_}.count());
     for (index first = 0; first < section.steps(); first += at_once) {
         const index last = std::min(first + at_once, section.steps());
         const Jacobian<T> blocks(memory, {last - first, batch, width}, block_);
-        const Section part{section.first + first, section.first + last, section.sequences, section.execution};
+        const Section part{section.first + first, section.first + last, section.sequences, section.execution,
+                           section.workspace};
         linearise(part, before.steps(first, last), after.steps(first, last), blocks);
         if (on_gpu) {
             recurrence::take_diagonal_on_gpu<T>(blocks, diagonal.steps(first, last), section.execution.stream);

@@ -108,13 +108,7 @@ void with_block(index block, const Body& body) {
 
 /// Shared memory of `blocks` blocks on a multiprocessor: it has what one block may have and 1 KiB, and keeps as much of
 /// each.
-inline index shared_bytes_of_each(int blocks) {
-    int bytes = 0;
-    cuda::check(
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device::current_gpu().ordinal()),
-        "looking at a GPU");
-    return (bytes + 1024) / blocks - 1024;
-}
+inline index shared_bytes_of_each(int blocks) { return (device::shared_bytes_per_block() + 1024) / blocks - 1024; }
 
 /// The scan of blocks of up to 4 in one launch: scan_tiles_cuda.cu.
 template <class T>

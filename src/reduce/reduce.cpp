@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 
 #include "device/cuda.hpp"
 #include "device/threads.hpp"
@@ -299,6 +300,8 @@ Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options)
     const Reduction method = options.method == Reduction::automatic ? choose_method_on_gpu(system) : options.method;
     Workspace local(options.execution);
     Workspace& workspace = options.workspace ? *options.workspace : local;
+    std::optional<Workspace::Use> use;
+    if (options.workspace != nullptr) use.emplace(workspace, options.execution);
     return run_method<Backend::cuda>(method, system, options.chunk, options.execution, workspace);
 }
 

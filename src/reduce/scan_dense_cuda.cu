@@ -216,8 +216,9 @@ __global__ void __launch_bounds__(warps<T, side> * 32)
                         }
                     }
                 }
+                // Beyond K nothing, which infinity times 0 is not.
                 DEEPPCR_UNROLL
-                for (int i = 0; i < side; ++i) column[i] = next[i];
+                for (int i = 0; i < side; ++i) column[i] = i < K ? next[i] : A(0);
             }
         }
         __syncwarp();
@@ -307,8 +308,17 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
         if (item < items) {
             const int n = begin_step + item / slices, l = item % slices * slice, width = min(slice, K - l);
             const T* const m = arrays.factor.at(run.first + n, run.sequence, run.row, K * K);
-            begin_copying(bytes, m + (transposed ? l * K : l), K, transposed ? width : K, transposed ? K : width,
-                          ring + item % large_stages * Shape::slice_numbers, pitch, me, large_threads);
+            T* const to = ring + item % large_stages * Shape::slice_numbers;
+            begin_copying(bytes, m + (transposed ? l * K : l), K, transposed ? width : K, transposed ? K : width, to,
+                          pitch, me, large_threads);
+            // What an earlier slice left beside a narrower one would be multiplied by 0, and may be infinite.
+            if constexpr (transposed) {
+                DEEPPCR_ROLLED
+                for (int i = width * pitch + me; i < slice * pitch; i += large_threads) to[i] = T();
+            } else {
+                DEEPPCR_ROLLED
+                for (int i = me * pitch + width; i < me * pitch + slice && me < K; ++i) to[i] = T();
+            }
         }
         cuda::commit_copies();
     };

@@ -521,7 +521,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
     *total = machine().memory;
-    *free = machine().memory - machine().used;
+    *free = machine().memory - machine().used - machine().kept;
     return failed(broken());
 }
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
@@ -547,6 +547,12 @@ cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
     return failed(broken());
 }
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return failed(broken()); }
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+    constexpr std::uint64_t in_use = 4096;
+    const std::uint64_t bytes = in_use + (attribute == cudaMemPoolAttrReservedMemCurrent ? machine().kept : 0);
+    std::memcpy(value, &bytes, sizeof bytes);
+    return failed(broken());
+}
 cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t stream) {
     if (broken() != cudaSuccess) return failed(broken());
     if (resolve(stream).capture != nullptr) return failed(cudaErrorStreamCaptureUnsupported);
@@ -616,6 +622,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t event, unsigned)
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (stream == nullptr) return failed(cudaErrorStreamCaptureUnsupported);
     resolve(stream).capture = std::make_unique<CUgraph_st>();
+    return failed(broken());
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    *status = resolve(stream).capture != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return failed(broken());
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
