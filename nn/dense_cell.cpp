@@ -56,7 +56,7 @@ Tensor run_forward(Forward<T>& forward, const DeviceScope& here) {
     const Shape shape = forward.cell.shape();
     DenseCellMemory& memory = *forward.memory;
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
-    Options options = here.options(forward.evaluation);
+    Options options = here.options_of_windows(forward.evaluation);
     const bool given = options.guess == Guess::given && options.method != Method::sequential;
     if (given && memory.trajectory.defined() && memory.trajectory.sizes() == trajectory.sizes())
         trajectory.copy_(memory.trajectory);
@@ -94,7 +94,7 @@ struct DenseCellFunction : torch::autograd::Function<DenseCellFunction<T>> {
         const DeviceScope here(trajectory);
         const Tensor output_gradient = output_gradients[0].contiguous();
         auto gradients = adjoint(pass->cell, view<const T>(trajectory), pass->report, view<const T>(output_gradient),
-                                 here.options(pass->evaluation));
+                                 here.options_of_windows(pass->evaluation));
         pass->memory->backward = gradients.report;
         const auto options = trajectory.options();
         return {adopt(gradients.inputs, pass->gates.sizes(), options),

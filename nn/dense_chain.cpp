@@ -138,7 +138,7 @@ template <class T>
 Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_follows) {
     const DenseChain<T>& chain = forward.chain;
     const index skip = forward.options.skip;
-    Options options = here.options(forward.options.evaluation);
+    Options options = here.options_of_windows(forward.options.evaluation);
     DenseChainMemory& memory = *forward.memory;
     const Shape shape = chain.shape();
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
@@ -178,7 +178,7 @@ std::array<Tensor, 3> run_backward(const Forward<T>& forward, const Tensor& traj
         state_gradients[shape.steps - 1].copy_(output_gradient);
     }
     auto gradients = adjoint(forward.chain, view<const T>(trajectory), forward.report, view<const T>(state_gradients),
-                             here.options(forward.options.evaluation),
+                             here.options_of_windows(forward.options.evaluation),
                              forward.slopes.defined() ? view<const T>(forward.slopes) : View<const T>());
     forward.memory->backward = gradients.report;
 

@@ -36,7 +36,12 @@ Options DeviceScope::options(Options given) const {
     given.execution.backend = Backend::cuda;
     given.execution.stream = stream_;
     given.workspace = nullptr;
-    if (given.method == Method::newton && given.memory_limit == 0)
+    return given;
+}
+
+Options DeviceScope::options_of_windows(Options given) const {
+    given = options(given);
+    if (is_cuda_ && given.method != Method::sequential && given.memory_limit == 0)
         given.memory_limit = available_cuda_memory(device_) / 2;
     return given;
 }

@@ -23,6 +23,9 @@ public:
     /// `given`, to be run here: on a GPU in its current stream, and without a workspace of the caller's. Throws
     /// InvalidArgument where `given` asks for a GPU and the tensors are not on one.
     Options options(Options given) const;
+    /// Likewise, for what may be solved in windows, forward or backward: all but cells. What LibTorch's cache holds
+    /// unused counts as available to them.
+    Options options_of_windows(Options given) const;
     Device device() const { return is_cuda_ ? Device::cuda(device_.index()) : Device::host(); }
 
 private:

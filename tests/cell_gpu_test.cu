@@ -44,6 +44,24 @@ struct FirstIsNaN {
 };
 DEEPPCR_CELL_ON_GPU(::deeppcr::Squares);
 
+/// Linear, with a factor and a summand for every step.
+struct Affine {
+    static constexpr int states = 1, inputs = 2, parameters = 1;
+    template <class S>
+    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 2> u, std::array<S, 1> p) {
+        return {p[0] * u[0] * x[0] + u[1]};
+    }
+};
+
+/// Knows nothing of the steps before.
+struct Scaled {
+    static constexpr int states = 1, inputs = 1, parameters = 1;
+    template <class S>
+    static constexpr std::array<S, 1> step(std::array<S, 1>, std::array<S, 1> u, std::array<S, 1> p) {
+        return {p[0] * u[0]};
+    }
+};
+
 /// Not known to the library.
 struct Unregistered : LeakyTanh {};
 
@@ -482,6 +500,79 @@ TEST_F(CellOnGpuCorners, TheFirstStepThatIsNotFiniteIsFound) {
     }
 }
 
+TEST_F(CellOnGpuCorners, WhatOverflowsWhereItIsRoundedIsNotFinite) {
+    cell::register_on_gpu<Scaled, bfloat16, float16>();
+    const auto expect_found = [](auto type, float input) {
+        using T = decltype(type);
+        const Shape shape{300, 2, 48};
+        const Buffer<T> inputs(shape);
+        const Buffer<float> parameters({1, 1, 48});
+        std::fill_n(inputs.data(), inputs.size(), T(1.0F));
+        std::fill_n(parameters.data(), parameters.size(), 1.9998F);
+        inputs(150, 1, 47) = T(input);
+        const Buffer<T> there_inputs = inputs.on(Device::cuda()),
+                        trajectory(shape, Layout::steps_first, Device::cuda());
+        const Buffer<float> there_parameters = parameters.on(Device::cuda());
+        const CellRecurrence<Scaled, T> recurrence(there_inputs, there_parameters);
+        for (const Options& options : {Options{.method = Method::sequential, .execution = gpu},
+                                       Options{.method = Method::overlap, .chunk = 40, .execution = gpu},
+                                       Options{.method = Method::shooting, .chunk = 40, .execution = gpu},
+                                       Options{.method = Method::shooting, .execution = gpu}}) {
+            const Report report = evaluate(recurrence, trajectory.view(), options);
+            EXPECT_EQ(report.sequences[0].status, Status::converged) << report;
+            EXPECT_EQ(report.sequences[1].status, Status::non_finite) << report;
+            EXPECT_EQ(report.sequences[1].confirmed, 150) << report;
+        }
+    };
+    expect_found(bfloat16(), 0x1p127F);
+    expect_found(float16(), 0x1p15F);
+}
+
+TEST_F(CellOnGpuCorners, ALaterRepairKeepsTheResidualOfAnEarlierOne) {
+    cell::register_on_gpu<Affine, double>();
+    const Buffer<double> inputs({120, 1, 2}), parameters({1, 1, 1});
+    parameters(0, 0, 0) = 1;
+    for (index t = 0; t < 120; ++t) inputs(t, 0, 0) = t < 80 ? 1 : t == 80 ? 0.3 : 0.5;
+    inputs(0, 0, 1) = 0.15;
+    inputs(79, 0, 1) = 2;
+    // The chunks of 40 steps start from 0. In the first round the last one starts from 2 and meets its zeros at
+    // 2 * 0.3 * 0.5^3 = 0.075, and in the second, from 2.15, at once: 0.15 * 0.3 = 0.045.
+    const Buffer<double> there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda()),
+                         trajectory({120, 1, 1}, Layout::steps_first, Device::cuda());
+    const CellRecurrence<Affine, double> recurrence(there_inputs, there_parameters);
+    const Report report = evaluate(
+        recurrence, trajectory.view(),
+        {.method = Method::overlap, .chunk = 40, .absolute_tolerance = 0.1, .relative_tolerance = 0, .execution = gpu});
+    EXPECT_TRUE(report.ok()) << report;
+    EXPECT_NEAR(report.residual, 0.075, 1e-12);
+    EXPECT_NEAR(report.relative_residual, 0.75, 1e-12);
+    const Buffer<double> states = trajectory.on(Device::host());
+    EXPECT_NEAR(states(80, 0, 0), 0.6, 1e-12);
+    EXPECT_NEAR(0.5 * states(82, 0, 0) - states(83, 0, 0), 0.075, 1e-12);
+}
+
+// Of nine channels in tiles of eight, seven lanes follow the last one until it is repaired. Two stable states: what is
+// at the upper one goes to the lower one at steps 5 and 1500, so a lane that kept an old carry would ask for another
+// repair.
+TEST_F(CellOnGpuCorners, LanesWithoutChannelsDecideNothing) {
+    const auto method_of = [](index channels) {
+        const Shape shape{1600, 2, channels};
+        const Buffer<double> inputs(shape), parameters({2, 1, channels}), initial({1, 2, channels});
+        for (index t : {5, 6, 1500, 1501}) std::fill_n(inputs.view().at(t, 0), 2 * channels, -10.0);
+        std::fill_n(parameters.data(), channels, 0.5);
+        std::fill_n(parameters.data() + channels, channels, 2.0);
+        std::fill_n(initial.data(), initial.size(), 0.95);
+        const Buffer<double> there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda()),
+                             there_initial = initial.on(Device::cuda()),
+                             trajectory(shape, Layout::steps_first, Device::cuda());
+        const CellRecurrence<LeakyTanh, double> recurrence(there_inputs, there_parameters, there_initial);
+        return evaluate(recurrence, trajectory.view(),
+                        {.method = Method::shooting, .tolerance = 1e-9, .max_iterations = 1, .execution = gpu})
+            .method;
+    };
+    EXPECT_EQ(method_of(9), method_of(16));
+}
+
 TEST_F(CellOnGpuCorners, NothingToDo) {
     for (const Shape& shape : {Shape{0, 2, 4}, Shape{5, 0, 4}}) {
         const Buffer<float> inputs(shape, Layout::steps_first, Device::cuda()),
@@ -557,7 +648,19 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
     EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.execution = gpu, .workspace = &workspace}); }),
               "options.workspace: expected a workspace on the current GPU, got one elsewhere");
     EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.method = Method::newton, .execution = gpu}); }),
-              "options.execution.backend: expected one that the recurrence runs on (Recurrence::runs_on), got cuda");
+              "options.method: expected automatic, sequential, overlap or shooting, for a cell on a GPU, got newton");
+    const std::string elsewhere = ": expected memory of a GPU, for Backend::cuda, got main memory";
+    EXPECT_EQ(
+        message([&] { evaluate_boundaries<float>(*problem.there, 5, here.view().steps(0, 2), {.execution = gpu}); }),
+        "boundaries" + elsewhere);
+    const auto backward = [&](View<const float> boundaries, View<const float> gradient) {
+        adjoint_from_boundaries<float>(*problem.there, 5, boundaries, Report(), gradient, {.execution = gpu});
+    };
+    EXPECT_EQ(message([&] { backward(here.view().steps(0, 2), problem.there_gradient); }), "boundaries" + elsewhere);
+    EXPECT_EQ(message([&] { backward(there.view().steps(0, 2), here); }), "output_gradient" + elsewhere);
+    EXPECT_EQ(message([&] { problem.there->segment(5, 10, here.view().steps(0, 1), gpu); }), "before" + elsewhere);
+    EXPECT_EQ(message([&] { problem.here->segment(5, 10, there.view().steps(0, 1), gpu); }), "initial" + elsewhere);
+    EXPECT_EQ(message([&] { problem.there->final_states(here, gpu); }), "trajectory" + elsewhere);
     const CellRecurrence<Unregistered, float> unknown(problem.there_inputs, problem.there_parameters);
     EXPECT_NE(message([&] { evaluate(unknown, there.view(), {.execution = gpu}); }).find("DEEPPCR_CELL_ON_GPU"),
               std::string::npos);

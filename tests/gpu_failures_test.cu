@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include <deeppcr/cell.cuh>
 #include <deeppcr/deeppcr.hpp>
 #include <deeppcr/launch.cuh>
 
@@ -114,6 +115,87 @@ TEST_F(EmulatedGpu, EveryAllocationMayFailAndLeavesTheTrajectoryAsItWas) {
     const Report good = evaluate(recurrence, trajectory.view(), {.execution = gpu});
     const Buffer<float> gradient = Buffer<float>::random(recurrence.shape(), 1, Layout::steps_first, Device::cuda());
     fail_everywhere(gradient, [&] { adjoint<float>(recurrence, trajectory, good, gradient, {.execution = gpu}); });
+}
+
+/// Known to no other file: nobody has measured what they cost.
+struct Averages {
+    static constexpr int states = 1, inputs = 1, parameters = 1;
+    template <class S>
+    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
+        return {p[0] * x[0] + u[0]};
+    }
+};
+
+struct OtherAverages : Averages {};
+
+/// A cell's recurrence, and what its gradients need.
+template <class C = Averages>
+struct CellProblem {
+    Buffer<float> inputs, parameters, gradient, trajectory, input_gradient, parameter_gradient, initial_gradient;
+    CellRecurrence<C, float> recurrence;
+
+    explicit CellProblem(const Shape& shape)
+        : inputs(Buffer<float>::random(shape, 1, Layout::steps_first, Device::cuda())),
+          parameters({1, 1, shape.width}, Layout::steps_first, Device::cuda()),
+          gradient(Buffer<float>::random(shape, 2, Layout::steps_first, Device::cuda())),
+          trajectory(Buffer<float>::random(shape, 3, Layout::steps_first, Device::cuda())),
+          input_gradient(Buffer<float>::random(shape, 4, Layout::steps_first, Device::cuda())),
+          parameter_gradient(parameters.shape(), Layout::steps_first, Device::cuda()),
+          initial_gradient({1, shape.batch, shape.width}, Layout::steps_first, Device::cuda()),
+          recurrence(registered(inputs), parameters) {}
+
+    Report run(const Options& options) const { return evaluate(recurrence, trajectory.view(), options); }
+    void run_backward(const Options& options) const {
+        Report good;
+        adjoint<float>(recurrence, trajectory, good, gradient, {input_gradient, parameter_gradient, initial_gradient},
+                       options);
+    }
+
+private:
+    static View<const float> registered(const Buffer<float>& all) {
+        cell::register_on_gpu<C, float>();
+        return all;
+    }
+};
+
+TEST_F(EmulatedGpu, EveryAllocationOfACellMayFailAndLeavesTheTrajectoryAsItWas) {
+    const CellProblem<> problem({200, 2, 20});
+    for (const Options& options : {Options{.method = Method::sequential, .execution = gpu},
+                                   Options{.method = Method::overlap, .chunk = 40, .execution = gpu},
+                                   Options{.method = Method::shooting, .chunk = 40, .execution = gpu},
+                                   Options{.method = Method::shooting, .execution = gpu}}) {
+        fail_everywhere(problem.trajectory, [&] { problem.run(options); });
+        if (options.chunk > 0) fail_everywhere(problem.input_gradient, [&] { problem.run_backward(options); });
+    }
+}
+
+TEST_F(EmulatedGpu, CostsOfCellsAreMeasuredWithMemoryOfTheirOwnOrNotAtAll) {
+    const CellProblem<> problem({300, 1, 4});
+    const Options options{.method = Method::automatic, .execution = gpu};
+    // Each allocation fails once. Without the first one for measuring, costs are assumed from then on.
+    int survived = 0;
+    for (long good = 0;; ++good) {
+        emulation::machine().good_allocations = good;
+        try {
+            const Report report = problem.run(options);
+            EXPECT_TRUE(report.ok()) << report;
+            EXPECT_FALSE(report.candidates.empty());
+            for (const auto& candidate : report.candidates) EXPECT_GT(candidate.seconds, 0);
+            if (emulation::machine().good_allocations >= 0) break;
+            ++survived;
+        } catch (const OutOfMemory&) {
+        }
+    }
+    EXPECT_EQ(survived, 1);
+    emulation::machine().good_allocations = -1;
+    const CellProblem<OtherAverages> other({300, 1, 4});
+    index largest = 0;  // of what is asked of a caller's memory
+    const MemorySource source(Device::cuda(), [&](index bytes) {
+        largest = std::max(largest, bytes);
+        return device::allocate_on_gpu(bytes, Device::cuda());
+    });
+    EXPECT_TRUE(other.run(options).ok());
+    EXPECT_LE(largest, 1 << 16);  // a block of a workspace
 }
 
 TEST_F(EmulatedGpu, EveryAllocationMayFailAndLeavesAnInPlaceSystemAsItWas) {
@@ -387,6 +469,51 @@ TEST_F(EmulatedGpu, MemoryOfAnotherGPUIsRefused) {
     EXPECT_EQ(current, 0) << "the current GPU stays so";
     EXPECT_EQ(message([&] { evaluate(recurrence, other.view(), {.execution = gpu}); }),
               "trajectory: expected memory of the current GPU, 0, got memory of GPU 1");
+}
+
+/// Refuses memory of any GPU but the current one.
+struct OnlyHere : Halves {
+    using Halves::Halves;
+    void step(const Section& section, View<const float> before, View<float> after) const override {
+        device::require_on_gpu("before", before.data());
+        device::require_on_gpu("after", after.data());
+        Halves::step(section, before, after);
+    }
+};
+
+TEST_F(EmulatedGpu, ARecurrenceIsCheckedOnTheCurrentGPU) {
+    emulation::machine().devices = 2;
+    cudaSetDevice(1);
+    const CheckReport report = check_recurrence(OnlyHere(10, 2), 10);
+    EXPECT_TRUE(report.ok()) << report;
+    EXPECT_GT(report.entries_checked, 0);
+}
+
+TEST_F(EmulatedGpu, WithoutStepsGradientsAreZerosInTheStreamOfTheCall) {
+    const CellProblem<> problem({0, 2, 4});
+    for (int tries = 0; tries < 20; ++tries) {
+        cudaStream_t stream = nullptr;
+        cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+        device::fill_bytes(problem.parameter_gradient.data(), 1, 16, stream);
+        device::fill_bytes(problem.initial_gradient.data(), 1, 32, stream);
+        problem.run_backward({.execution = {.backend = Backend::cuda, .stream = stream}});
+        cudaStreamSynchronize(stream);
+        for (const Buffer<float>* gradients : {&problem.parameter_gradient, &problem.initial_gradient}) {
+            const Buffer<float> here = gradients->on(Device::host());
+            for (index i = 0; i < here.size(); ++i) EXPECT_EQ(here.data()[i], 0);
+        }
+        cudaStreamDestroy(stream);
+    }
+}
+
+TEST_F(EmulatedGpu, AskingHowManyBlocksFitTakesNoSharedMemoryAway) {
+    const auto launch = [] {
+        cuda::launch({1, 1, std::size_t(100) << 10, nullptr}, halve<float>, index(0), index(0), index(1),
+                     static_cast<const float*>(nullptr), static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+    };
+    launch();
+    EXPECT_GT(cuda::resident_blocks(halve<float>, 32, std::size_t(60) << 10), 0);
+    EXPECT_EQ(message(launch), "");
 }
 
 // --- the emulation itself: what streams do not order shows

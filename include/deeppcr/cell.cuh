@@ -373,15 +373,12 @@ struct OnGpu {
         }
     };
 
-    /// Whether states are finite, as they are stored: 0 exactly where all are.
-    __device__ __forceinline__ static A zero_of(const StatePack& stored, const State& x) {
+    /// Whether states are finite, as they are stored: 0 exactly where all are. What is finite where it is computed may
+    /// overflow where it is rounded to 16 bits.
+    __device__ __forceinline__ static A zero_of(const StatePack& stored) {
         A sum = A(0);
         DEEPPCR_UNROLL
-        for (int v = 0; v < V; ++v)
-            for (int k = 0; k < K; ++k)
-                // What overflows where it is stored is finite where it is computed.
-                sum += A(0) * (std::is_same_v<T, float16> ? cuda::widen(stored.at[v * K + k])
-                                                          : x[std::size_t(v)][std::size_t(k)]);
+        for (int e = 0; e < V * K; ++e) sum += A(0) * cuda::widen(stored.at[e]);
         return sum;
     }
     /// Where the first one is, find_non_finite looks up afterwards: this state may yet be replaced.
@@ -432,7 +429,7 @@ struct OnGpu {
                 const StatePack stored = narrow(group.state());
                 store<K>(all, to, here.there, stored);
                 to += all.trajectory_step;
-                zero += zero_of(stored, group.state());
+                zero += zero_of(stored);
             }
             return true;
         });
@@ -491,7 +488,7 @@ struct OnGpu {
                 if (met) return false;
                 store<K>(all, to, here.there, stored);
                 to += all.trajectory_step;
-                zero += zero_of(stored, group.state());
+                zero += zero_of(stored);
                 return true;
             });
             if (!met) write(all.ends + here.boundary(all, K), here.there, group.state());
@@ -501,8 +498,11 @@ struct OnGpu {
         if (here.chunk < all.count) {
             all.changed[here.flag(all)] = pending ? 1 : 0;
             if (asked || all.round == 0) {
-                all.residuals[2 * here.flag(all)] = residual;
-                all.residuals[2 * here.flag(all) + 1] = relative;
+                A* const largest = all.residuals + 2 * here.flag(all);
+                // Where it has met, what an earlier round left behind that step stays; elsewhere all states are new.
+                const bool earlier = all.round > 0 && met;
+                largest[0] = earlier ? max(largest[0], residual) : residual;
+                largest[1] = earlier ? max(largest[1], relative) : relative;
             }
         }
         tell_repeated(all, repeated);
@@ -532,7 +532,7 @@ struct OnGpu {
             const StatePack stored = narrow(group.state());
             store<K>(all, to, here.there, stored);
             to += all.trajectory_step;
-            zero += zero_of(stored, group.state());
+            zero += zero_of(stored);
             return true;
         });
         note_non_finite(all, zero);
@@ -669,7 +669,8 @@ struct OnGpu {
         const index first_group = index(blockIdx.x) % blocks * tile.groups;
         const bool exists = first_group + lane < all.groups;
         Here<T> here(all, 0, V);
-        // A group that does not exist runs the last one's states, and writes nothing.
+        // A group that does not exist runs the last one's states, writes nothing and decides nothing: it does not take
+        // part in repairs, after which its states are other ones.
         here.set_row(all, index(blockIdx.x) / blocks * all.groups + (exists ? first_group + lane : all.groups - 1), V);
         Group group(all, here);
         State carry = initial_state(all, here);
@@ -686,8 +687,8 @@ struct OnGpu {
             tile.copy(all, here, first_group * V, first, steps, c, lane);
             State start = carry;
             if (all.given && c > 0 && steps > 0) {
-                const State guess = widen(load<K>(all, state_at(all, here, first - 1), here.there));
-                if (zero_of(narrow(guess), guess) == A(0)) start = guess;
+                const StatePack guess = load<K>(all, state_at(all, here, first - 1), here.there);
+                if (zero_of(guess) == A(0)) start = widen(guess);
             }
             tile.set_state(tile.starts, c, lane, start);
             cuda::wait_for_copies();
@@ -712,7 +713,7 @@ struct OnGpu {
                 __syncthreads();
                 const State before = start;
                 start = corrected_start(tile, carry, c, lane);
-                moves = __syncthreads_or(steps > 0 && far(all, before, start)) != 0;
+                moves = __syncthreads_or(exists && steps > 0 && far(all, before, start)) != 0;
                 tile.set_state(tile.starts, c, lane, start);
             }
             most = shot > int(most) ? unsigned(shot) : most;
@@ -727,13 +728,13 @@ struct OnGpu {
                 if (i == 0) first_state = stored;
                 if (exists) store<K>(all, to, here.there, stored);
                 to += all.trajectory_step;
-                zero += zero_of(stored, group.state());
+                zero += zero_of(stored);
             }
             tile.set_state(tile.ends, c, lane, group.state());
             __syncthreads();
             bool met = true;
             A met_residual = A(0), met_relative = A(0);
-            if (c > 0 && steps > 0) {
+            if (exists && c > 0 && steps > 0) {
                 group.set(tile.state(tile.ends, c - 1, lane));
                 tile.read(c, 0, column, here.there, u);
                 group.step(u);
@@ -745,7 +746,7 @@ struct OnGpu {
             } else {
                 // Chunk after chunk, each from the end of the one before it, until it meets its old states.
                 for (int turn = 1; turn < tile.chunks; ++turn) {
-                    if (turn == c && steps > 0) {
+                    if (exists && turn == c && steps > 0) {
                         group.set(tile.state(tile.ends, c - 1, lane));
                         T* at = state_at(all, here, first);
                         unsigned again = 0;
@@ -756,8 +757,8 @@ struct OnGpu {
                             const StatePack stored = narrow(group.state());
                             met = meet(all, load<K>(all, at, here.there), stored, residual, relative);
                             if (!met) {
-                                zero += zero_of(stored, group.state());
-                                if (exists) store<K>(all, at, here.there, stored);
+                                zero += zero_of(stored);
+                                store<K>(all, at, here.there, stored);
                             }
                             at += all.trajectory_step;
                             ++again;

@@ -10,6 +10,8 @@ namespace deeppcr::cuda {
 /// Throws OutOfMemory, NoDevice or Error, which say what was being done.
 void check(cudaError_t error, const char* doing);
 
+constexpr std::size_t granted_without_asking = std::size_t(48) << 10;  // bytes of shared memory
+
 /// Lets a kernel have so much dynamic shared memory on the current GPU; asks CUDA once for each kernel and more memory.
 void allow_shared_memory(const void* kernel, std::size_t bytes);
 
@@ -22,7 +24,6 @@ struct Launch {
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
     if (where.shared_bytes > granted_without_asking)
         allow_shared_memory(reinterpret_cast<const void*>(kernel), where.shared_bytes);
     cudaLaunchConfig_t config{};
@@ -36,10 +37,7 @@ void launch(const Launch& where, void (*kernel)(Parameters...), Arguments&&... a
 /// How many blocks of a kernel a multiprocessor holds at once.
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes) {
-    constexpr std::size_t granted_without_asking = std::size_t(48) << 10;
-    if (shared_bytes > granted_without_asking)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
-              "asking for shared memory");
+    if (shared_bytes > granted_without_asking) allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "looking at a kernel");
     return blocks;

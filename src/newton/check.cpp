@@ -10,6 +10,8 @@
 #include <deeppcr/bidiagonal.hpp>
 #include <deeppcr/scalar.hpp>
 
+#include "device/cuda.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -179,7 +181,7 @@ private:
     }
     Array there(index steps, index block) const {
         const auto [all, batch, width] = this->shape();
-        return Array({steps, batch, width * block}, Layout::steps_first, Device::cuda());
+        return Array({steps, batch, width * block}, Layout::steps_first, device::current_gpu());
     }
     /// The listed sequences' states among those of all, the others 0.
     Array bring(const Section& section, const View<const T>& states) const {
@@ -188,7 +190,7 @@ private:
         for (index i = 0; i < states.steps(); ++i)
             for (index j = 0; j < section.batch(); ++j)
                 std::copy_n(states.at(i, j), width, here.view().at(i, section.sequences[std::size_t(j)]));
-        return here.on(Device::cuda());
+        return here.on(device::current_gpu());
     }
     void back(const Section& section, const Array& array, T* data, const Shape& shape) const {
         const Array here = array.on(Device::host());
@@ -343,7 +345,7 @@ void check_backends_of(CheckReport& report, const Case& one, std::uint64_t seed,
     };
     const auto run = [&](View<T> solution, Reduction method, Backend backend) {
         if (backend != Backend::cuda) return solve_by(system, solution, method, backend);
-        const Buffer<T> factors = jacobians.on(Device::cuda()), sides = right.on(Device::cuda());
+        const Buffer<T> factors = jacobians.on(device::current_gpu()), sides = right.on(device::current_gpu());
         solve_by({Jacobian<T>(factors.data(), one.shape, one.block), sides}, sides, method, backend);
         const Buffer<T> solved = sides.on(Device::host());
         std::copy_n(solved.data(), solved.size(), solution.data());

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -34,8 +35,19 @@ struct DeviceCosts {
 
 constexpr int fewest_tile_groups = 8, most_tile_groups = 32;  // whole sectors of memory, and a warp
 
+/// Without measurements: a step takes about a hundred cycles, and no longer while every thread that a GPU holds runs
+/// one; with the product of Jacobians twice that. A tile's 32 chunks take two such sweeps and a plain one.
 template <class T>
-DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int states, int inputs, int parameters) {
+DeviceCosts assumed_device_costs(const cell::DeviceKernels<T>& kernels) {
+    constexpr double launch = 3e-6, step = 1e-7;
+    const double channels = double(kernels.advance.resident_threads()) * double(device::multiprocessors()) *
+                            double(kernels.channels_per_group);
+    return {launch, {step, step / channels}, {2 * step, 2 * step / channels}, {5 * step / 32, 5 * step / channels}};
+}
+
+template <class T>
+DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int states, int inputs, int parameters,
+                                 CUstream_st* stream) {
     using A = Arithmetic<T>;
     constexpr int launches = 8, repetitions = 3;
     constexpr index few_groups = 32, many_steps = 256, bytes_at_most = index(256) << 20;
@@ -46,28 +58,34 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     const index full_steps = std::clamp<index>(bytes_at_most / row_bytes, 4, 96);
     const index most_groups = std::max(full, few_groups);
     const index rows = std::max(full_steps, (many_steps * few_groups + full - 1) / full);
-    const Buffer<T> input({rows, 1, full * V * inputs}, Layout::steps_first, here),
-        trajectory({rows, 1, full * V * states}, Layout::steps_first, here);
-    const Buffer<A> parameter({parameters, 1, most_groups * V}, Layout::steps_first, here),
-        ends({1, most_groups * V, states}, Layout::steps_first, here),
-        products({1, most_groups * V, index(states) * states}, Layout::steps_first, here);
-    const auto status = detail::allocate(index(sizeof(cell::SequenceStatus) + sizeof(cell::RunStatus)), here);
-    detail::fill_zeros(status.get(), index(sizeof(cell::SequenceStatus) + sizeof(cell::RunStatus)), here);
+    // The driver's memory, not that of a MemorySource, which would keep it.
+    const auto zeros = [&](index bytes) {
+        std::shared_ptr<void> memory = device::allocate_on_gpu(bytes, here);
+        device::fill_bytes(memory.get(), 0, bytes, stream);
+        return memory;
+    };
+    constexpr index T_bytes = index(sizeof(T)), A_bytes = index(sizeof(A));
+    const auto input = zeros(rows * full * V * inputs * T_bytes),
+               trajectory = zeros(rows * full * V * states * T_bytes),
+               parameter = zeros(parameters * most_groups * V * A_bytes),
+               ends = zeros(most_groups * V * states * A_bytes),
+               products = zeros(most_groups * V * states * states * A_bytes),
+               status = zeros(index(sizeof(cell::SequenceStatus) + sizeof(cell::RunStatus)));
 
     const auto time = [&](const cell::DeviceKernel<T>& kernel, index groups, index steps, int tile_groups, int times) {
         cell::DeviceChunks<T> all;
-        all.inputs = input.data();
+        all.inputs = static_cast<const T*>(input.get());
         all.input_step = groups * V * inputs;
-        all.parameters = parameter.data();
+        all.parameters = static_cast<const A*>(parameter.get());
         all.steps = all.length = steps;
         all.batch = all.part_count = all.count = 1;
         all.groups = groups;
         all.channels = groups * V;
         all.multiprocessors = multiprocessors;
-        all.trajectory = trajectory.data();
+        all.trajectory = static_cast<T*>(trajectory.get());
         all.trajectory_step = groups * V * states;
-        all.ends = ends.data();
-        all.products = products.data();
+        all.ends = static_cast<A*>(ends.get());
+        all.products = static_cast<A*>(products.get());
         all.absolute_tolerance = all.relative_tolerance = 1;
         all.tile_groups = tile_groups;
         all.tile_shots = 1;
@@ -75,10 +93,10 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
         all.run = reinterpret_cast<cell::RunStatus*>(all.sequences + 1);
         double least = std::numeric_limits<double>::infinity();
         for (int i = 0; i < repetitions; ++i) {
-            device::synchronise(nullptr);
+            device::synchronise(stream);
             const Clock::time_point begin = Clock::now();
-            for (int launch = 0; launch < times; ++launch) kernel(all, nullptr);
-            device::synchronise(nullptr);
+            for (int launch = 0; launch < times; ++launch) kernel(all, stream);
+            device::synchronise(stream);
             least = std::min(least, seconds_since(begin));
         }
         return least;
@@ -98,16 +116,23 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     return costs;
 }
 
-/// The same for the same kernels and GPU in one process. Allocates, and frees, up to some hundred MB.
+/// The same for the same kernels and GPU in one process. Measuring takes, and gives back, up to some hundred MB, and
+/// all is done in the stream; where there is no such memory, costs are assumed.
 template <class T>
-DeviceCosts device_costs(const cell::DeviceKernels<T>& kernels, const cell::Kernels<T>& cell) {
+DeviceCosts device_costs(const cell::DeviceKernels<T>& kernels, const cell::Kernels<T>& cell, CUstream_st* stream) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, DeviceCosts> known;
     const std::lock_guard lock(mutex);
     const std::pair<const void*, int> key(&kernels, device::current_gpu().ordinal());
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
-    return known[key] = measure_device_costs(kernels, cell.states, cell.inputs, cell.parameters);
+    DeviceCosts costs;
+    try {
+        costs = measure_device_costs(kernels, cell.states, cell.inputs, cell.parameters, stream);
+    } catch (const OutOfMemory&) {
+        costs = assumed_device_costs(kernels);
+    }
+    return known[key] = costs;
 }
 
 }  // namespace deeppcr::newton

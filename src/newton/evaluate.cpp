@@ -533,6 +533,8 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
                               "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                               to_string(options.method));
     const bool on_gpu = options.execution.backend == Backend::cuda;
+    if (on_gpu && cell != nullptr && options.method == Method::newton)
+        throw InvalidArgument("options.method", fused_methods, to_string(options.method));
     Options chosen = options;
     if (options.method == Method::automatic || overlap) chosen.method = Method::newton;
     Report report;

@@ -570,7 +570,7 @@ Report evaluate_stored(const Recurrence<T>& recurrence, View<T> trajectory, cons
     if (cell == nullptr) throw InvalidArgument("recurrence", "a cell's, for numbers stored in 16 bits", "another");
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
     if (options.method == Method::newton)
-        throw InvalidArgument("options.method", "a fused method, for numbers stored in 16 bits", "newton");
+        throw InvalidArgument("options.method", fused_methods, to_string(options.method));
     const Shape& shape = recurrence.shape();
     if (trajectory.shape() != shape || (trajectory.data() == nullptr && shape.count() > 0))
         throw InvalidArgument("trajectory", "memory of shape " + to_string(shape), to_string(trajectory.shape()));

@@ -6,6 +6,9 @@
 
 namespace deeppcr::newton {
 
+/// What options.method may be where there is nothing else.
+constexpr const char* fused_methods = "automatic, sequential, overlap or shooting, for a cell on a GPU";
+
 /// Evaluates a cell's recurrence by options.method: automatic, sequential, overlap or shooting.
 template <class T>
 Report evaluate_fused(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options);

@@ -17,6 +17,7 @@
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
 #include "recurrence/cell_rows.hpp"
+#include "recurrence/states.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -244,12 +245,15 @@ void require_shape(const std::string& name, const View<T>& view, const Shape& sh
 template <class T>
 Report no_steps(const ChannelwiseRecurrence<T>& recurrence, const CellGradientViews<T>& gradients,
                 const Options& options) {
-    const Device device = options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
+    const bool on_gpu = options.execution.backend == Backend::cuda;
+    if (on_gpu) {
+        if (!gradients.parameters.empty()) device::require_on_gpu("gradients.parameters", gradients.parameters.data());
+        if (!gradients.initial.empty()) device::require_on_gpu("gradients.initial", gradients.initial.data());
+    }
     const auto [steps, batch, width] = gradients.initial.shape();
-    detail::fill_zeros(gradients.parameters.data(), gradients.parameters.shape().count() * index(sizeof(Arithmetic<T>)),
-                       device);
-    for (index part = 0; part < batch; ++part)
-        detail::fill_zeros(gradients.initial.at(0, part), width * index(sizeof(T)), device);
+    clear(gradients.parameters.data(), gradients.parameters.shape().count(), options.execution);
+    for (index part = 0; part < batch; ++part) clear(gradients.initial.at(0, part), width, options.execution);
+    if (on_gpu) device::synchronise(options.execution.stream);
     Report report;
     report.method = "adjoint, sequential";
     report.lyapunov = std::numeric_limits<double>::quiet_NaN();

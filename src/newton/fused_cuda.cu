@@ -204,7 +204,7 @@ protected:
     index rows() const { return all_.part_count * all_.groups; }
     double chains() const { return double(all_.part_count) * double(all_.channels); }
     index boundary_size() const { return all_.count * all_.part_count * all_.channels * states_; }
-    DeviceCosts costs() const { return device_costs(kernels_, recurrence_.kernels()); }
+    DeviceCosts costs() const { return device_costs(kernels_, recurrence_.kernels(), stream_); }
 
     void cut(index length) {
         all_.length = length;
@@ -229,18 +229,25 @@ protected:
         return best;
     }
 
-    /// Rounds of repairs, or of corrections: `kernel` with the ends before and after each round.
-    void run_rounds(const DeviceKernel<T>& kernel, A* ends) {
-        A* const other_ends = workspace_.template take<A>(boundary_size());
-        unsigned char* changed[2] = {workspace_.template take<unsigned char>(all_.count * rows()),
-                                     workspace_.template take<unsigned char>(all_.count * rows())};
-        A* both_ends[2] = {ends, other_ends};
+    /// What rounds of repairs, or of corrections, need: the ends before and after a round, and which are new.
+    struct Rounds {
+        A* ends[2];
+        unsigned char* changed[2];
+    };
+    /// Taken before anything of the caller's is written: where memory is short, that stays as it was.
+    Rounds take_rounds() {
+        const auto ends = [&] { return workspace_.template take<A>(boundary_size()); };
+        const auto flags = [&] { return workspace_.template take<unsigned char>(all_.count * rows()); };
+        return {{ends(), ends()}, {flags(), flags()}};
+    }
+    /// From rounds.ends[0] on.
+    void run_rounds(const DeviceKernel<T>& kernel, const Rounds& rounds) {
         all_.old_changed = nullptr;
         for (int round = 0; round < repair_rounds; ++round) {
             all_.round = round;
-            all_.old_ends = both_ends[round % 2];
-            all_.ends = both_ends[(round + 1) % 2];
-            all_.changed = changed[round % 2];
+            all_.old_ends = rounds.ends[round % 2];
+            all_.ends = rounds.ends[(round + 1) % 2];
+            all_.changed = rounds.changed[round % 2];
             kernel(all_, stream_);
             all_.old_changed = all_.changed;
         }
@@ -275,9 +282,10 @@ class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
         Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs, Base::cut,
-        Base::plan, Base::run_rounds, Base::wait;
+        Base::plan, Base::take_rounds, Base::run_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
+    using typename Base::Rounds;
 
 public:
     GpuEvaluator(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options,
@@ -405,7 +413,8 @@ private:
 
     void run_chunks(Method method) {
         const index size = boundary_size();
-        A* const ends = workspace_.template take<A>(size);
+        const Rounds rounds = take_rounds();
+        A* const ends = rounds.ends[0];
         all_.residuals = workspace_.template take<A>(2 * all_.count * rows());
         if (method == Method::shooting || all_.given) {
             A* const starts = workspace_.template take<A>(size);
@@ -416,7 +425,7 @@ private:
         all_.ends = ends;
         kernels_.advance(all_, stream_);
         ++report_.iterations;
-        run_rounds(kernels_.repair, ends);
+        run_rounds(kernels_.repair, rounds);
         report_.iterations += repair_rounds;
         const bool finishes = options_.on_failure == OnFailure::finish;
         if (finishes) kernels_.finish(all_, stream_);
@@ -505,10 +514,11 @@ template <class T>
 class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
-        Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::run_rounds,
-        Base::wait;
+        Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds,
+        Base::run_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
+    using typename Base::Rounds;
 
 public:
     GpuAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
@@ -535,15 +545,15 @@ public:
         cut(chunk_length());
         const index parameters = recurrence_.parameters().shape().count(), terms = all_.count * all_.part_count;
         const index width = all_.channels * states_, initial = all_.part_count * width;
-        A* const ends = workspace_.template take<A>(boundary_size());
+        const Rounds rounds = take_rounds();
         all_.parameter_gradient = workspace_.template take<double>(terms * parameters);
         all_.initial_gradient = workspace_.template take<A>(initial);
-        all_.ends = ends;
+        all_.ends = rounds.ends[0];
         kernels_.backward(all_, stream_);
         Report report;
         report.method = "adjoint, sequential";
         if (all_.count > 1) {
-            run_rounds(kernels_.correct, ends);
+            run_rounds(kernels_.correct, rounds);
             kernels_.finish_backward(all_, stream_);
             report.method =
                 "adjoint, " + std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps";

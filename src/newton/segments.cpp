@@ -29,6 +29,17 @@ void check_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
         throw InvalidArgument("boundaries", "memory of shape " + to_string(expected), to_string(boundaries.shape()));
 }
 
+/// With Backend::cuda: throws InvalidArgument where kernels cannot reach what they are to read or write.
+template <class T>
+void check_places(const ChannelwiseRecurrence<T>& recurrence, View<const T> boundaries, const Options& options) {
+    if (options.execution.backend != Backend::cuda) return;
+    if (options.workspace != nullptr && options.workspace->device() != device::current_gpu())
+        throw InvalidArgument("options.workspace", "a workspace on the current GPU", "one elsewhere");
+    device::require_on_gpu("boundaries", boundaries.data());
+    if (const View<const T> initial = recurrence.initial_states(); !initial.empty())
+        device::require_on_gpu("initial", initial.data());
+}
+
 double larger(double a, double b) { return std::isnan(a) || std::isnan(b) ? std::nan("") : std::max(a, b); }
 
 void add(Report::Stage& sum, const Report::Stage& stage) {
@@ -99,6 +110,7 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
     report.method = to_string(options.method);
     report.sequences.resize(std::size_t(batch));
     if (recurrence.shape().count() == 0) return report;
+    check_places<T>(recurrence, boundaries, options);
     Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     const Workspace::Scope scope(workspace);
@@ -140,6 +152,10 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     const std::vector<SequencePart>& parts = recurrence.parts();
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
     const Device device = device_of(options);
+    if (recurrence.shape().count() > 0) {
+        check_places<T>(recurrence, boundaries, options);
+        if (!device.is_host()) device::require_on_gpu("output_gradient", output_gradient.data());
+    }
     CellGradients<T> result{Buffer<T>::uninitialised(recurrence.inputs().shape(), Layout::steps_first, device),
                             Buffer<Arithmetic<T>>(recurrence.parameters().shape(), Layout::steps_first, device),
                             Buffer<T>({1, index(parts.size()), width}, Layout::steps_first, device),

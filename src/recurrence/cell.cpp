@@ -11,6 +11,7 @@
 #include "device/threads.hpp"
 #include "recurrence/cell_rows.hpp"
 #include "recurrence/device_cells.hpp"
+#include "recurrence/states.hpp"
 
 namespace deeppcr {
 
@@ -108,12 +109,10 @@ Device device_of(const Execution& execution) {
     return execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
 }
 
-/// Nothing where there is nothing: the rest is zeros.
+/// With Backend::cuda: throws InvalidArgument where kernels cannot read states.
 template <class T>
-void copy_states(View<const T> from, View<T> to, const Execution& execution) {
-    if (from.empty()) return;
-    if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, false, execution.stream);
-    for (index j = 0; j < from.batch(); ++j) std::copy_n(from.at(0, j), from.width(), to.at(0, j));
+void check_device(const std::string& name, const View<const T>& states, const Execution& execution) {
+    if (execution.backend == Backend::cuda && !states.empty()) device::require_on_gpu(name, states.data());
 }
 
 }  // namespace
@@ -128,6 +127,8 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
                               std::to_string(first) + " and " + std::to_string(last));
     if (before.shape() != Shape{1, shape.batch, shape.width} || before.data() == nullptr)
         throw InvalidArgument("before", to_string(Shape{1, shape.batch, shape.width}), to_string(before.shape()));
+    check_device("before", before, execution);
+    check_device("initial", initial_states(), execution);
     std::vector<SequenceStart> starts;
     std::vector<View<const T>> states;
     bool none_begins = true;  // here
@@ -157,6 +158,7 @@ Buffer<T> ChannelwiseRecurrence<T>::final_states(View<const T> trajectory, const
     if (trajectory.shape() != this->shape())
         throw InvalidArgument("trajectory", "the recurrence's shape " + to_string(this->shape()),
                               to_string(trajectory.shape()));
+    check_device("trajectory", trajectory, execution);
     const index steps = this->shape().steps, count = index(parts_.size());
     Buffer<T> result({1, count, this->shape().width}, Layout::steps_first, device_of(execution));
     if (count == this->shape().batch && steps > 0) {
@@ -166,11 +168,13 @@ Buffer<T> ChannelwiseRecurrence<T>::final_states(View<const T> trajectory, const
     for (index p = 0; p < count; ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
         const View<T> to = result.view().sequences(p, p + 1);
-        if (part.last > part.first)
+        if (part.last > part.first) {
             copy_states<T>(trajectory.steps(part.last - 1, part.last).sequences(part.sequence, part.sequence + 1), to,
                            execution);
-        else
-            copy_states<T>(initial_states().empty() ? View<const T>() : initial_.sequences(p, p + 1), to, execution);
+        } else if (const View<const T> initial = initial_states(); !initial.empty()) {
+            check_device("initial", initial, execution);
+            copy_states<T>(initial.sequences(p, p + 1), to, execution);
+        }
     }
     return result;
 }

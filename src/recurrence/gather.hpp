@@ -3,13 +3,12 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <span>
-#include <vector>
 
 #include <deeppcr/array.hpp>
 
 #include "device/cuda.hpp"
+#include "recurrence/states.hpp"
 
 namespace deeppcr {
 
@@ -34,10 +33,8 @@ public:
         if (state.contiguous()) return;
         const index bytes = state.shape().count() * index(sizeof(T));
         memory_ = on_gpu ? device::allocate_in_stream(bytes, stream) : detail::allocate(bytes, Device::host());
-        std::vector<index> all(static_cast<std::size_t>(state.batch()));
-        std::iota(all.begin(), all.end(), index(0));
         const View<T> copy(static_cast<T*>(memory_.get()), state.shape());
-        gather(state, all, copy, on_gpu, stream);
+        copy_states<T>(state, copy, {.backend = on_gpu ? Backend::cuda : Backend::cpu, .stream = stream});
         view_ = copy;
     }
     View<const T> view() const { return view_; }

@@ -282,14 +282,18 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory);
-cudaError_t check_launch(const cudaLaunchConfig_t& config);
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);
 namespace emulation {
+/// Dynamic shared memory that a kernel may have.
+std::size_t& granted_shared_bytes(const void* kernel);
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
-}
+}  // namespace emulation
 
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-    return std::size_t(bytes) <= emulation::machine().shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    if (std::size_t(bytes) > emulation::machine().shared_bytes) return cudaErrorInvalidValue;
+    emulation::granted_shared_bytes(reinterpret_cast<const void*>(kernel)) = std::size_t(bytes);
+    return cudaSuccess;
 }
 
 template <class Kernel>
@@ -301,7 +305,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-    if (const cudaError_t error = check_launch(*config); error != cudaSuccess) return error;
+    if (const cudaError_t error = check_launch(*config, reinterpret_cast<const void*>(kernel)); error != cudaSuccess)
+        return error;
     const std::tuple<std::remove_cv_t<Parameters>...> values(static_cast<Arguments&&>(arguments)...);
     return emulation::enqueue(config->stream, [where = *config, kernel, values] {
         emulation::run(where.gridDim, where.blockDim, where.dynamicSmemBytes, [&] { std::apply(kernel, values); });

@@ -658,11 +658,15 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
                    type == cudaMemoryTypeDevice ? const_cast<void*>(memory) : nullptr, const_cast<void*>(memory)};
     return failed(broken());
 }
-cudaError_t check_launch(const cudaLaunchConfig_t& config) {
+std::size_t& emulation::granted_shared_bytes(const void* kernel) {
+    static std::map<const void*, std::size_t> granted;
+    return granted.try_emplace(kernel, std::size_t(48) << 10).first->second;
+}
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     if (machine().launch_error != 0) return failed(cudaError_t(machine().launch_error));
     const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
     const bool good = threads >= 1 && threads <= 1024 && config.gridDim.x >= 1 && config.gridDim.y >= 1 &&
                       config.gridDim.z >= 1 && config.gridDim.x <= 0x7FFFFFFFU && config.gridDim.y <= 65535 &&
-                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= machine().shared_bytes;
+                      config.gridDim.z <= 65535 && config.dynamicSmemBytes <= emulation::granted_shared_bytes(kernel);
     return failed(good ? broken() : cudaErrorInvalidValue);
 }
