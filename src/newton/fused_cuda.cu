@@ -618,6 +618,7 @@ template <class T>
 Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     return with_workspace(options, [&](Workspace& workspace) {
+        const Workspace::Use use(workspace, options.execution);
         return GpuAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).run();
     });
 }

@@ -279,7 +279,7 @@ Reduction choose_method_on_gpu(const OrderedSystem<T>& system) {
     const double multiprocessors = device::multiprocessors();
     const double chains = double(system.batch()) * double(system.width()) / block;
     if (block <= 4) {
-        constexpr index few_steps = 8, warp = 32, rows_that_fill = 512;
+        constexpr index few_steps = 8, warp = 32, rows_that_fill = 480;
         const bool side_by_side = system.width() >= warp && block == 1;
         const bool fill = chains >= double(rows_that_fill) * multiprocessors;
         return system.steps() <= few_steps || (side_by_side && fill) ? Reduction::sequential : Reduction::scan;

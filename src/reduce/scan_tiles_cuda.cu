@@ -24,6 +24,8 @@
 // Tiles begin in the order of their tickets, so that those before a tile are done or running. Which state a look finds
 // depends on time, what follows from it does not: the state after a span is always the span's map of the state before
 // it. The result is deterministic.
+#include <numeric>
+
 #include "reduce/arrays_cuda.cuh"
 
 namespace deeppcr::reduce {
@@ -572,7 +574,11 @@ Tiling tiling_of(const Arrays<T>& arrays) {
     // Rows of several sequences share a tile, but where the steps of each are nearer to each other than those.
     const bool apart = arrays.batch == 1 || std::abs(arrays.solution.step) < std::abs(arrays.solution.batch);
     const auto parts = [](index count, index part) { return (count + part - 1) / part; };
-    const index rows = parts(arrays.rows, std::max<index>(1, arrays.rows / fewest_rows));
+    index rows = parts(arrays.rows, std::max<index>(1, arrays.rows / fewest_rows));
+    if (rows < arrays.rows) {
+        constexpr index together = 16 / std::gcd(16, K * int(sizeof(T)));  // whose numbers make pieces of 16 bytes
+        rows = parts(rows, together) * together;
+    }
     const index row_groups = parts(arrays.rows, rows);
     const index sequences = apart ? 1 : std::clamp<index>(fewest_rows / rows, 1, arrays.batch);
     const index groups = row_groups * parts(arrays.batch, sequences);
@@ -616,10 +622,24 @@ Tiling tiling_of(const Arrays<T>& arrays) {
     return tiling;
 }
 
+/// Sequences that lie side by side in all arrays are rows of one sequence.
+template <class T, int K>
+Arrays<T> joined(Arrays<T> arrays) {
+    const auto side_by_side = [&](const auto& array, index size) {
+        return array.data == nullptr || array.batch == arrays.rows * size;
+    };
+    if (side_by_side(arrays.factor, K * K) && side_by_side(arrays.right_side, K) && side_by_side(arrays.initial, K) &&
+        side_by_side(arrays.solution, K)) {
+        arrays.rows *= arrays.batch;
+        arrays.batch = 1;
+    }
+    return arrays;
+}
+
 template <class T, int K>
 void scan(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& workspace) {
     using A = Arithmetic<T>;
-    const Arrays<T> arrays = arrays_of(system);
+    const Arrays<T> arrays = joined<T, K>(arrays_of(system));
     const Tiling tiling = tiling_of<T, K>(arrays);
     const index blocks = index(tiling.tiles) * tiling.groups;
     const Workspace::Scope scope(workspace);
