@@ -19,7 +19,7 @@
 // owns: it applies the rule, and puts the row's new number into shared memory, where the next step finds x. One barrier
 // per step (none but the warp's own, where a warp holds all rows), since x is kept twice.
 //
-// What a step needs besides x does not depend on it: matrices and operands are asked for `depth` - 1 pieces ahead, into
+// What a step needs besides x does not depend on it: matrices and operands are asked for a batch of pieces ahead, into
 // registers, and the matrices' lines are called into the second-level cache some steps before. A matrix that one piece
 // does not hold is passed in several: row block after row block, and within one, chunks of columns.
 //
@@ -341,11 +341,12 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
     using T = typename Rule::Number;
     constexpr bool resident = Rule::constant && L::whole;
     constexpr int words = Rule::matrices * L::sets * 4 * int(sizeof(T) / 4);  // registers of a piece
-    constexpr int depth = resident                      ? 4
-                          : L::warps > 8 && words >= 48 ? 1
-                          : L::warps > 8 || words > 48  ? 2
-                          : words > 24                  ? 3
-                                                        : 4;
+    // While the pieces of one batch are passed, those of the next are on their way: all of them together, since a warp
+    // has few counters to wait on, and reads that share one are waited for together. Where registers are few, no batch
+    // is.
+    constexpr int registers = (L::warps <= 8 ? 128 : L::whole ? 64 : 48) / (together > 1 ? 2 : 1);
+    constexpr int batch = resident ? 4 : std::clamp(registers / (2 * words), 1, 4);
+    constexpr int buffers = !resident && L::warps > 8 && words >= 48 ? 1 : 2;
     const int chunks = L::whole ? 1 : (rule.columns + L::columns - 1) / L::columns;
     const int blocks = L::whole ? 1 : (rule.rows + L::rows - 1) / L::rows;
     const int stride = chunks * L::columns, groups = (rule.batch + together - 1) / together;
@@ -383,8 +384,8 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         }
     wait();
 
-    Piece<T, L, Rule::matrices> pieces[resident ? 1 : depth];
-    typename Rule::Operands operands[depth][together];
+    Piece<T, L, Rule::matrices> pieces[resident ? 1 : buffers * batch];
+    typename Rule::Operands operands[buffers * batch][together];
     if (resident) pieces[0].load(rule.matrix(chunk, 0), here, 0, 0, rule);
     const auto load = [&](const Place& place, auto& piece, auto& operand) {
         if (place.item >= items) return;
@@ -405,19 +406,18 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
     };
 
     Place ahead, now;
-    DEEPPCR_UNROLL
-    for (int i = 0; i + 1 < depth; ++i) {
-        load(ahead, pieces[resident ? 0 : i], operands[i]);
-        ahead.template advance<L::whole>(rule.phases, blocks, chunks);
-    }
+    const auto load_batch = [&](int buffer) {
+        DEEPPCR_UNROLL
+        for (int i = buffer * batch; i < (buffer + 1) * batch; ++i) {
+            load(ahead, pieces[resident ? 0 : i], operands[i]);
+            ahead.template advance<L::whole>(rule.phases, blocks, chunks);
+        }
+    };
     T sums[together][Rule::matrices][L::sets];
     T *old_x = x, *new_x = x + together * stride;
     unsigned differ = 0;  // sequences of which a row of this thread's must go on
     // Multiplies piece i of those at hand; whether that was the last one.
     const auto turn = [&]<int i>(std::integral_constant<int, i>) {
-        constexpr int last = (i + depth - 1) % depth;
-        load(ahead, pieces[resident ? 0 : last], operands[last]);
-        ahead.template advance<L::whole>(rule.phases, blocks, chunks);
         if (now.item >= items) return true;
 
         DEEPPCR_UNROLL
@@ -469,11 +469,16 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         now.template advance<L::whole>(rule.phases, blocks, chunks);
         return false;
     };
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-        while (!(turn(std::integral_constant<int, i>()) || ...)) {
-        }
+    const auto pass_batch = [&]<int buffer, int... i>(std::integral_constant<int, buffer>,
+                                                      std::integer_sequence<int, i...>) {
+        load_batch((buffer + 1) % buffers);
+        return (turn(std::integral_constant<int, buffer * batch + i>()) || ...);
+    };
+    constexpr auto of_batch = std::make_integer_sequence<int, batch>();
+    if constexpr (buffers == 2) load_batch(0);
+    while (!pass_batch(std::integral_constant<int, 0>(), of_batch) &&
+           !(buffers == 2 && pass_batch(std::integral_constant<int, buffers - 1>(), of_batch))) {
     }
-    (std::make_integer_sequence<int, depth>());
 }
 
 /// Whether rows of `columns` numbers from there on are all aligned to 16 bytes.
