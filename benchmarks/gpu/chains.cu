@@ -263,7 +263,7 @@ struct TrainingStep {
 
 /// x_t = x_{t-1} + tanh(W_t x_{t-1} + b_t): forward, backward and a step of gradient descent.
 void measure_training(Results& results, index layers, index batch, index width) {
-    constexpr float learning_rate = 1e-6F;  // the problem stays the same while it is repeated
+    constexpr float learning_rate = 1e-12F;  // the problem stays the same, whichever step is compared with which
     const double gain = 1 / std::sqrt(double(layers));
     const auto graph_of = [&](LibraryChain& chain) {
         return std::make_shared<Graph>([&](cudaStream_t stream) {

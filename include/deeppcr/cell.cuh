@@ -144,13 +144,15 @@ struct OnGpu {
             return pack;
         }
     }
-    /// Of inputs, which nothing writes meanwhile: neither stores nor steps hold such a read up.
-    __device__ __forceinline__ static InputPack load_constant(const Chunks& all, const T* from, int there) {
-        if constexpr (V == 1) {
-            return {__ldg(from)};
-        } else {
-            return load<1>(all, from, there);
-        }
+    /// Of inputs, which nothing writes meanwhile: no store holds such a read up.
+    template <class Held>
+    __device__ __forceinline__ static void load_constant(const Chunks& all, const T* from, int there, Held& held) {
+        if constexpr (V == 1)
+            held.put({__ldg(from)});
+        else if constexpr (whole)
+            held.held = {__ldg(reinterpret_cast<const unsigned*>(from))};
+        else
+            held.put(load<1>(all, from, there));
     }
     template <int per>
     __device__ __forceinline__ static void store(const Chunks& all, T* to, int there, const Pack<T, V * per>& pack) {
@@ -224,6 +226,24 @@ struct OnGpu {
         InputPack input_gradient[G];
     };
 
+    /// Neighbouring numbers, in words of 32 bits where they make some: numbers of 16 bits that are moved one by one
+    /// would each have a register of their own.
+    template <class Numbers>
+    struct Held {
+        static constexpr bool in_words = sizeof(T) == 2 && sizeof(Numbers) % 4 == 0;
+        struct Words {
+            unsigned word[(sizeof(Numbers) + 3) / 4];
+        };
+        std::conditional_t<in_words, Words, Numbers> held;
+
+        __device__ __forceinline__ void put(const Numbers& numbers) { memcpy(&held, &numbers, sizeof numbers); }
+        __device__ __forceinline__ Numbers get() const {
+            Numbers numbers;
+            memcpy(&numbers, &held, sizeof numbers);
+            return numbers;
+        }
+    };
+
     /// Reads of successive steps: a batch of `ahead` is on its way while the one before it is passed. before: from the
     /// last step to the first.
     //
@@ -237,52 +257,87 @@ struct OnGpu {
         static constexpr int ahead = numbers <= 1 ? 16 : numbers <= 4 ? 8 : numbers <= 12 ? 4 : 2;
         const Chunks& all;
         const int there;
-        const T *inputs, *states = nullptr, *gradients = nullptr, *input_gradients = nullptr;
+
+        /// A step's numbers as they are held until its turn.
+        struct Slot {
+            Held<InputPack> u[G];
+            Held<StatePack> x, gradient;
+            Held<InputPack> input_gradient[G];
+
+            __device__ __forceinline__ Item get() const {
+                Item item;
+                for (int g = 0; g < G; ++g) item.u[g] = u[g].get();
+                if (with_states) item.x = x.get();
+                if (with_gradient) item.gradient = gradient.get();
+                if (with_input_gradient)
+                    for (int g = 0; g < G; ++g) item.input_gradient[g] = input_gradient[g].get();
+                return item;
+            }
+        };
+
+        /// An array of which each step has its place: the next one's, and the bytes from one to the next.
+        struct Places {
+            const unsigned char* next = nullptr;
+            index step = 0;
+
+            Places() = default;
+            __device__ __forceinline__ Places(const T* first, index distance)
+                : next(reinterpret_cast<const unsigned char*>(first)),
+                  step((backward ? -distance : distance) * index(sizeof(T))) {
+                cuda::keep(step);
+            }
+            __device__ __forceinline__ const T* at(index bytes = 0) const {
+                return reinterpret_cast<const T*>(next + bytes);
+            }
+        };
+        Places inputs, states, gradients, input_gradients;
+        index apart;  ///< bytes from one input's numbers to the next one's
 
         /// From step `first` on; states and gradients are those of `states_from`.
         __device__ __forceinline__ Stream(const Chunks& chunks, const Here<T>& here, index first, index states_from)
-            : all(chunks), there(here.there) {
-            inputs = all.inputs + first * all.input_step + here.sequence * all.input_batch + here.channel;
-            if (with_states) states = state_at(all, here, states_from);
+            : all(chunks), there(here.there), apart(chunks.channels * index(sizeof(T))) {
+            cuda::keep(apart);
+            inputs = Places(all.inputs + first * all.input_step + here.sequence * all.input_batch + here.channel,
+                            all.input_step);
+            if (with_states) states = Places(state_at(all, here, states_from), all.trajectory_step);
             if (with_gradient)
-                gradients = all.output_gradient + first * all.gradient_step + here.sequence * all.gradient_batch +
-                            here.channel * K;
-            if (with_input_gradient) input_gradients = input_gradient_at(all, here, first);
+                gradients = Places(all.output_gradient + first * all.gradient_step +
+                                       here.sequence * all.gradient_batch + here.channel * K,
+                                   all.gradient_step);
+            if (with_input_gradient)
+                input_gradients = Places(input_gradient_at(all, here, first), all.input_gradient_step);
         }
-        /// The next step's numbers.
-        __device__ __forceinline__ void load(Item& item) {
-            for (int g = 0; g < G; ++g) item.u[g] = load_constant(all, inputs + g * all.channels, there);
-            inputs += backward ? -all.input_step : all.input_step;
-            if (with_states) {
-                item.x = OnGpu::load<K>(all, states, there);
-                states += backward ? -all.trajectory_step : all.trajectory_step;
+        /// The next step's numbers, where there is one.
+        __device__ __forceinline__ void load(bool wanted, Slot& slot) {
+            if (wanted) {
+                for (int g = 0; g < G; ++g) load_constant(all, inputs.at(g * apart), there, slot.u[g]);
+                if (with_states) slot.x.put(OnGpu::load<K>(all, states.at(), there));
+                if (with_gradient) slot.gradient.put(OnGpu::load<K>(all, gradients.at(), there));
+                if (with_input_gradient)
+                    for (int g = 0; g < G; ++g)
+                        slot.input_gradient[g].put(OnGpu::load<1>(all, input_gradients.at(g * apart), there));
             }
-            if (with_gradient) {
-                item.gradient = OnGpu::load<K>(all, gradients, there);
-                gradients += backward ? -all.gradient_step : all.gradient_step;
-            }
-            if (with_input_gradient) {
-                for (int g = 0; g < G; ++g)
-                    item.input_gradient[g] = OnGpu::load<1>(all, input_gradients + g * all.channels, there);
-                input_gradients += backward ? -all.input_gradient_step : all.input_gradient_step;
-            }
+            inputs.next += inputs.step;
+            if (with_states) states.next += states.step;
+            if (with_gradient) gradients.next += gradients.step;
+            if (with_input_gradient) input_gradients.next += input_gradients.step;
         }
         template <int... slots>
-        __device__ __forceinline__ void load_batch(Item (&batch)[ahead], int count,
+        __device__ __forceinline__ void load_batch(Slot (&batch)[ahead], int count,
                                                    std::integer_sequence<int, slots...>) {
-            ((slots < count ? load(batch[slots]) : void()), ...);
+            (load(slots < count, batch[slots]), ...);
         }
         template <int... slots, class Visit>
-        __device__ __forceinline__ static bool pass(const Item (&batch)[ahead], int count, const Visit& visit,
+        __device__ __forceinline__ static bool pass(const Slot (&batch)[ahead], int count, const Visit& visit,
                                                     std::integer_sequence<int, slots...>) {
-            return ((slots < count && visit(batch[slots])) && ...);
+            return ((slots < count && visit(batch[slots].get())) && ...);
         }
 
         /// Calls visit(item) for `count` steps, fewer than 2^31; stops where it says false.
         template <class Visit>
         __device__ __forceinline__ void run(index count, const Visit& visit) {
             constexpr auto slots = std::make_integer_sequence<int, ahead>();
-            Item now[ahead], next[ahead];
+            Slot now[ahead], next[ahead];
             load_batch(now, int(count), slots);
             DEEPPCR_ROLLED
             for (int left = int(count); left > 0; left -= ahead) {
@@ -864,8 +919,9 @@ struct OnGpu {
             }
             if (leads && goes_on) {
                 Stream<false, with_gradient, adding, true> stream(all, here, here.first, here.first);
-                Item item;
-                stream.load(item);
+                typename decltype(stream)::Slot slot;
+                stream.load(true, slot);
+                const Item item = slot.get();
                 if (with_gradient) add_gradient(item.gradient);
                 step<adding>(item, initial_state(all, here));
                 visit();

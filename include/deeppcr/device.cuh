@@ -54,6 +54,13 @@ __device__ __forceinline__ void publish(double* word, double value) {
     if (!is_published(value)) value = __longlong_as_double(0x7fffffffffffffff);
     asm volatile("st.relaxed.gpu.global.f64 [%0], %1;" ::"l"(word), "d"(value) : "memory");
 }
+/// Keeps a value in registers, where a compiler would compute it anew, or look it up among the kernel's arguments, each
+/// time that it is needed.
+__device__ __forceinline__ void keep(index& value) { asm volatile("" : "+l"(value)); }
+template <class T>
+__device__ __forceinline__ void keep(T*& value) {
+    asm volatile("" : "+l"(value));
+}
 /// While waiting for another block.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 

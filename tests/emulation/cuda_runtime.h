@@ -56,7 +56,7 @@ void wait_for_copies(int groups);
 struct Machine {
     int devices = 1, multiprocessors = 3, compute_capability = 90;
     std::size_t memory = std::size_t(1) << 30, used = 0;
-    std::size_t kept = 0;  ///< by pools, of memory that nobody uses
+    std::size_t kept = 0;                               ///< by pools, of memory that nobody uses
     std::size_t shared_bytes = std::size_t(227) << 10;  ///< that a block can have
     unsigned seed = 1;                                  ///< of the order in which threads take turns
     int blocks_at_once = 4;                             ///< in flight
@@ -73,6 +73,11 @@ Machine& machine();
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
+/// Of memory that nothing writes meanwhile.
+template <class T>
+T __ldg(const T* address) {
+    return *address;
+}
 template <class T>
 constexpr T min(T a, T b) {
     return b < a ? b : a;

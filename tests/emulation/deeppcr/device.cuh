@@ -48,6 +48,8 @@ void wait_for_copies_but() {
     emulation::wait_for_copies(groups);
 }
 inline void prefetch(const void*) {}
+template <class T>
+void keep(T&) {}
 
 template <class T>
 Arithmetic<T> widen(T value) {
