@@ -246,7 +246,7 @@ struct Place {
 };
 
 /// Bytes of matrices ahead of those being multiplied that are called into the second-level cache, and steps at most.
-constexpr int bytes_ahead = 1 << 18, steps_ahead = 8;
+constexpr int bytes_ahead = 1 << 18, steps_ahead = 8, line = 128;
 
 /// How rules with `stops` compare with what was there before.
 template <class T>
@@ -394,8 +394,16 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         if constexpr (!Rule::constant) {
             if (place.block == 0 && place.chunk == 0 && place.item + steps_before < items) {
                 const auto* const lines = reinterpret_cast<const char*>(rule.matrix(chunk, place.item + steps_before));
-                for (index at = index(threadIdx.x) * 128; at < bytes; at += L::threads * 128)
-                    cuda::prefetch(lines + at);
+                if constexpr (L::whole) {
+                    constexpr int most = Rule::matrices * L::rows * L::columns * int(sizeof(T));
+                    DEEPPCR_UNROLL
+                    for (int first = 0; first < most; first += L::threads * line)
+                        if (const int at = first + int(threadIdx.x) * line; at < int(bytes)) cuda::prefetch(lines + at);
+                } else {
+                    DEEPPCR_ROLLED
+                    for (index at = index(threadIdx.x) * line; at < bytes; at += L::threads * line)
+                        cuda::prefetch(lines + at);
+                }
             }
         }
         const int row = place.block * L::rows + here.row;
