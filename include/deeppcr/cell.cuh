@@ -236,10 +236,12 @@ struct OnGpu {
         };
         std::conditional_t<in_words, Words, Numbers> held;
 
-        __device__ __forceinline__ void put(const Numbers& numbers) { memcpy(&held, &numbers, sizeof numbers); }
+        __device__ __forceinline__ void put(const Numbers& numbers) {
+            memcpy(static_cast<void*>(&held), &numbers, sizeof numbers);
+        }
         __device__ __forceinline__ Numbers get() const {
             Numbers numbers;
-            memcpy(&numbers, &held, sizeof numbers);
+            memcpy(static_cast<void*>(&numbers), &held, sizeof numbers);
             return numbers;
         }
     };
