@@ -246,8 +246,8 @@ struct OnGpu {
         }
     };
 
-    /// Reads of successive steps: a batch of `ahead` is on its way while the one before it is passed. before: from the
-    /// last step to the first.
+    /// Reads of successive steps: a batch of `ahead` is on its way while the one before it is passed. backward: from
+    /// the last step to the first.
     //
     // The reads of a batch wait together, on one of the six counters that a warp has for what takes its time; reads
     // that were issued step after step would each wait for the newest.
