@@ -19,7 +19,7 @@
 // owns: it applies the rule, and puts the row's new number into shared memory, where the next step finds x. One barrier
 // per step (none but the warp's own, where a warp holds all rows), since x is kept twice.
 //
-// What a step needs besides x does not depend on it: matrices and operands are asked for a batch of pieces ahead, into
+// What a step needs besides x does not depend on it: matrices and operands are asked for `depth` - 1 pieces ahead, into
 // registers, and the matrices' lines are called into the second-level cache some steps before. A matrix that one piece
 // does not hold is passed in several: row block after row block, and within one, chunks of columns.
 //
@@ -246,7 +246,7 @@ struct Place {
 };
 
 /// Bytes of matrices ahead of those being multiplied that are called into the second-level cache, and steps at most.
-constexpr int bytes_ahead = 1 << 18, steps_ahead = 8, line = 128;
+constexpr int bytes_ahead = 1 << 18, steps_ahead = 8;
 
 /// How rules with `stops` compare with what was there before.
 template <class T>
@@ -341,12 +341,11 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
     using T = typename Rule::Number;
     constexpr bool resident = Rule::constant && L::whole;
     constexpr int words = Rule::matrices * L::sets * 4 * int(sizeof(T) / 4);  // registers of a piece
-    // While the pieces of one batch are passed, those of the next are on their way: all of them together, since a warp
-    // has few counters to wait on, and reads that share one are waited for together. Where registers are few, no batch
-    // is.
-    constexpr int registers = (L::warps <= 8 ? 128 : L::whole ? 64 : 48) / (together > 1 ? 2 : 1);
-    constexpr int batch = resident ? 4 : std::clamp(registers / (2 * words), 1, 4);
-    constexpr int buffers = !resident && L::warps > 8 && words >= 48 ? 1 : 2;
+    constexpr int depth = resident                      ? 4
+                          : L::warps > 8 && words >= 48 ? 1
+                          : L::warps > 8 || words > 48  ? 2
+                          : words > 24                  ? 3
+                                                        : 4;
     const int chunks = L::whole ? 1 : (rule.columns + L::columns - 1) / L::columns;
     const int blocks = L::whole ? 1 : (rule.rows + L::rows - 1) / L::rows;
     const int stride = chunks * L::columns, groups = (rule.batch + together - 1) / together;
@@ -384,8 +383,8 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         }
     wait();
 
-    Piece<T, L, Rule::matrices> pieces[resident ? 1 : buffers * batch];
-    typename Rule::Operands operands[buffers * batch][together];
+    Piece<T, L, Rule::matrices> pieces[resident ? 1 : depth];
+    typename Rule::Operands operands[depth][together];
     if (resident) pieces[0].load(rule.matrix(chunk, 0), here, 0, 0, rule);
     const auto load = [&](const Place& place, auto& piece, auto& operand) {
         if (place.item >= items) return;
@@ -394,16 +393,8 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         if constexpr (!Rule::constant) {
             if (place.block == 0 && place.chunk == 0 && place.item + steps_before < items) {
                 const auto* const lines = reinterpret_cast<const char*>(rule.matrix(chunk, place.item + steps_before));
-                if constexpr (L::whole) {
-                    constexpr int most = Rule::matrices * L::rows * L::columns * int(sizeof(T));
-                    DEEPPCR_UNROLL
-                    for (int first = 0; first < most; first += L::threads * line)
-                        if (const int at = first + int(threadIdx.x) * line; at < int(bytes)) cuda::prefetch(lines + at);
-                } else {
-                    DEEPPCR_ROLLED
-                    for (index at = index(threadIdx.x) * line; at < bytes; at += L::threads * line)
-                        cuda::prefetch(lines + at);
-                }
+                for (index at = index(threadIdx.x) * 128; at < bytes; at += L::threads * 128)
+                    cuda::prefetch(lines + at);
             }
         }
         const int row = place.block * L::rows + here.row;
@@ -414,18 +405,19 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
     };
 
     Place ahead, now;
-    const auto load_batch = [&](int buffer) {
-        DEEPPCR_UNROLL
-        for (int i = buffer * batch; i < (buffer + 1) * batch; ++i) {
-            load(ahead, pieces[resident ? 0 : i], operands[i]);
-            ahead.template advance<L::whole>(rule.phases, blocks, chunks);
-        }
-    };
+    DEEPPCR_UNROLL
+    for (int i = 0; i + 1 < depth; ++i) {
+        load(ahead, pieces[resident ? 0 : i], operands[i]);
+        ahead.template advance<L::whole>(rule.phases, blocks, chunks);
+    }
     T sums[together][Rule::matrices][L::sets];
     T *old_x = x, *new_x = x + together * stride;
     unsigned differ = 0;  // sequences of which a row of this thread's must go on
     // Multiplies piece i of those at hand; whether that was the last one.
     const auto turn = [&]<int i>(std::integral_constant<int, i>) {
+        constexpr int last = (i + depth - 1) % depth;
+        load(ahead, pieces[resident ? 0 : last], operands[last]);
+        ahead.template advance<L::whole>(rule.phases, blocks, chunks);
         if (now.item >= items) return true;
 
         DEEPPCR_UNROLL
@@ -477,16 +469,11 @@ __global__ void __launch_bounds__(L::threads, sizeof(typename Rule::Number) > 4 
         now.template advance<L::whole>(rule.phases, blocks, chunks);
         return false;
     };
-    const auto pass_batch = [&]<int buffer, int... i>(std::integral_constant<int, buffer>,
-                                                      std::integer_sequence<int, i...>) {
-        load_batch((buffer + 1) % buffers);
-        return (turn(std::integral_constant<int, buffer * batch + i>()) || ...);
-    };
-    constexpr auto of_batch = std::make_integer_sequence<int, batch>();
-    if constexpr (buffers == 2) load_batch(0);
-    while (!pass_batch(std::integral_constant<int, 0>(), of_batch) &&
-           !(buffers == 2 && pass_batch(std::integral_constant<int, buffers - 1>(), of_batch))) {
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+        while (!(turn(std::integral_constant<int, i>()) || ...)) {
+        }
     }
+    (std::make_integer_sequence<int, depth>());
 }
 
 /// Whether rows of `columns` numbers from there on are all aligned to 16 bytes.
