@@ -186,6 +186,9 @@ public:
         all_.multiprocessors = device::multiprocessors();
         all_.part_count = index(parts.size());
         for (const SequencePart& part : parts) longest_ = std::max(longest_, part.last - part.first);
+        if (longest_ > std::numeric_limits<int>::max())  // a thread counts them so
+            throw InvalidArgument("recurrence", "fewer than 2^31 steps of a sequence, for Backend::cuda",
+                                  std::to_string(longest_));
         if (all_.part_count != all_.batch) {
             auto* const there = workspace_.template take<SequencePart>(all_.part_count);
             device::copy_to_gpu(there, parts.data(), all_.part_count * index(sizeof(SequencePart)), stream_);

@@ -81,10 +81,6 @@ void append(Report& all, const Report& next, bool first) {
     all.sequential_steps += next.sequential_steps;
 }
 
-Device device_of(const Options& options) {
-    return options.execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
-}
-
 /// What stands before the first step of each row of the batch.
 template <class T>
 void copy_initial(const ChannelwiseRecurrence<T>& recurrence, View<T> state, const Options& options) {
@@ -151,7 +147,7 @@ CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, in
     const auto [steps, batch, width] = recurrence.shape();
     const std::vector<SequencePart>& parts = recurrence.parts();
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
-    const Device device = device_of(options);
+    const Device device = detail::device_of(options.execution);
     if (recurrence.shape().count() > 0) {
         check_places<T>(recurrence, boundaries, options);
         if (!device.is_host()) device::require_on_gpu("output_gradient", output_gradient.data());

@@ -105,10 +105,6 @@ private:
 
 namespace {
 
-Device device_of(const Execution& execution) {
-    return execution.backend == Backend::cuda ? device::current_gpu() : Device::host();
-}
-
 /// With Backend::cuda: throws InvalidArgument where kernels cannot read states.
 template <class T>
 void check_device(const std::string& name, const View<const T>& states, const Execution& execution) {
@@ -142,7 +138,7 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
         if (part.first > first) starts.push_back({part.sequence, part.first - first});
     }
     const index count = index(states.size());
-    Buffer<T> initial({1, count, shape.width}, Layout::steps_first, device_of(execution));
+    Buffer<T> initial({1, count, shape.width}, Layout::steps_first, detail::device_of(execution));
     if (none_begins)
         copy_states<T>(before, initial.view(), execution);
     else if (starts.empty() && count == index(parts_.size()))
@@ -160,7 +156,7 @@ Buffer<T> ChannelwiseRecurrence<T>::final_states(View<const T> trajectory, const
                               to_string(trajectory.shape()));
     check_device("trajectory", trajectory, execution);
     const index steps = this->shape().steps, count = index(parts_.size());
-    Buffer<T> result({1, count, this->shape().width}, Layout::steps_first, device_of(execution));
+    Buffer<T> result({1, count, this->shape().width}, Layout::steps_first, detail::device_of(execution));
     if (count == this->shape().batch && steps > 0) {
         copy_states<T>(trajectory.steps(steps - 1, steps), result.view(), execution);
         return result;
