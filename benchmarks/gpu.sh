@@ -35,7 +35,7 @@ build() {
     rm -rf "$programs"
     mkdir -p "$programs"
     find "$tree/benchmarks/gpu" -maxdepth 1 -type f \( -name 'gpu_*' -o -name '*.so' \) -exec cp {} "$programs" \;
-    ldd "$tree/benchmarks/gpu/gpu_benchmark" | awk '/libhwy|libcudart|libdeeppcr/ { print $3 }' |
+    ldd "$tree/benchmarks/gpu/gpu_benchmark" | awk '/libhwy|libcudart|libdeeppcr|libstdc|libgcc_s/ { print $3 }' |
         xargs cp --dereference --target-directory="$programs"
     strip "$programs"/*
     local megabytes
@@ -180,6 +180,10 @@ report() {
         cat "$output/gpu-commands.md"
         echo
         if [ ${#json[@]} -gt 0 ]; then "$programs/gpu_benchmark" table "${json[@]}"; fi
+        if [ -f "$output/gpu-nn.json" ]; then
+            printf '\n## Layers of nn/\n\n'
+            cat "$output/gpu-nn_benchmark.log"
+        fi
     } >"$file" || failed+=("report: $file could not be written")
     echo "gpu.sh: $file"
 }

@@ -108,19 +108,22 @@ def run(cell, batch, hidden, steps, dtype, rounds):
 
 
 shapes = [(2, 32, 64)] if arguments.quick else [(16, 768, 1024), (16, 768, 8192), (1, 768, 16384), (64, 1024, 1024)]
-results = [run(cell, *shape, dtype, 5 if arguments.quick else 20)
-           for cell in parameter_count for shape in shapes for dtype in (torch.float, torch.bfloat16)]
-
 print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}. Milliseconds, "
       "medians; the ratio is cuDNN's LSTM, a different cell, to our layer.\n")
 print("| cell | type | batch | hidden | steps | cell | layer | cuDNN LSTM | ratio | layer, with backward | cuDNN | ratio |")
 print("|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
-for r in results:
-    f, b = ({name: entry["median_ms"] for name, entry in r[key].items()} for key in ("forward", "forward_backward"))
-    print(f"| {r['cell']} | {r['dtype']} | {r['batch']} | {r['hidden']} | {r['steps']} | {f['cell']:.3f} | {f['layer']:.3f} "
-          f"| {f['lstm']:.3f} | {f['lstm'] / f['layer']:.1f} | {b['layer']:.3f} | {b['lstm']:.3f} "
-          f"| {b['lstm'] / b['layer']:.1f} |")
-if arguments.json:
-    with open(arguments.json, "w") as file:
-        json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                   "cudnn": torch.backends.cudnn.version(), "command": sys.argv, "results": results}, file, indent=1)
+results = []
+for shape in shapes:
+    for cell in parameter_count:
+        for dtype in (torch.float, torch.bfloat16):
+            r = run(cell, *shape, dtype, 5 if arguments.quick else 20)
+            results.append(r)
+            f, b = ({name: entry["median_ms"] for name, entry in r[key].items()} for key in ("forward", "forward_backward"))
+            print(f"| {r['cell']} | {r['dtype']} | {r['batch']} | {r['hidden']} | {r['steps']} | {f['cell']:.3f} "
+                  f"| {f['layer']:.3f} | {f['lstm']:.3f} | {f['lstm'] / f['layer']:.1f} | {b['layer']:.3f} "
+                  f"| {b['lstm']:.3f} | {b['lstm'] / b['layer']:.1f} |", flush=True)
+            if arguments.json:  # what is measured stays, should the next size take too long
+                with open(arguments.json, "w") as file:
+                    json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                               "cudnn": torch.backends.cudnn.version(), "command": sys.argv, "results": results}, file,
+                              indent=1)
