@@ -228,7 +228,12 @@ void learn_from(const Recurrence<T>& recurrence, const Options& options, const C
                 double seconds) {
     if (choice.candidates.empty()) return;
     learn(key_of(recurrence, options, false), [&](Experience& now) {
-        now.observed[choice.method].add(seconds / double(recurrence.shape().count()));
+        const double per_number = seconds / double(recurrence.shape().count());
+        now.observed[choice.method].add(per_number);
+        // What was predicted of Newton's method is the least that it may take: given up, it is not tried again for
+        // that.
+        if (choice.method == Method::newton && report.status == Status::finished_sequentially)
+            now.predicted[Method::newton] = std::max(now.predicted[Method::newton], per_number);
         if (choice.method == Method::overlap) now.overlap_works = report.status != Status::finished_sequentially;
         if (choice.method == Method::newton && !std::isnan(report.lyapunov)) now.lyapunov = report.lyapunov;
     });

@@ -392,7 +392,7 @@ public:
             for (Report::Sequence& sequence : report_.sequences) sequence.error = unknown;
         } else {
             begin_passes();
-            const Status status = run_passes(begin, patience);
+            const Status status = run_passes(patience);
             end_passes();
             complete(status);
         }
@@ -527,7 +527,8 @@ private:
     }
 
     /// Enqueues passes until the host hears that all is done, or that they do not help.
-    Status run_passes(Clock::time_point begin, double patience) {
+    Status run_passes(double patience) {
+        Clock::time_point begin;  // of the second pass
         Letter letters[2];
         const index limit = options_.max_iterations > 0 ? options_.max_iterations : std::numeric_limits<index>::max();
         const Status failure =
@@ -547,6 +548,7 @@ private:
             if (summary.left == 0) return Status::converged;
             if (!go_on) return Status::max_iterations;
             if (heard >= limit) return failure;
+            if (heard == 1) begin = Clock::now();  // the first pass may have loaded kernels
             if (seconds_since(begin) > patience * double(summary.left)) return Status::finished_sequentially;
             review.add(double(index(summary.confirmed) - confirmed) / double(batch_),
                        std::bit_cast<double>(summary.worst));
