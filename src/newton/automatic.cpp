@@ -125,9 +125,9 @@ private:
         };
         pass(length);  // warms up
         const double shorter = pass(length);
+        lyapunov = exponent(jacobian, {length, shape_.batch, shape_.width});
         if (fewest_passes * shorter > sequential) return fewest_passes * shorter;
         const double longer = pass(2 * length);
-        lyapunov = exponent(jacobian, after.shape());
         const double difference = std::clamp((longer - shorter) / double(length), 0.0, longer / double(2 * length));
         return fewest_passes * (longer + double(shape_.steps - 2 * length) * difference);
     }
