@@ -94,9 +94,11 @@ TEST(Automatic, TakesSequentialWhereLinearisingIsDear) {
         ASSERT_EQ(report.candidates.size(), 2U);
         EXPECT_EQ(report.candidates.front().method, Method::sequential);
         EXPECT_EQ(report.candidates.front().measured, call >= 2);
-        EXPECT_GE(report.candidates.front().seconds, 0.9 * steps * 100e-6);
+        if (call >= 2) {
+            EXPECT_GE(report.candidates.front().seconds, steps * 100e-6);
+        }
     }
-    EXPECT_LE(recurrence.linearised, 16) << "some steps, to be timed, once";
+    EXPECT_LE(recurrence.linearised, steps / 8) << "some steps, to be timed, once";
 }
 
 TEST(Automatic, KeepsNewtonWhereStepsAreDear) {
@@ -115,7 +117,7 @@ TEST(Automatic, KeepsNewtonWhereStepsAreDear) {
 
 TEST(Automatic, FirstCallGivesNewtonUpWhenItHasTakenAsLongAsTheRestWould) {
     constexpr index steps = 256;
-    const Sleepy<2> recurrence(steps, chaotic, {.run_step = Microseconds(400), .linearised_step = Microseconds(40)});
+    const Sleepy<2> recurrence(steps, chaotic, {.run_step = Microseconds(1000), .linearised_step = Microseconds(50)});
     const double sequential = seconds_of([&] { evaluate(recurrence, {.method = Method::sequential}); });
     for (int call = 0; call < 4; ++call) {
         Report report;
@@ -135,10 +137,9 @@ TEST(Automatic, FirstCallGivesNewtonUpWhenItHasTakenAsLongAsTheRestWould) {
 }
 
 TEST(Automatic, TakesOverlapWhereTheRecurrenceForgets) {
-    constexpr index steps = 1024;
-    const Sleepy<3> recurrence(steps, forgets, {.run_step = Microseconds(100), .linearised_step = Microseconds(2000)});
+    const Sleepy<3> recurrence(2048, forgets, {.run_step = Microseconds(100), .linearised_step = Microseconds(2000)});
     for (int call = 0; call < 3; ++call) {
-        const auto [trajectory, report] = evaluate(recurrence, {.execution = {.threads = 4}});
+        const auto [trajectory, report] = evaluate(recurrence, {.execution = {.threads = 8}});
         EXPECT_TRUE(is_by(report, "overlap")) << call << ": " << report.method;
         expect_right(recurrence, trajectory, report, 1e-12);
         EXPECT_EQ(report.candidates.size(), 3U);
@@ -146,7 +147,7 @@ TEST(Automatic, TakesOverlapWhereTheRecurrenceForgets) {
 }
 
 TEST(Automatic, TakesOverlapNoMoreWhereItHasFailed) {
-    const Sleepy<4> recurrence(1024, deceptive, {.run_step = Microseconds(40), .linearised_step = Microseconds(2000)});
+    const Sleepy<4> recurrence(1024, deceptive, {.run_step = Microseconds(200), .linearised_step = Microseconds(2000)});
     for (int call = 0; call < 3; ++call) {
         const auto [trajectory, report] = evaluate(recurrence, {.execution = {.threads = 8}});
         EXPECT_TRUE(is_by(report, call == 0 ? "overlap" : "sequential")) << call << ": " << report.method;

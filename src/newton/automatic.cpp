@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <typeinfo>
 
@@ -17,8 +18,9 @@ namespace deeppcr::newton {
 namespace {
 
 constexpr index fewest_steps = 8;  // below this two passes of Newton's method cannot pay
-constexpr index part_timed = 256;  // one in so many steps, four times over
-constexpr index fewest_timed = 2, most_timed = 32;
+constexpr index part_timed = 32;   // one in so many steps, seven times over
+constexpr index most_timed = 16;
+constexpr index part_linearised = 128, fewest_linearised = 4;
 constexpr index jacobian_numbers = index(1) << 22;  // that the timed pass may take
 constexpr double fewest_passes = 2;                 // one that updates, and one that tests
 constexpr double starts = 3;                        // of the threads: overlap's sweep, and two repairs
@@ -58,10 +60,10 @@ public:
           use_(workspace, options.execution),
           scope_(workspace),
           shape_(recurrence.shape()),
-          length_(std::clamp(shape_.steps / part_timed, fewest_timed, most_timed)),
+          length_(std::clamp<index>(shape_.steps / part_timed, 1, most_timed)),
           sequences_(std::size_t(shape_.batch)) {
         std::iota(sequences_.begin(), sequences_.end(), index(0));
-        states_ = workspace.take_states<T>({4 * length_ + 1, shape_.batch, shape_.width});
+        states_ = workspace.take_states<T>({7 * length_ + 1, shape_.batch, shape_.width});
         recurrence.initial(section(0, 0), states_.steps(0, 1));
     }
 
@@ -91,27 +93,47 @@ private:
         return seconds_since(begin);
     }
 
-    /// Steps whose parameters no step before them has brought into a cache. The difference of two lengths is free of
-    /// what a call costs; where noise has made it senseless, their mean counts.
+    /// The least of two timings of some steps, and of twice as many: what disturbs one makes it longer.
+    struct Timing {
+        double shorter = std::numeric_limits<double>::infinity(), longer = shorter;
+
+        void add(double once, double twice) {
+            shorter = std::min(shorter, once);
+            longer = std::min(longer, twice);
+        }
+        /// Of `steps`, of which `twice` have been timed and each other one takes `least` of the mean or more: the
+        /// difference is free of what a call costs, whatever its steps.
+        double seconds(index steps, index twice, double least) const {
+            const double mean = longer / double(twice);
+            const double each = std::clamp(2 * (longer - shorter) / double(twice), least * mean, mean);
+            return longer + double(steps - twice) * each;
+        }
+    };
+
+    /// Steps whose parameters no step before them has brought into a cache.
     double sequential_seconds() const {
         const auto run = [&](index first, index last) {
+            const Section steps = section(first * length_, last * length_);
             return seconds_of([&] {
-                recurrence_.run(section(first, last), View<const T>(states_.steps(first, first + 1)),
-                                states_.steps(first + 1, last + 1));
+                recurrence_.run(steps, View<const T>(states_.steps(steps.first, steps.first + 1)),
+                                states_.steps(steps.first + 1, steps.last + 1));
             });
         };
-        run(0, length_);  // warms up
-        const double shorter = run(length_, 2 * length_), longer = run(2 * length_, 4 * length_);
-        const double difference = (longer - shorter) / double(length_);
-        const double mean = std::min(longer / double(2 * length_), shorter / double(length_));
-        return longer + double(shape_.steps - 2 * length_) * (difference > 0 ? std::min(difference, mean) : mean);
+        run(0, 1);  // warms up
+        Timing timing;
+        for (const index first : {1, 4}) {
+            const double once = run(first, first + 1);
+            timing.add(once, run(first + 1, first + 3));
+        }
+        return timing.seconds(shape_.steps, 2 * length_, 0.25);
     }
 
     /// Of the fewest passes that are of use, at the states that `sequential_seconds` left. The more steps a pass has,
     /// the fewer of the threads wait: an optimistic estimate, as steps beyond those timed cost the difference.
     double newton_seconds(double sequential, double& lyapunov) const {
         const index numbers = shape_.batch * shape_.width * recurrence_.block();
-        const index length = std::clamp<index>(jacobian_numbers / (2 * numbers), 1, 2 * length_);
+        const index wanted = std::min(std::max(shape_.steps / part_linearised, fewest_linearised), 3 * length_);
+        const index length = std::clamp<index>(jacobian_numbers / (2 * numbers), 1, wanted);
         const View<T> after = workspace_.take_states<T>({2 * length, shape_.batch, shape_.width});
         const Jacobian<T> jacobian = workspace_.take_jacobian<T>(after.shape(), recurrence_.block());
         const auto pass = [&](index rows) {
@@ -124,12 +146,14 @@ private:
             });
         };
         pass(length);  // warms up
-        const double shorter = pass(length);
-        lyapunov = exponent(jacobian, {length, shape_.batch, shape_.width});
-        if (fewest_passes * shorter > sequential) return fewest_passes * shorter;
-        const double longer = pass(2 * length);
-        const double difference = std::clamp((longer - shorter) / double(length), 0.0, longer / double(2 * length));
-        return fewest_passes * (longer + double(shape_.steps - 2 * length) * difference);
+        Timing timing;
+        for (int times = 0; times < 2; ++times) {
+            const double once = pass(length);
+            if (times == 0) lyapunov = exponent(jacobian, {length, shape_.batch, shape_.width});
+            if (fewest_passes * once > sequential) return fewest_passes * once;
+            timing.add(once, pass(2 * length));
+        }
+        return fewest_passes * timing.seconds(shape_.steps, 2 * length, 0);
     }
 
     /// Of the first sequence.
@@ -176,7 +200,7 @@ private:
     const Workspace::Use use_;
     const Workspace::Scope scope_;
     Shape shape_;
-    index length_;  // of the shorter of two timings
+    index length_;  // of the shorter timings
     std::vector<index> sequences_;
     View<T> states_;  // from the initial one on
 };
