@@ -23,6 +23,7 @@ constexpr index most_timed = 16;
 constexpr index part_linearised = 128, fewest_linearised = 4;
 constexpr index jacobian_numbers = index(1) << 22;  // that the timed pass may take
 constexpr double fewest_passes = 2;                 // one that updates, and one that tests
+constexpr double least_share = 0.25;                // of the mean, that a step more costs at the least
 constexpr double starts = 3;                        // of the threads: overlap's sweep, and two repairs
 constexpr double doubts = 2;  // how much longer than the rest may passes take that are known to be faster as a rule
 
@@ -125,7 +126,7 @@ private:
             const double once = run(first, first + 1);
             timing.add(once, run(first + 1, first + 3));
         }
-        return timing.seconds(shape_.steps, 2 * length_, 0.25);
+        return timing.seconds(shape_.steps, 2 * length_, least_share);
     }
 
     /// Of the fewest passes that are of use, at the states that `sequential_seconds` left. The more steps a pass has,
@@ -153,7 +154,8 @@ private:
             if (fewest_passes * once > sequential) return fewest_passes * once;
             timing.add(once, pass(2 * length));
         }
-        return fewest_passes * timing.seconds(shape_.steps, 2 * length, 0);
+        const int workers = on_gpu() ? device::multiprocessors() : device::thread_count(options_.execution);
+        return fewest_passes * timing.seconds(shape_.steps, 2 * length, least_share / workers);
     }
 
     /// Of the first sequence.
