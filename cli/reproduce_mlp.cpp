@@ -167,8 +167,10 @@ Json to_json(const std::vector<Contender>& contenders) {
 Json measure(index width, index depth, index batch, const Grid& sizes, std::uint64_t seed,
              const std::function<bool(double done)>& going_on) {
     const Network network(width, depth, batch, seed);
-    const Options newton{
-        .max_iterations = most_iterations, .on_failure = OnFailure::report, .estimates = Estimates::none};
+    const Options newton{.method = Method::newton,
+                         .max_iterations = most_iterations,
+                         .on_failure = OnFailure::report,
+                         .estimates = Estimates::none};
     Options pcr = newton, scan = newton;
     pcr.reduction = Reduction::pcr;
     scan.reduction = Reduction::scan;

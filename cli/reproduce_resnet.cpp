@@ -37,8 +37,11 @@ struct Trial {
 
 /// Chunks much shorter than the network, so that the scan's three parts all have work.
 std::vector<Trial> trials(index layers) {
-    const Options deeppcr{
-        .reduction = Reduction::scan, .chunk = layers / 32, .guess = Guess::given, .estimates = Estimates::none};
+    const Options deeppcr{.method = Method::newton,
+                          .reduction = Reduction::scan,
+                          .chunk = layers / 32,
+                          .guess = Guess::given,
+                          .estimates = Estimates::none};
     return {{"sequential", "sequential", {.method = Method::sequential}, 0.18}, {"deeppcr", "DeepPCR", deeppcr, 0.79}};
 }
 

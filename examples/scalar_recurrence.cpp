@@ -20,7 +20,7 @@ struct Sines : Recurrence<double> {
 };
 
 int main() {
-    const auto [x, report] = evaluate(Sines());
+    const auto [x, report] = evaluate(Sines(), {.method = Method::newton});
     std::cout << report << "\nx_100000 = " << x(99'999, 0, 0) << '\n';
     return report.ok() ? 0 : 1;
 }

@@ -58,6 +58,7 @@ Tensor run_forward(Forward<T>& forward, const DeviceScope& here) {
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
     Options options = here.options_of_windows(forward.evaluation);
     const bool given = options.guess == Guess::given && options.method != Method::sequential;
+    if (given && options.method == Method::automatic) options.method = Method::newton;  // also without a guess yet
     if (given && memory.trajectory.defined() && memory.trajectory.sizes() == trajectory.sizes())
         trajectory.copy_(memory.trajectory);
     else if (given)

@@ -152,6 +152,7 @@ Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_f
         forward.report = run_sequentially(chain, options.execution, here.device(), trajectory, slopes);
     } else {
         const bool predicted = options.guess == Guess::given;
+        if (predicted && options.method == Method::automatic) options.method = Method::newton;  // also the first time
         if (predicted && fits(memory.prediction, trajectory))
             predict(memory.prediction, forward.initial, skip, trajectory);
         else if (predicted)

@@ -440,6 +440,7 @@ TYPED_TEST(DenseCellTest, NewtonEqualsSequential) {
                     SCOPED_TRACE(name(backend) + ": " + problem.description() + ", surrogate " +
                                  std::to_string(int(surrogate)));
                     Options options;
+                    options.method = Method::newton;
                     options.surrogate = surrogate;
                     options.execution = {backend};
                     const auto evaluation = evaluate(problem.cell, options);
@@ -454,7 +455,7 @@ TYPED_TEST(DenseCellTest, NewtonOfManyStepsTakesFewPasses) {
     using T = TypeParam;
     for (const DenseCellKind kind : {DenseCellKind::elman_tanh, DenseCellKind::gru, DenseCellKind::lstm}) {
         const Problem<T> problem(kind, 1000, 2, 4);
-        const auto evaluation = evaluate(problem.cell);
+        const auto evaluation = evaluate(problem.cell, {.method = Method::newton});
         EXPECT_EQ(evaluation.report.status, Status::converged) << name(kind);
         EXPECT_LE(evaluation.report.iterations, 12) << name(kind);
     }

@@ -289,6 +289,25 @@ TEST_F(ChainOnGpu, OverlapReportsTheResidual) {
     EXPECT_TRUE(near(trajectory.on({}), expected, 1e-12));
 }
 
+TEST_F(ChainOnGpu, AutomaticIsRightWhateverItTakes) {
+    const Problem<double> problem(200, 2, 6, Activation::tanh, 0, 0.4);
+    const Buffer<double> expected = evaluate(*problem.here, {.method = Method::sequential}).trajectory;
+    const Buffer<double> gradient = problem.gradient.on(Device::cuda());
+    Buffer<double> weights;
+    for (int call = 0; call < 5; ++call) {
+        const Buffer<double> trajectory = on_gpu<double>(problem.shape());
+        const Report report = evaluate(*problem.there, trajectory.view(), {.tolerance = 1e-10, .execution = gpu});
+        EXPECT_TRUE(report.ok()) << report;
+        EXPECT_EQ(report.candidates.size(), 3U) << "it knows how to overlap, and forgets its past";
+        EXPECT_TRUE(report.method.starts_with(to_string(report.candidates.front().method))) << report.method;
+        EXPECT_TRUE(near(trajectory.on({}), expected, 1e-8));
+        const auto found =
+            adjoint(*problem.there, View<const double>(trajectory), report, gradient, {.execution = gpu});
+        if (call == 0) weights = found.weights.on({});
+        EXPECT_TRUE(near(found.weights.on({}), weights, 1e-8));
+    }
+}
+
 TEST_F(ChainOnGpu, OverlapFinishesOrReportsWhatForgetsNothing) {
     const Problem<double> problem(200, 3, 5, Activation::identity, 1,
                                   0.01);  // x + a small change: nothing is forgotten

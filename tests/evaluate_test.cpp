@@ -122,7 +122,8 @@ TYPED_TEST(Evaluate, EverySurrogateReductionAndBackendAgreesWithSequential) {
         for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::identity, Surrogate::zero})
             for (const Reduction reduction : {Reduction::sequential, Reduction::pcr, Reduction::scan})
                 for (const Backend backend : {Backend::reference, Backend::cpu}) {
-                    const auto [trajectory, report] = evaluate(recurrence, {.surrogate = surrogate,
+                    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton,
+                                                                            .surrogate = surrogate,
                                                                             .reduction = reduction,
                                                                             .chunk = 7,
                                                                             .execution = {.backend = backend}});
@@ -137,14 +138,14 @@ TYPED_TEST(Evaluate, EverySurrogateReductionAndBackendAgreesWithSequential) {
 
 TYPED_TEST(Evaluate, AnAffineStepConvergesAfterOneUpdate) {
     const TanhNetwork<TypeParam> recurrence({100, 2, 4}, 0.5, /*affine=*/true);
-    const auto [trajectory, report] = evaluate(recurrence);
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
     EXPECT_EQ(report.status, Status::converged);
     EXPECT_LE(report.iterations, 2) << "one pass updates, the next one tests";
 }
 
 TYPED_TEST(Evaluate, ResidualInTheReportIsTheResidual) {
     const TanhNetwork<TypeParam> recurrence({130, 4, 3}, 1.0);
-    const auto [trajectory, report] = evaluate(recurrence, {.tolerance = 1e-3});
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .tolerance = 1e-3});
     ASSERT_EQ(report.status, Status::converged);
     const double actual = residual<TypeParam>(recurrence, trajectory);
     EXPECT_NEAR(report.residual, actual, 1e-6 * 1e-3 + 4 * double(std::numeric_limits<TypeParam>::epsilon()));
@@ -163,7 +164,7 @@ TYPED_TEST(Evaluate, ErrorEstimateIsTheError) {
     const TanhNetwork<double> recurrence({200, 3, 4}, 0.9);
     const auto exact = sequentially<double>(recurrence);
     for (const double tolerance : {1e-2, 1e-3, 1e-5}) {
-        const auto [trajectory, report] = evaluate(recurrence, {.tolerance = tolerance});
+        const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .tolerance = tolerance});
         ASSERT_EQ(report.status, Status::converged);
         const double error = largest_difference<double>(trajectory, exact.trajectory);
         EXPECT_NEAR(report.error, error, 0.2 * error + 1e-14) << "tolerance " << tolerance;
@@ -173,7 +174,7 @@ TYPED_TEST(Evaluate, ErrorEstimateIsTheError) {
 TYPED_TEST(Evaluate, ErrorEstimateHoldsAcrossWindows) {
     const TanhNetwork<double> recurrence({200, 3, 4}, 0.9);
     const auto exact = sequentially<double>(recurrence);
-    const auto [trajectory, report] = evaluate(recurrence, {.tolerance = 1e-3, .window = 17});
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .tolerance = 1e-3, .window = 17});
     ASSERT_EQ(report.status, Status::converged);
     const double error = largest_difference<double>(trajectory, exact.trajectory);
     EXPECT_NEAR(report.error, error, 0.2 * error + 1e-14);
@@ -183,6 +184,7 @@ TYPED_TEST(Evaluate, LyapunovEstimateIsThatOfTheLogisticMap) {
     // At r = 3.2 the map has a cycle of two, whose multiplier 4 + 2r - r^2 is known; at r = 4 the exponent is ln 2.
     const auto exponent = [](const Recurrence<double>& recurrence, Options options) {
         auto [trajectory, sequential] = sequentially<double>(recurrence);
+        options.method = Method::newton;
         options.guess = Guess::given;
         const Report report = evaluate(recurrence, trajectory.view(), options);
         EXPECT_EQ(report.status, Status::converged);
@@ -199,7 +201,7 @@ TYPED_TEST(Evaluate, LyapunovEstimateIsThatOfTheLogisticMap) {
 TYPED_TEST(Evaluate, WindowOfOneIsSequentialBitForBit) {
     const TanhNetwork<TypeParam> recurrence({50, 3, 6}, 2.0);
     const auto expected = sequentially<TypeParam>(recurrence);
-    const auto [trajectory, report] = evaluate(recurrence, {.window = 1});
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .window = 1});
     EXPECT_EQ(report.status, Status::converged);
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
 }
@@ -211,7 +213,8 @@ TYPED_TEST(Evaluate, AfterKPassesTheFirstKStepsAreExact) {
         for (const index passes : {1, 2, 5, 17}) {
             Buffer<TypeParam> trajectory(recurrence.shape());
             const Report report = evaluate(recurrence, trajectory.view(),
-                                           {.surrogate = surrogate,
+                                           {.method = Method::newton,
+                                            .surrogate = surrogate,
                                             .absolute_tolerance = 0,
                                             .relative_tolerance = 0,
                                             .max_iterations = passes,
@@ -225,14 +228,15 @@ TYPED_TEST(Evaluate, AfterKPassesTheFirstKStepsAreExact) {
 TYPED_TEST(Evaluate, AToleranceOfZeroStillEndsInTheSequentialResult) {
     const TanhNetwork<TypeParam> recurrence({60, 2, 4}, 0.8);
     const auto expected = sequentially<TypeParam>(recurrence);
-    const auto [trajectory, report] = evaluate(recurrence, {.absolute_tolerance = 0, .relative_tolerance = 0});
+    const auto [trajectory, report] =
+        evaluate(recurrence, {.method = Method::newton, .absolute_tolerance = 0, .relative_tolerance = 0});
     EXPECT_TRUE(report.ok());
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
 }
 
 TYPED_TEST(Evaluate, ChaosIsFinishedSequentiallyBitForBitOrWithinTheResidual) {
     const LogisticMap<TypeParam> recurrence(3000, 4.0);
-    const auto [trajectory, report] = evaluate(recurrence);
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
     EXPECT_TRUE(report.ok());
     EXPECT_LE(residual<TypeParam>(recurrence, trajectory), 200 * double(std::numeric_limits<TypeParam>::epsilon()));
     EXPECT_LT(report.iterations, 2000) << "the ladder, not step after step by Newton";
@@ -242,8 +246,8 @@ TYPED_TEST(Evaluate, ChaosIsFinishedSequentiallyBitForBitOrWithinTheResidual) {
 TYPED_TEST(Evaluate, FinishesSequentiallyFromEachPrefix) {
     const TanhNetwork<TypeParam> recurrence({300, 5, 4}, 6.0);  // strongly expanding: no Newton step helps
     const auto expected = sequentially<TypeParam>(recurrence);
-    const auto [trajectory, report] =
-        evaluate(recurrence, {.absolute_tolerance = 0, .relative_tolerance = 0, .max_iterations = 20});
+    const auto [trajectory, report] = evaluate(
+        recurrence, {.method = Method::newton, .absolute_tolerance = 0, .relative_tolerance = 0, .max_iterations = 20});
     EXPECT_EQ(report.status, Status::finished_sequentially);
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
     EXPECT_LE(report.sequential_steps, 5 * (300 - 19));
@@ -252,7 +256,7 @@ TYPED_TEST(Evaluate, FinishesSequentiallyFromEachPrefix) {
 
 TYPED_TEST(Evaluate, FailurePolicies) {
     const TanhNetwork<TypeParam> recurrence({300, 2, 4}, 6.0);
-    Options options{.max_iterations = 3, .on_failure = OnFailure::report};
+    Options options{.method = Method::newton, .max_iterations = 3, .on_failure = OnFailure::report};
     const auto reported = evaluate(recurrence, options);
     EXPECT_EQ(reported.report.status, Status::max_iterations);
     EXPECT_FALSE(reported.report.ok());
@@ -269,7 +273,7 @@ TYPED_TEST(Evaluate, WindowsOfAnyLengthGiveTheSameResult) {
     const TanhNetwork<TypeParam> recurrence({150, 3, 4}, 0.9);
     const auto expected = sequentially<TypeParam>(recurrence);
     for (const index window : {1, 2, 7, 64, 149, 150, 1000}) {
-        const auto [trajectory, report] = evaluate(recurrence, {.window = window});
+        const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .window = window});
         EXPECT_EQ(report.status, Status::converged) << window;
         EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory),
                   1000 * double(std::numeric_limits<TypeParam>::epsilon()));
@@ -281,27 +285,27 @@ TYPED_TEST(Evaluate, MemoryGrowsWithTheWindowNotWithTheSteps) {
     index bytes[2];
     for (const int longer : {0, 1}) {
         const TanhNetwork<TypeParam> recurrence({longer ? 4000 : 500, 2, 8}, 0.5);
-        bytes[longer] = evaluate(recurrence, {.window = 50}).report.workspace_bytes;
+        bytes[longer] = evaluate(recurrence, {.method = Method::newton, .window = 50}).report.workspace_bytes;
     }
     EXPECT_EQ(bytes[0], bytes[1]);
     const TanhNetwork<TypeParam> recurrence({4000, 2, 8}, 0.5);
-    EXPECT_GT(evaluate(recurrence, {.window = 500}).report.workspace_bytes, 5 * bytes[0]);
+    EXPECT_GT(evaluate(recurrence, {.method = Method::newton, .window = 500}).report.workspace_bytes, 5 * bytes[0]);
 }
 
 TYPED_TEST(Evaluate, ASplitSequenceEqualsTheWhole) {
     // The second half, started from the first half's last state, through the guess of a window of its own.
     const TanhNetwork<TypeParam> recurrence({90, 2, 3}, 0.8);
-    const auto whole = evaluate(recurrence);
-    const auto windows = evaluate(recurrence, {.window = 45});
+    const auto whole = evaluate(recurrence, {.method = Method::newton});
+    const auto windows = evaluate(recurrence, {.method = Method::newton, .window = 45});
     EXPECT_LE(largest_difference<TypeParam>(whole.trajectory, windows.trajectory),
               500 * double(std::numeric_limits<TypeParam>::epsilon()));
 }
 
 TYPED_TEST(Evaluate, AGoodGuessIsConfirmedInOnePassAndUnchanged) {
     const TanhNetwork<TypeParam> recurrence({120, 3, 4}, 0.9);
-    auto [trajectory, report] = evaluate(recurrence);
+    auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
     const Buffer<TypeParam> guess = trajectory.clone();
-    const Report again = evaluate(recurrence, trajectory.view(), {.guess = Guess::given});
+    const Report again = evaluate(recurrence, trajectory.view(), {.method = Method::newton, .guess = Guess::given});
     EXPECT_EQ(again.iterations, 1);
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, guess));
 }
@@ -312,12 +316,12 @@ TYPED_TEST(Evaluate, AnyGuessEndsInTheSameTrajectory) {
     Buffer<TypeParam> trajectory = Buffer<TypeParam>::random(recurrence.shape(), 5);
     trajectory(40, 1, 2) = std::numeric_limits<TypeParam>::quiet_NaN();
     trajectory(60, 0, 0) = std::numeric_limits<TypeParam>::infinity();
-    const Report report = evaluate(recurrence, trajectory.view(), {.guess = Guess::given});
+    const Report report = evaluate(recurrence, trajectory.view(), {.method = Method::newton, .guess = Guess::given});
     EXPECT_TRUE(report.ok());
     EXPECT_GE(report.non_finite_resets, 2);
     EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory),
               1000 * double(std::numeric_limits<TypeParam>::epsilon()));
-    const auto first_step = evaluate(recurrence, {.guess = Guess::first_step});
+    const auto first_step = evaluate(recurrence, {.method = Method::newton, .guess = Guess::first_step});
     EXPECT_LE(largest_difference<TypeParam>(first_step.trajectory, expected.trajectory),
               1000 * double(std::numeric_limits<TypeParam>::epsilon()));
 }
@@ -329,7 +333,7 @@ TYPED_TEST(Evaluate, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
     const auto expected = sequentially<TypeParam>(recurrence);
     EXPECT_EQ(expected.report.status, Status::non_finite);
     for (const index window : {0, 10, 1}) {
-        const auto [trajectory, report] = evaluate(recurrence, {.window = window});
+        const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .window = window});
         EXPECT_EQ(report.status, Status::non_finite);
         EXPECT_FALSE(report.ok());
         EXPECT_EQ(report.sequences[0].status, Status::converged);
@@ -348,10 +352,11 @@ TYPED_TEST(Evaluate, NaNOfOneSequenceIsReportedAndLeavesTheOthersRight) {
 TYPED_TEST(Evaluate, ConvergedSequencesAreNotEvaluatedAgain) {
     // One sequence far from its guess, many that start at their solution.
     const TanhNetwork<TypeParam> recurrence({200, 8, 4}, 0.9);
-    auto [trajectory, report] = evaluate(recurrence, {.tolerance = 1e-6});
+    auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .tolerance = 1e-6});
     for (index t = 0; t < 200; ++t) std::fill_n(trajectory.view().at(t, 3), 4, TypeParam(0.5));
     const index before = recurrence.evaluated;
-    const Report again = evaluate(recurrence, trajectory.view(), {.guess = Guess::given, .tolerance = 1e-5});
+    const Report again =
+        evaluate(recurrence, trajectory.view(), {.method = Method::newton, .guess = Guess::given, .tolerance = 1e-5});
     EXPECT_GT(again.iterations, 1);
     EXPECT_EQ(again.sequences[0].iterations, 1);
     EXPECT_LE(recurrence.evaluated - before, 200 * 8 + 200 * (again.iterations - 1));
@@ -359,13 +364,13 @@ TYPED_TEST(Evaluate, ConvergedSequencesAreNotEvaluatedAgain) {
 
 TYPED_TEST(Evaluate, StridedTrajectories) {
     const TanhNetwork<TypeParam> recurrence({70, 3, 4}, 0.8);
-    const auto expected = evaluate(recurrence);
+    const auto expected = evaluate(recurrence, {.method = Method::newton});
     Buffer<TypeParam> batch_first(recurrence.shape(), Layout::batch_first);
-    evaluate(recurrence, batch_first.view());
+    evaluate(recurrence, batch_first.view(), {.method = Method::newton});
     EXPECT_TRUE(same_bits<TypeParam>(batch_first, expected.trajectory));
     Buffer<TypeParam> padded({70, 3, 9});
     const View<TypeParam> view(padded.data() + 2, recurrence.shape(), 27, 9);
-    evaluate(recurrence, view);
+    evaluate(recurrence, view, {.method = Method::newton});
     EXPECT_TRUE(same_bits<TypeParam>(view, expected.trajectory));
     EXPECT_EQ(padded(0, 0, 1), 0) << "nothing beside the view is touched";
     EXPECT_EQ(padded(69, 2, 6), 0);
@@ -376,7 +381,8 @@ TYPED_TEST(Evaluate, StridedTrajectories) {
 TYPED_TEST(Evaluate, SameBitsOnEveryRunAndWithAReusedWorkspace) {
     const TanhNetwork<TypeParam> recurrence({300, 3, 5}, 0.9);
     Workspace workspace;
-    const Options options{.reduction = Reduction::scan, .execution = {.threads = 2}, .workspace = &workspace};
+    const Options options{
+        .method = Method::newton, .reduction = Reduction::scan, .execution = {.threads = 2}, .workspace = &workspace};
     const auto first = evaluate(recurrence, options);
     const index bytes = workspace.peak_bytes();
     const auto second = evaluate(recurrence, options);
@@ -417,7 +423,7 @@ TEST(Adjoint, EqualsFiniteDifferences) {
     const Shape shape{23, 2, 3};
     const TanhNetwork<double> recurrence(shape, 0.9);
     const Buffer<double> weight = Buffer<double>::random(shape, 9);
-    const auto [trajectory, report] = evaluate(recurrence);
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
     for (const index window : {0, 1, 5, 23})
         for (const Reduction reduction : {Reduction::sequential, Reduction::pcr, Reduction::scan}) {
             const auto gradient =
@@ -437,7 +443,8 @@ TEST(Adjoint, EqualsFiniteDifferences) {
 
 TEST(Adjoint, RefusesWhatIsNotRight) {
     const TanhNetwork<float> recurrence({50, 1, 3}, 6.0);
-    auto [trajectory, report] = evaluate(recurrence, {.max_iterations = 2, .on_failure = OnFailure::report});
+    auto [trajectory, report] =
+        evaluate(recurrence, {.method = Method::newton, .max_iterations = 2, .on_failure = OnFailure::report});
     const Buffer<float> gradient(recurrence.shape());
     EXPECT_THROW(adjoint(recurrence, trajectory, report, gradient), InvalidArgument);
     report = evaluate(recurrence, trajectory.view());
@@ -447,7 +454,7 @@ TEST(Adjoint, RefusesWhatIsNotRight) {
 
 TEST(Adjoint, NoStepsGiveNoGradient) {
     const TanhNetwork<float> recurrence({0, 2, 3}, 1.0);
-    const auto [trajectory, report] = evaluate(recurrence);
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
     const auto gradient = adjoint(recurrence, trajectory, report, Buffer<float>({0, 2, 3}));
     EXPECT_EQ(gradient.initial(0, 1, 2), 0);
 }
@@ -477,11 +484,12 @@ TEST(Misuse, NamesArgumentExpectationAndValue) {
 
 TEST(Misuse, JacobiansThatDoNotFitAreRefusedWithTheirSize) {
     const TanhNetwork<float> recurrence({1000, 10, 20}, 0.5);
-    const std::string message = message_of([&] { evaluate(recurrence, {.window = 1000, .memory_limit = 1 << 20}); });
+    const std::string message =
+        message_of([&] { evaluate(recurrence, {.method = Method::newton, .window = 1000, .memory_limit = 1 << 20}); });
     EXPECT_NE(message.find("needs"), std::string::npos) << message;
     EXPECT_NE(message.find("bytes"), std::string::npos) << message;
-    EXPECT_THROW(evaluate(recurrence, {.memory_limit = 1000}), OutOfMemory);
-    const auto fitting = evaluate(recurrence, {.memory_limit = 2 << 20});
+    EXPECT_THROW(evaluate(recurrence, {.method = Method::newton, .memory_limit = 1000}), OutOfMemory);
+    const auto fitting = evaluate(recurrence, {.method = Method::newton, .memory_limit = 2 << 20});
     EXPECT_TRUE(fitting.report.ok()) << "without a window of one's own it is chosen to fit";
     EXPECT_LE(fitting.report.workspace_bytes, 2 << 20);
 }
@@ -494,13 +502,13 @@ TEST(Misuse, CallbackErrorsReachTheCaller) {
             throw std::runtime_error("no Jacobian today");
         }
     };
-    EXPECT_THROW(evaluate(Failing()), std::runtime_error);
+    EXPECT_THROW(evaluate(Failing(), {.method = Method::newton}), std::runtime_error);
 }
 
 TEST(ReportText, SaysWhatHappened) {
     const TanhNetwork<float> recurrence({50, 2, 3}, 0.5);
     std::ostringstream text;
-    text << evaluate(recurrence).report;
+    text << evaluate(recurrence, {.method = Method::newton}).report;
     EXPECT_NE(text.str().find("converged in"), std::string::npos) << text.str();
     EXPECT_NE(text.str().find("residual"), std::string::npos);
     EXPECT_NE(text.str().find("Lyapunov exponent"), std::string::npos);

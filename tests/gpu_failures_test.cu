@@ -105,7 +105,7 @@ TEST_F(EmulatedGpu, EveryAllocationMayFailAndLeavesTheTrajectoryAsItWas) {
         for (const Reduction reduction : {Reduction::automatic, Reduction::pcr})
             fail_everywhere(trajectory, [&] {
                 evaluate(recurrence, trajectory.view(),
-                         {.surrogate = surrogate, .reduction = reduction, .execution = gpu});
+                         {.method = Method::newton, .surrogate = surrogate, .reduction = reduction, .execution = gpu});
             });
     fail_everywhere(trajectory,
                     [&] { evaluate(recurrence, trajectory.view(), {.method = Method::sequential, .execution = gpu}); });
@@ -244,7 +244,7 @@ TEST_F(EmulatedGpu, TheSecondCallAllocatesNothing) {
     const Halves recurrence(50, 3);
     const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
     Workspace workspace(Device::cuda());
-    const Options options{.execution = gpu, .workspace = &workspace};
+    const Options options{.method = Method::newton, .execution = gpu, .workspace = &workspace};
     evaluate(recurrence, trajectory.view(), options);
     evaluate(recurrence, trajectory.view(), options);  // many small blocks have become a large one
     const long allocations = emulation::machine().allocations;

@@ -2,10 +2,12 @@
 // against the cpu backend.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <sstream>
+#include <thread>
 
 #include <deeppcr/deeppcr.hpp>
 #include <deeppcr/launch.cuh>
@@ -160,6 +162,7 @@ constexpr Execution gpu{.backend = Backend::cuda};
 
 template <class T>
 Evaluation<T> evaluate_there(const Recurrence<T>& recurrence, Options options, const Buffer<T>* given = nullptr) {
+    if (options.method == Method::automatic) options.method = Method::newton;
     options.execution.backend = Backend::cuda;
     const Buffer<T> there = given != nullptr ? given->on(Device::cuda())
                                              : Buffer<T>(recurrence.shape(), Layout::batch_first, Device::cuda());
@@ -209,7 +212,7 @@ TYPED_TEST(NewtonOnGpu, EverySurrogateGuessAndReductionAgreesWithSequential) {
 
 TYPED_TEST(NewtonOnGpu, ReportsAsTheProcessorDoes) {
     const User<Network, TypeParam> recurrence(131, 3);
-    const Options options{.tolerance = 1e-3};
+    const Options options{.method = Method::newton, .tolerance = 1e-3};
     const auto here = evaluate(recurrence, options);
     const auto there = evaluate_there<TypeParam>(recurrence, options);
     ASSERT_EQ(there.report.status, Status::converged);
@@ -355,7 +358,7 @@ TYPED_TEST(NewtonOnGpu, AnInfiniteJacobianOfAConfirmedStepPassesNothingOn) {
 
 TYPED_TEST(NewtonOnGpu, ABufferOfItsOwnLiesWhereTheCallRuns) {
     const User<Network, TypeParam> recurrence(20, 2);
-    const auto found = evaluate(recurrence, {.execution = gpu});
+    const auto found = evaluate(recurrence, {.method = Method::newton, .execution = gpu});
     EXPECT_EQ(found.trajectory.device(), Device::cuda());
     EXPECT_TRUE(same_bits<TypeParam>(found.trajectory.on({}), evaluate_there<TypeParam>(recurrence, {}).trajectory));
 }
@@ -409,6 +412,45 @@ TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
         }
     }
     cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+/// Whose callbacks sleep, in main memory, so that one method is slower than the other by far. Each tag learns by
+/// itself.
+template <int tag, class T>
+class Sleepy : public User<Network, T> {
+public:
+    Sleepy(index steps, std::chrono::milliseconds run_step, std::chrono::milliseconds linearised_step)
+        : User<Network, T>(steps, 2), run_step_(run_step), linearised_step_(linearised_step) {}
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override {
+        std::this_thread::sleep_for(section.steps() * linearised_step_);
+        User<Network, T>::linearise(section, before, after, jacobian);
+    }
+    void run(const Section& section, View<const T> state, View<T> trajectory) const override {
+        std::this_thread::sleep_for(section.steps() * run_step_);
+        User<Network, T>::run(section, state, trajectory);
+    }
+
+private:
+    std::chrono::milliseconds run_step_, linearised_step_;
+};
+
+template <class T>
+void expect_choice(const Recurrence<T>& recurrence, const std::string& method) {
+    const Buffer<T> expected =
+        evaluate(User<Network, T>(recurrence.shape().steps, 2), {.method = Method::sequential}).trajectory;
+    for (int call = 0; call < 4; ++call) {
+        const auto [trajectory, report] = evaluate(recurrence, {.execution = gpu});
+        EXPECT_TRUE(report.ok()) << report;
+        EXPECT_TRUE(report.method.starts_with(method)) << call << ": " << report.method;
+        EXPECT_EQ(report.candidates.size(), 2U) << "no overlap, as there is no run_chunks";
+        EXPECT_LE(largest_difference<T>(trajectory.on({}), expected), 1000 * epsilon<T>);
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, AutomaticTakesWhatIsFasterByFar) {
+    using std::chrono::milliseconds;
+    expect_choice<TypeParam>(Sleepy<0, TypeParam>(64, milliseconds(10), milliseconds(0)), "newton");
+    expect_choice<TypeParam>(Sleepy<1, TypeParam>(64, milliseconds(0), milliseconds(50)), "sequential");
 }
 
 TYPED_TEST(NewtonOnGpu, APassThatIsCapturedIntoAGraphGivesTheSameBits) {

@@ -206,6 +206,7 @@ TEST(DenseChainInputs, OfAnyStrides) {
     const auto inputs = leaves(6, 4, 3, at::kDouble);
     DenseChainOptions options;
     options.skip = 1;
+    options.evaluation.method = Method::newton;
     const Tensor expected = dense_chain(inputs[0], inputs[1], inputs[2], options);
     // The same numbers, laid out differently.
     const Tensor initial = inputs[0].detach().t().contiguous().t();
@@ -261,6 +262,7 @@ TEST(DenseChainGuess, PredictsFromTheLastTrajectory) {
     const Tensor others = normal({batch, width}, 99, 1, at::kDouble);
     DenseChainOptions options;
     options.skip = 1;
+    options.evaluation.method = Method::newton;
 
     const auto cold = std::make_shared<DenseChainMemory>();
     const Tensor expected = dense_chain(others, weights, biases, options, cold);
@@ -621,6 +623,7 @@ TEST_F(Training, ComparesMethods) {
     TrainingOptions options = small("network.safetensors");
     Options sequential, newton;
     sequential.method = Method::sequential;
+    newton.method = Method::newton;
     const auto initial = compare_methods(options, {}, sequential, newton);
     train(options);
     const auto trained = compare_methods(options, options.checkpoint, sequential, newton);

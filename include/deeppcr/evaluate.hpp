@@ -17,9 +17,11 @@
 namespace deeppcr {
 
 enum class Method {
-    /// The fastest: for a cell, sequential, overlap or shooting by the measured costs of this machine and by what
-    /// earlier
-    /// calls have shown (so that two calls may differ within the tolerance); else `newton`.
+    /// The fastest, by measured costs and by what earlier calls have shown, so that two calls may differ within the
+    /// tolerance: for a cell sequential, overlap or shooting, else newton, sequential or overlap. The first call of a
+    /// kind (type of the recurrence, device, threads, magnitudes of the sizes) times the callbacks on a few steps. It
+    /// is `newton` where another of the options is for Newton's method alone (see Options), and `sequential` for fewer
+    /// than 8 steps.
     automatic,
     newton,      ///< all steps of a window at once: linearise, solve the bidiagonal system, repeat
     sequential,  ///< Recurrence::run, step after step
@@ -70,6 +72,9 @@ enum class Estimates {
     full,   ///< both along the whole trajectory, for every method: about two sequential evaluations more; not on a GPU
 };
 
+/// A surrogate, reduction, chunk, guess `given`, window, max_iterations, on_failure other than `finish`, positive
+/// damping, anderson, Estimates::full and progress ask for Newton's method: with any of them `automatic` is `newton`
+/// where the recurrence is not a cell's. So it is while the stream of a GPU is captured.
 struct Options {
     Method method = Method::automatic;
     Surrogate surrogate = Surrogate::full;
@@ -122,11 +127,12 @@ struct Report {
     };
 
     Status status = Status::converged;  ///< the worst of the sequences
-    std::string method;                 ///< "newton, full Jacobian, scan" or "sequential"
+    /// "newton, full Jacobian, scan", or "newton, full Jacobian, scan, then sequential", or "sequential"
+    std::string method;
     /// Why `automatic` chose it: what it expected of each method, the chosen one first; a method not measured twice was
     /// preferred as if it took three quarters of what is predicted. Empty where another method was
-    /// asked for, and where there was nothing to weigh: no cell (Newton), fewer than 128 steps or channels that fill
-    /// all lanes (sequential).
+    /// asked for, and where there was nothing to weigh: options for Newton's method (see Options), fewer than 8 steps,
+    /// or of cells fewer than 128 steps or channels that fill all lanes (sequential).
     std::vector<Candidate> candidates;
     std::vector<Sequence> sequences;
     index iterations = 0;                                   ///< Newton passes, all windows
@@ -166,8 +172,9 @@ struct Evaluation {
 /// `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
-/// Method::sequential. Not so for cells where the method is `automatic`, or overlap or shooting with chunk 0: these
-/// choose by measured costs and by what earlier calls have shown. Throws InvalidArgument, OutOfMemory, NotConverged,
+/// Method::sequential. Not so where the method is `automatic` and leaves a choice, of any recurrence, nor for cells
+/// where it is overlap or shooting with chunk 0: these choose by measured costs and by what earlier calls have shown,
+/// and may choose differently between calls, within the tolerance. Throws InvalidArgument, OutOfMemory, NotConverged,
 /// and what the recurrence's callbacks throw. Source: arXiv 2309.16318, eqs. 2-5.
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
@@ -180,9 +187,9 @@ Evaluation<T> evaluate(const Recurrence<T>& recurrence, const Options& options =
     return result;
 }
 
-/// Newton's method on a GPU without a wait: options.max_iterations passes over all steps at once and the error
-/// estimate, enqueued in options.execution.stream, so that they can be captured into a CUDA graph and replayed; the
-/// Report is computed where it is asked for.
+/// Newton's method on a GPU, which `automatic` is here, without a wait: options.max_iterations passes over all steps at
+/// once and the error estimate, enqueued in options.execution.stream, so that they can be captured into a CUDA graph
+/// and replayed; the Report is computed where it is asked for.
 ///     EnqueuedEvaluation<float> evaluation(recurrence, trajectory, options);
 ///     evaluation.enqueue();                        // as often as wanted
 ///     const Report report = evaluation.finish();  // waits for the last one
@@ -238,7 +245,9 @@ struct DenseChainGradients {
 };
 
 /// The same for a chain, with the gradients of its parameters. options.method sequential takes the fused backward
-/// pass instead of the transposed solve. slopes: what DenseChain::run_with_slopes wrote, or empty.
+/// pass instead of the transposed solve; automatic the one that has taken less in earlier calls (the fused pass twice,
+/// then the solve where it may be faster), unless reduction, chunk or window ask for the solve. slopes: what
+/// DenseChain::run_with_slopes wrote, or empty.
 template <class T>
 DenseChainGradients<T> adjoint(const DenseChain<T>& chain, View<const std::type_identity_t<T>> trajectory,
                                const Report& report, View<const std::type_identity_t<T>> output_gradient,
@@ -253,8 +262,7 @@ struct DenseCellGradients {
     Report report;
 };
 
-/// The same for a recurrent cell, with the gradients of its inputs and parameters. options.method sequential takes the
-/// fused backward pass instead of the transposed solve.
+/// The same for a recurrent cell, with the gradients of its inputs and parameters. options.method as for a chain.
 template <class T>
 DenseCellGradients<T> adjoint(const DenseCell<T>& cell, View<const std::type_identity_t<T>> trajectory,
                               const Report& report, View<const std::type_identity_t<T>> output_gradient,

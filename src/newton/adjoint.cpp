@@ -10,6 +10,7 @@
 #include <deeppcr/evaluate.hpp>
 
 #include "device/cuda.hpp"
+#include "newton/automatic.hpp"
 #include "newton/options.hpp"
 #include "newton/overlap.hpp"
 #include "newton/stopwatch.hpp"
@@ -202,6 +203,35 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
     part(0, 1, initial, first_gradient);
 }
 
+/// By the fused backward pass, in the workspace that it is given, or the transposed solve: as options.method says.
+template <class T, class Fused, class Solve>
+Report by_choice(const Recurrence<T>& recurrence, const Options& options, const Fused& fused, const Solve& solve) {
+    if (recurrence.shape().count() == 0) return solve();
+    const bool open = leaves_backward_choice(options);
+    Choice choice;
+    if (open)
+        choice = choose_backward(recurrence, options);
+    else if (options.method == Method::sequential)
+        choice.method = Method::sequential;
+    const Clock::time_point begin = Clock::now();
+    Report report;
+    if (choice.method == Method::sequential) {
+        Workspace own(options.execution);
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+        const Workspace::Use use(workspace, options.execution);
+        fused(workspace);
+        report.method = "adjoint, sequential";
+        report.sequences.assign(std::size_t(recurrence.shape().batch), {.confirmed = recurrence.shape().steps});
+        report.seconds = report.sequential.seconds = seconds_since(begin);
+        report.workspace_bytes = workspace.peak_bytes();
+    } else {
+        report = solve();
+    }
+    if (open) learn_from_backward(recurrence, options, choice.method, seconds_since(begin));
+    report.candidates = std::move(choice.candidates);
+    return report;
+}
+
 template <class T>
 DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T> trajectory, const Report& report,
                                        View<const T> output_gradient, const Options& options, View<const T> slopes) {
@@ -217,28 +247,23 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
                                   Buffer<T>::uninitialised({chain.layers(), 1, width}, Layout::steps_first, here),
                                   Buffer<T>({1, batch, width}, Layout::steps_first, here),
                                   {}};
-    if (options.method == Method::sequential && chain.shape().count() > 0) {
-        const Clock::time_point begin = Clock::now();
-        Workspace own(options.execution);
-        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-        const Workspace::Use use(workspace, options.execution);
-        run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
-        result.report.method = "adjoint, sequential";
-        for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});
-        result.report.seconds = result.report.sequential.seconds = seconds_since(begin);
-        result.report.workspace_bytes = workspace.peak_bytes();
-        return result;
-    }
     if (batch == 0) {
         detail::fill_zeros(result.weights.data(), result.weights.size() * index(sizeof(T)), here);
         detail::fill_zeros(result.biases.data(), result.biases.size() * index(sizeof(T)), here);
     }
-    result.report = transposed_sweep<T>(
-        chain, trajectory, output_gradient, options, result.initial,
-        [&](const Section& section, View<const T> before, View<const T> adjoint) {
-            const index first = section.first * layers_per_step, last = section.last * layers_per_step;
-            chain.parameter_gradients(section, before, adjoint, result.weights.view().steps(first, last),
-                                      result.biases.view().steps(first, last));
+    result.report = by_choice<T>(
+        chain, options,
+        [&](Workspace& workspace) {
+            run_backward<T>(chain, trajectory, output_gradient, slopes, options, workspace, result);
+        },
+        [&] {
+            return transposed_sweep<T>(
+                chain, trajectory, output_gradient, options, result.initial,
+                [&](const Section& section, View<const T> before, View<const T> adjoint) {
+                    const index first = section.first * layers_per_step, last = section.last * layers_per_step;
+                    chain.parameter_gradients(section, before, adjoint, result.weights.view().steps(first, last),
+                                              result.biases.view().steps(first, last));
+                });
         });
     return result;
 }
@@ -288,23 +313,17 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
                                  Buffer<T>({gates, 1, hidden}, Layout::steps_first, here),
                                  Buffer<T>({1, batch, width}, Layout::steps_first, here),
                                  {}};
-    if (options.method == Method::sequential && cell.shape().count() > 0) {
-        const Clock::time_point begin = Clock::now();
-        Workspace own(options.execution);
-        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-        const Workspace::Use use(workspace, options.execution);
-        run_backward<T>(cell, trajectory, output_gradient, options, workspace, result);
-        result.report.method = "adjoint, sequential";
-        for (index j = 0; j < batch; ++j) result.report.sequences.push_back({.confirmed = steps});
-        result.report.seconds = result.report.sequential.seconds = seconds_since(begin);
-        result.report.workspace_bytes = workspace.peak_bytes();
-        return result;
-    }
-    result.report = transposed_sweep<T>(
-        cell, trajectory, output_gradient, options, result.initial,
-        [&](const Section& section, View<const T> before, View<const T> adjoint) {
-            cell.parameter_gradients(section, before, adjoint, result.inputs.view().steps(section.first, section.last),
-                                     result.weights, result.biases);
+    result.report = by_choice<T>(
+        cell, options,
+        [&](Workspace& workspace) { run_backward<T>(cell, trajectory, output_gradient, options, workspace, result); },
+        [&] {
+            return transposed_sweep<T>(cell, trajectory, output_gradient, options, result.initial,
+                                       [&](const Section& section, View<const T> before, View<const T> adjoint) {
+                                           cell.parameter_gradients(
+                                               section, before, adjoint,
+                                               result.inputs.view().steps(section.first, section.last), result.weights,
+                                               result.biases);
+                                       });
         });
     return result;
 }

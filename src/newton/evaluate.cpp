@@ -2,7 +2,9 @@
 //   converged              every row of every sequence passed the residual test
 //   non_finite             f of a confirmed state is not finite: the sequence ends there, as it does sequentially
 //   max_iterations         the limit, or the caller's `progress`, said stop
-//   finished_sequentially  no progress even after the window was shortened: step after step from the confirmed prefix
+//   finished_sequentially  no progress even after the window was shortened, or, where the method was chosen, passes
+//   that
+//                          take longer than the rest would: step after step from the confirmed prefix
 
 #include <deeppcr/evaluate.hpp>
 
@@ -12,8 +14,10 @@
 #include <numeric>
 #include <optional>
 
+#include "device/cuda.hpp"
 #include "device/threads.hpp"
 #include "newton/anderson.hpp"
+#include "newton/automatic.hpp"
 #include "newton/estimate.hpp"
 #include "newton/fused.hpp"
 #include "newton/fused_gpu.hpp"
@@ -37,10 +41,13 @@ constexpr index sequential_piece = 1024;  // steps between two copies to the cal
 template <class T>
 class Evaluator {
 public:
-    Evaluator(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options, Workspace& workspace)
+    /// patience: as Choice has it.
+    Evaluator(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options, double patience,
+              Workspace& workspace)
         : recurrence_(recurrence),
           trajectory_(trajectory),
           options_(options),
+          patience_(patience),
           workspace_(workspace),
           tolerance_(tolerance_of<T>(options)),
           steps_(recurrence.shape().steps),
@@ -53,7 +60,6 @@ public:
     }
 
     Report run() {
-        const Clock::time_point begin = Clock::now();
         if (!trajectory_.empty()) {
             if (options_.method == Method::sequential) {
                 std::vector<Progress> none(active_.size());
@@ -63,7 +69,7 @@ public:
             }
         }
         summarise();
-        report_.seconds = seconds_since(begin);
+        report_.seconds = seconds_since(begin_);
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
@@ -282,6 +288,7 @@ private:
         if (stopped_) return Status::max_iterations;
         if (options_.max_iterations > 0 && report_.iterations >= options_.max_iterations)
             return options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
+        if (seconds_since(begin_) > patience_ * double(steps_ - first_ - shift_)) return Status::finished_sequentially;
         if (report_.iterations % review_period != 0) return {};
         const bool good = review_.conclude(rows(), window_, report_.window_shrinks > 0);
         if (good || window_ == 1) return {};
@@ -425,7 +432,9 @@ private:
             record(j).status = status;
             store(j, 0, status == Status::finished_sequentially ? progress_[std::size_t(j)].confirmed : rows());
         }
-        if (status == Status::finished_sequentially) run_sequentially(progress_, status);
+        if (status != Status::finished_sequentially) return;
+        report_.method += ", then sequential";
+        run_sequentially(progress_, status);
     }
 
     /// Step after step from each active sequence's confirmed prefix to the end: the sequences with the shortest
@@ -496,10 +505,12 @@ private:
     const Recurrence<T>& recurrence_;
     View<T> trajectory_;
     const Options& options_;
+    double patience_;
     Workspace& workspace_;
     Tolerance tolerance_;
     index steps_, width_, block_;
     Report report_;
+    const Clock::time_point begin_ = Clock::now();
 
     std::vector<index> active_;       // sequences that still run; column j of the window is active_[j]
     std::vector<Progress> progress_;  // of the active sequences
@@ -523,11 +534,40 @@ private:
 namespace newton {
 namespace {
 
+/// By options.method, one that every recurrence knows.
+template <class T>
+Report evaluate_by(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options,
+                   double patience = std::numeric_limits<double>::infinity()) {
+    if (options.method == Method::overlap) return evaluate_by_overlap(recurrence, trajectory, options);
+    if (options.execution.backend == Backend::cuda)
+        return evaluate_newton_on_gpu(recurrence, trajectory, options, patience);
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    return Evaluator<T>(recurrence, trajectory, options, patience, workspace).run();
+}
+
+template <class T>
+Report evaluate_by_choice(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
+    if (options.execution.backend == Backend::cuda) {
+        check_gpu_arguments(recurrence, options);
+        device::require_on_gpu("trajectory", trajectory.data());
+    }
+    const Clock::time_point begin = Clock::now();
+    Choice choice = choose(recurrence, options);
+    const double choosing = seconds_since(begin);
+    Options chosen = options;
+    chosen.method = choice.method;
+    Report report = evaluate_by(recurrence, trajectory, chosen, choice.patience);
+    learn_from(recurrence, options, choice, report, seconds_since(begin) - choosing);
+    report.candidates = std::move(choice.candidates);
+    report.seconds += choosing;
+    return report;
+}
+
 template <class T>
 Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
     check_arguments<T>(recurrence, trajectory, options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
-    const bool overlap = options.method == Method::overlap && cell == nullptr;
     if (options.method == Method::shooting && cell == nullptr)
         throw InvalidArgument("options.method",
                               "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
@@ -536,23 +576,20 @@ Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, con
     if (on_gpu && cell != nullptr && options.method == Method::newton)
         throw InvalidArgument("options.method", fused_methods, to_string(options.method));
     Options chosen = options;
-    if (options.method == Method::automatic || overlap) chosen.method = Method::newton;
+    if (options.method == Method::automatic || (options.method == Method::overlap && trajectory.empty()))
+        chosen.method = Method::newton;
     Report report;
     std::optional<Workspace::Use> use;
     if (on_gpu && options.workspace != nullptr) use.emplace(*options.workspace, options.execution);
     if (on_gpu && trajectory.empty()) {
         report.method = describe(chosen);
         report.sequences.resize(std::size_t(recurrence.shape().batch));
-    } else if (overlap && !trajectory.empty()) {
-        report = evaluate_by_overlap(recurrence, trajectory, options);
     } else if (cell != nullptr && options.method != Method::newton) {
         report = on_gpu ? evaluate_on_gpu(*cell, trajectory, options) : evaluate_fused(*cell, trajectory, options);
-    } else if (on_gpu) {
-        report = evaluate_newton_on_gpu(recurrence, trajectory, chosen);
+    } else if (leaves_choice(options) && !trajectory.empty()) {
+        report = evaluate_by_choice(recurrence, trajectory, options);
     } else {
-        Workspace own;
-        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-        report = Evaluator<T>(recurrence, trajectory, chosen, workspace).run();
+        report = evaluate_by(recurrence, trajectory, chosen);
     }
     if (options.estimates == Estimates::full && std::isnan(report.error) && !on_gpu)
         estimate_along<T>(recurrence, trajectory, options, report);

@@ -103,9 +103,11 @@ private:
     }
 
     ExperienceKey key() const {
-        return {&recurrence_.kernels(), threads_, std::ilogb(double(longest_part())),
-                std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels())),
-                std::ilogb(tolerance_.relative) / 4};
+        return {.kernels = &recurrence_.kernels(),
+                .workers = threads_,
+                .steps = std::ilogb(double(longest_part())),
+                .numbers = std::ilogb(double(recurrence_.parts().size()) * double(recurrence_.channels())),
+                .tolerance = std::ilogb(tolerance_.relative) / 4};
     }
     template <class Change>
     void learn(const Change& change) const {
@@ -140,23 +142,17 @@ private:
         };
         if (options_.method == Method::overlap) return {Method::overlap, length(overlap)};
         if (options_.method == Method::shooting) return {Method::shooting, length(shooting)};
+        Weighing weighing(seen, elements());
         Choice best{Method::sequential, 0};
-        double least = std::numeric_limits<double>::infinity();
         const auto consider = [&](Method method, double predicted, index chunk) {
-            const auto found = seen.observed.find(method);
-            const Observed observed = found == seen.observed.end() ? Observed() : found->second;
-            const double expected = observed.expect(predicted / elements());
-            best.candidates.push_back(
-                {method, observed.trusted() ? expected * elements() : predicted, observed.trusted()});
-            if (expected >= least) return;
-            least = expected;
+            if (!weighing.consider(method, predicted)) return;
             best.method = method;
             best.chunk = chunk;
-            std::swap(best.candidates.front(), best.candidates.back());
         };
         consider(Method::sequential, overlap.sequential_seconds, 0);
         if (seen.overlap_works && overlap.chunk > 0) consider(Method::overlap, overlap.seconds, length(overlap));
         if (seen.shooting_works && shooting.chunk > 0) consider(Method::shooting, shooting.seconds, length(shooting));
+        best.candidates = weighing.candidates();
         return best;
     }
 

@@ -332,8 +332,12 @@ public:
 private:
     double numbers() const { return double(recurrence_.shape().count()); }
     ExperienceKey key() const {
-        return {&kernels_, device::current_gpu().ordinal(), std::ilogb(double(longest_)), std::ilogb(chains()),
-                std::ilogb(tolerance_.relative) / 4};
+        return {.kernels = &kernels_,
+                .backend = Backend::cuda,
+                .workers = device::current_gpu().ordinal(),
+                .steps = std::ilogb(double(longest_)),
+                .numbers = std::ilogb(chains()),
+                .tolerance = std::ilogb(tolerance_.relative) / 4};
     }
 
     /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same. 0:
@@ -389,22 +393,12 @@ private:
             shooting = plan_shooting(cost, seen.shots);
         Method best = options_.method;
         if (automatic) {
-            best = Method::sequential;
-            double least = std::numeric_limits<double>::infinity();
-            const auto consider = [&](Method method, double predicted) {
-                const auto found = seen.observed.find(method);
-                const Observed observed = found == seen.observed.end() ? Observed() : found->second;
-                const double expected = observed.expect(predicted / numbers());
-                report_.candidates.push_back(
-                    {method, observed.trusted() ? expected * numbers() : predicted, observed.trusted()});
-                if (expected >= least) return;
-                least = expected;
-                best = method;
-                std::swap(report_.candidates.front(), report_.candidates.back());
-            };
-            consider(Method::sequential, 3 * cost.launch + cost.advance.seconds(chains(), double(longest_)));
-            if (seen.overlap_works) consider(Method::overlap, overlap.seconds);
-            if (seen.shooting_works) consider(Method::shooting, shooting.seconds);
+            Weighing weighing(seen, numbers());
+            weighing.consider(Method::sequential, 3 * cost.launch + cost.advance.seconds(chains(), double(longest_)));
+            if (seen.overlap_works) weighing.consider(Method::overlap, overlap.seconds);
+            if (seen.shooting_works) weighing.consider(Method::shooting, shooting.seconds);
+            report_.candidates = weighing.candidates();
+            best = report_.candidates.front().method;
         }
         if (best == Method::overlap) cut(overlap.length);
         if (best == Method::shooting) {

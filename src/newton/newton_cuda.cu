@@ -381,7 +381,8 @@ public:
 
     index window() const { return window_; }
 
-    Report evaluate() {
+    /// patience: as Choice has it.
+    Report evaluate(double patience) {
         const Clock::time_point begin = Clock::now();
         report_ = {};
         report_.method = describe(options_);
@@ -391,7 +392,7 @@ public:
             for (Report::Sequence& sequence : report_.sequences) sequence.error = unknown;
         } else {
             begin_passes();
-            const Status status = run_passes();
+            const Status status = run_passes(patience);
             end_passes();
             complete(status);
         }
@@ -526,7 +527,8 @@ private:
     }
 
     /// Enqueues passes until the host hears that all is done, or that they do not help.
-    Status run_passes() {
+    Status run_passes(double patience) {
+        Clock::time_point begin;  // of the second pass
         Letter letters[2];
         const index limit = options_.max_iterations > 0 ? options_.max_iterations : std::numeric_limits<index>::max();
         const Status failure =
@@ -546,6 +548,8 @@ private:
             if (summary.left == 0) return Status::converged;
             if (!go_on) return Status::max_iterations;
             if (heard >= limit) return failure;
+            if (heard == 1) begin = Clock::now();  // the first pass may have loaded kernels
+            if (seconds_since(begin) > patience * double(summary.left)) return Status::finished_sequentially;
             review.add(double(index(summary.confirmed) - confirmed) / double(batch_),
                        std::bit_cast<double>(summary.worst));
             confirmed = index(summary.confirmed);
@@ -693,6 +697,11 @@ private:
             if (result.status == Status::finished_sequentially || result.status == Status::non_finite)
                 starts[j] = result.confirmed;
         }
+        for (const Report::Sequence& sequence : report_.sequences)
+            if (sequence.status == Status::finished_sequentially) {
+                report_.method += ", then sequential";
+                break;
+            }
         run_sequentially(starts);
     }
 
@@ -803,11 +812,12 @@ private:
 }  // namespace
 
 template <class T>
-Report evaluate_newton_on_gpu(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
+Report evaluate_newton_on_gpu(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options,
+                              double patience) {
     check_gpu_arguments(recurrence, options);
     std::optional<Workspace> own;
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own.emplace(options.execution);
-    return GpuNewton<T>(recurrence, trajectory, options, workspace).evaluate();
+    return GpuNewton<T>(recurrence, trajectory, options, workspace).evaluate(patience);
 }
 
 }  // namespace deeppcr::newton
@@ -879,7 +889,8 @@ template class EnqueuedEvaluation<float>;
 template class EnqueuedEvaluation<double>;
 
 namespace newton {
-#define DEEPPCR_INSTANTIATE(T) template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);
+#define DEEPPCR_INSTANTIATE(T) \
+    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&, double);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE

@@ -19,7 +19,7 @@ Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const
 }
 
 template <class T>
-Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&) {
+Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&, double) {
     device::require_gpu();
     return {};
 }
@@ -32,9 +32,9 @@ void find_non_finite(View<const T>, unsigned long long*, CUstream_st*) {
     device::require_gpu();
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                               \
-    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&);   \
-    template void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*); \
+#define DEEPPCR_INSTANTIATE(T)                                                                     \
+    template Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&, double); \
+    template void gather_starts(View<const T>, View<const T>, index, View<T>, CUstream_st*);       \
     template void find_non_finite(View<const T>, unsigned long long*, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)

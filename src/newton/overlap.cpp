@@ -166,7 +166,8 @@ public:
           on_gpu_(options.execution.backend == Backend::cuda),
           all_(static_cast<std::size_t>(trajectory.batch())) {
         std::iota(all_.begin(), all_.end(), index(0));
-        chunks_.length = chunk_length();
+        chunks_.length =
+            options.chunk > 0 ? std::min(options.chunk, steps_) : overlap_chunk(trajectory.shape(), options.execution);
         count_ = (steps_ + chunks_.length - 1) / chunks_.length;
     }
 
@@ -208,19 +209,6 @@ public:
     }
 
 private:
-    /// As many chunks as run at a time, but none that is short against what it repeats.
-    index chunk_length() const {
-        if (options_.chunk > 0) return std::min(options_.chunk, steps_);
-        index wanted = device::thread_count(options_.execution), shortest = shortest_on_processors;
-        if (on_gpu_) {
-            wanted = device::multiprocessors() *
-                     std::clamp<index>(numbers_per_multiprocessor / (width_ * width_), 1, 16) / batch_;
-            shortest = shortest_on_gpu;
-        }
-        wanted = std::max<index>(1, wanted);
-        return std::min(steps_, std::max(shortest, (steps_ + wanted - 1) / wanted));
-    }
-
     template <class Number>
     Number* take_zeros(index count) {
         auto* const memory = workspace_.template take<Number>(count);
@@ -361,6 +349,17 @@ private:
 };
 
 }  // namespace
+
+index overlap_chunk(const Shape& shape, const Execution& execution) {
+    index wanted = device::thread_count(execution), shortest = shortest_on_processors;
+    if (execution.backend == Backend::cuda) {
+        const index side_by_side = std::clamp<index>(numbers_per_multiprocessor / (shape.width * shape.width), 1, 16);
+        wanted = device::multiprocessors() * side_by_side / shape.batch;
+        shortest = shortest_on_gpu;
+    }
+    wanted = std::max<index>(1, wanted);
+    return std::min(shape.steps, std::max(shortest, (shape.steps + wanted - 1) / wanted));
+}
 
 template <class T>
 Report evaluate_by_overlap(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {

@@ -10,6 +10,10 @@ namespace deeppcr::newton {
 template <class T>
 Report evaluate_by_overlap(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options);
 
+/// Steps of a chunk where options.chunk is 0: as many chunks as run at a time, but none that is short against what it
+/// repeats.
+index overlap_chunk(const Shape& shape, const Execution& execution);
+
 /// On a GPU, in the stream: the state before each chunk of `length` steps, starts [chunks,batch,width]. That of the
 /// first is `initial`, as are all others where `trajectory` has no data.
 template <class T>

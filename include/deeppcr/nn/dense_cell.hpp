@@ -11,8 +11,8 @@
 namespace deeppcr::nn {
 
 struct DenseCellOptions {
-    /// Method, guess, tolerance and the rest. `Guess::given` starts from the last trajectory of the memory (from x_0
-    /// where it has none of this shape); `workspace` is not used: the memory has its own.
+    /// Method, guess, tolerance and the rest. `Guess::given` starts Newton's method from the last trajectory of the
+    /// memory (from x_0 where it has none of this shape); `workspace` is not used: the memory has its own.
     Options evaluation = {};
 };
 

@@ -12,9 +12,9 @@ namespace deeppcr::nn {
 struct DenseChainOptions {
     Activation activation = Activation::tanh;
     index skip = 0;  ///< as in DenseChain: 0 an MLP, s >= 1 residual blocks of s layers
-    /// Method, guess, tolerance and the rest. `Guess::given` starts from the prediction of the memory (from x_0 where
-    /// there is none yet); `workspace` is not used: the memory has its own.
-    Options evaluation = {.method = Method::newton};
+    /// Method, guess, tolerance and the rest. `Guess::given` starts Newton's method from the prediction of the memory
+    /// (from x_0 where there is none yet); `workspace` is not used: the memory has its own.
+    Options evaluation = {};
     bool whole_trajectory = false;  ///< return x_1..x_T instead of x_T
 };
 

@@ -21,9 +21,9 @@ struct ResidualNetworkOptions {
     TORCH_ARG(Activation, activation) = Activation::tanh;  ///< of the trunk's layers
     TORCH_ARG(index, inputs) = 784;
     TORCH_ARG(index, outputs) = 10;
-    TORCH_ARG(std::uint64_t, seed) = 1;                           ///< of the initial parameters
-    TORCH_ARG(at::ScalarType, type) = at::kFloat;                 ///< float or double
-    TORCH_ARG(Options, evaluation) = {.method = Method::newton};  ///< of the trunk: see DenseChainOptions
+    TORCH_ARG(std::uint64_t, seed) = 1;            ///< of the initial parameters
+    TORCH_ARG(at::ScalarType, type) = at::kFloat;  ///< float or double
+    TORCH_ARG(Options, evaluation) = {};           ///< of the trunk: see DenseChainOptions
 };
 
 /// Dense layers of one shape: weight and bias, and nothing else.
