@@ -119,10 +119,16 @@ Program::Program() : parser_("Sequential computations evaluated in parallel.", "
 
 CLI::App& Program::add(const std::string& name, const std::string& description, const std::string& example,
                        std::function<Exit(Output&)> run) {
-    CLI::App* parser = parser_.add_subcommand(name, description);
+    const std::size_t space = name.find(' ');
+    CLI::App* const group = space == std::string::npos ? &parser_ : parser_.get_subcommand(name.substr(0, space));
+    CLI::App* const parser = group->add_subcommand(name.substr(space + 1), description);
     parser->footer("Example:\n" + example);
     commands_.push_back({parser, example, std::move(run)});
     return *parser;
+}
+
+void Program::add_group(const std::string& name, const std::string& description) {
+    parser_.add_subcommand(name, description)->require_subcommand(1);
 }
 
 int Program::run(int argc, char** argv) {

@@ -86,11 +86,15 @@ class Program {
 public:
     Program();
 
-    /// Adds the command `deeppcr <name>`. example: one or more complete command lines for --help. `run` is called
-    /// once the arguments are parsed; exceptions that it throws become error messages and exit codes: NotConverged 2,
-    /// Interrupted 130, every other one 1. Returns the parser, for the command's own options.
+    /// Adds the command `deeppcr <name>`; a name of two words is a command of a group (see below). example: one or more
+    /// complete command lines for --help. `run` is called once the arguments are parsed; exceptions that it throws
+    /// become error messages and exit codes: NotConverged 2, Interrupted 130, every other one 1. Returns the parser,
+    /// for the command's own options.
     CLI::App& add(const std::string& name, const std::string& description, const std::string& example,
                   std::function<Exit(Output&)> run);
+
+    /// Adds `deeppcr <name>`, whose commands, `deeppcr <name> <what>`, are added next.
+    void add_group(const std::string& name, const std::string& description);
 
     /// Parses the command line and runs the command that it names; returns the exit code.
     int run(int argc, char** argv);
@@ -112,7 +116,10 @@ void warn_about_slow_blas(Output& output);
 // The commands, in the order of --help.
 void add_reproduce(Program& program);
 void add_train(Program& program);
+void add_train_diffusion(Program& program);
 void add_validate(Program& program);
+void add_sample(Program& program);
+void add_evaluate(Program& program);
 void add_analyse(Program& program);
 void add_solve(Program& program);
 void add_check(Program& program);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <functional>
 #include <sstream>
 #include <string>
@@ -10,10 +11,21 @@
 #include <vector>
 
 #include <deeppcr/nn/names.hpp>
+#include <files/error.hpp>
 
 #include "command.hpp"
 
 namespace deeppcr::program {
+
+/// Throws FileError where `checkpoint` exists and is not the one that is continued.
+inline void refuse_to_overwrite(const std::filesystem::path& checkpoint, const std::filesystem::path& resume,
+                                bool overwrite) {
+    std::error_code error;
+    if (std::filesystem::exists(checkpoint, error) && !overwrite &&
+        !(std::filesystem::equivalent(checkpoint, resume, error) && !error))
+        throw FileError(checkpoint,
+                        "exists: continue it with --resume, name another with --checkpoint, or give --overwrite");
+}
 
 template <class Target>
 class GivenOptions {

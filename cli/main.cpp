@@ -5,8 +5,12 @@ int main(int argc, char** argv) {
     using namespace deeppcr::program;
     Program program;
     add_reproduce(program);
+    program.add_group("train", "Train a network on Fashion-MNIST");
     add_train(program);
+    add_train_diffusion(program);
     add_validate(program);
+    add_sample(program);
+    add_evaluate(program);
     add_analyse(program);
     add_solve(program);
     add_check(program);

@@ -19,10 +19,14 @@ constexpr nn::Names<Method, 3> method_names{
     {{"automatic", Method::automatic}, {"newton", Method::newton}, {"sequential", Method::sequential}}};
 
 struct Target {
-    nn::GenerationOptions generation = {.evaluation = {.method = Method::automatic,
-                                                       .surrogate = Surrogate::diagonal,
-                                                       .tolerance = 1e-4,
-                                                       .estimates = Estimates::none}};
+    Target() {
+        generation.evaluation.method = Method::automatic;
+        generation.evaluation.surrogate = Surrogate::diagonal;
+        generation.evaluation.tolerance = 1e-4;
+        generation.evaluation.estimates = Estimates::none;
+    }
+
+    nn::GenerationOptions generation;
     nn::ScriptModelOptions script;
 };
 

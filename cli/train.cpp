@@ -18,7 +18,7 @@ namespace {
 using nn::TrainingOptions;
 
 struct Arguments {
-    std::string network, checkpoint, resume, log, data;
+    std::string checkpoint, resume, log, data;
     bool overwrite = false;
     std::unique_ptr<GivenOptions<TrainingOptions>> given;
 };
@@ -93,11 +93,7 @@ TrainingOptions gather(const Arguments& arguments) {
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
                          : !arguments.resume.empty()   ? arguments.resume
                                                        : "resnet.safetensors";
-    std::error_code error;
-    if (std::filesystem::exists(options.checkpoint, error) && !arguments.overwrite &&
-        !(std::filesystem::equivalent(options.checkpoint, options.resume, error) && !error))
-        throw FileError(options.checkpoint,
-                        "exists: continue it with --resume, name another with --checkpoint, or give --overwrite");
+    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
     return options;
 }
 
@@ -205,15 +201,11 @@ Exit run_train(const Arguments& arguments, Output& output) {
 void add_train(Program& program) {
     const auto arguments = std::make_shared<Arguments>();
     CLI::App& command =
-        program.add("train", "Train a deep residual network on Fashion-MNIST",
+        program.add("train resnet", "Train a deep residual network on Fashion-MNIST",
                     "  deeppcr train resnet --layers 1024 --width 16 --epochs 3\n"
                     "  deeppcr train resnet --method sequential --steps 500 --checkpoint plain.safetensors\n"
                     "  deeppcr train resnet --resume resnet.safetensors",
                     [arguments](Output& output) { return run_train(*arguments, output); });
-    command.add_option("network", arguments->network, "What to train: resnet")
-        ->required()
-        ->check(CLI::IsMember({"resnet"}));
-
     arguments->given = std::make_unique<GivenOptions<TrainingOptions>>(command);
     auto& given = *arguments->given;
     const auto field = [](auto member) {

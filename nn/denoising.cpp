@@ -218,10 +218,13 @@ void DenoisingRecurrence::linearise(const Section& section, View<const float> be
     const index width = shape().width, count = section.steps() * section.batch();
     const Tensor from = tensor_of(before.data(), {count, width}), to = tensor_of(after.data(), {count, width});
     const Tensor blocks = tensor_of(jacobian.data(), {count, width, width});
+    const index calls_before = *dependent_calls_;
     for_parts(rows_of(steps_of(section), section.sequences), [&](const Rows& rows, index first, index last) {
         linearise_rows([&](const Tensor& states) { return advance(rows, states); }, from.slice(0, first, last),
                        to.slice(0, first, last), blocks.slice(0, first, last));
     });
+    // The way back through the network waits for the way forward: it counts as much.
+    *dependent_calls_ += *dependent_calls_ - calls_before;
 }
 
 /// The derivative of the step, [rows, 1], with the network's prediction held fixed.

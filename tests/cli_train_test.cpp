@@ -119,7 +119,7 @@ TEST_F(Train, ChangesOnResumeOnlyWhatIsGiven) {
 }
 
 TEST_F(Train, RefusesBadOptions) {
-    expect_error({"train"}, HasSubstr("network"));
+    expect_error({"train"}, HasSubstr("subcommand"));
     expect_error({"train", "gru"}, HasSubstr("gru"));
     expect_error({"train", "resnet", "--activation", "cosine"}, AllOf(HasSubstr("--activation"), HasSubstr("cosine")));
     expect_error({"train", "resnet", "--method", "magic"}, HasSubstr("--method"));

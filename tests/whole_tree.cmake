@@ -102,9 +102,6 @@ add_test(NAME style.format COMMAND "${CLANG_FORMAT}" --dry-run --Werror ${source
 set_tests_properties(style.format PROPERTIES LABELS style)
 foreach(source IN LISTS sources)
   file(RELATIVE_PATH name "${PROJECT_SOURCE_DIR}" "${source}")
-  if(name MATCHES "^(files/png|cli/(evaluate|sample|train_diffusion))\\.cpp$" AND NOT DEEPPCR_BUILD_DIFFUSION)
-    continue()
-  endif()
   if(name MATCHES "^(src|files|cli)/.*\\.cpp$" AND NOT name MATCHES "/no_[a-z]+\\.cpp$")  # no part of this build
     add_test(NAME tidy.${name} COMMAND "${CLANG_TIDY}" -p "${PROJECT_BINARY_DIR}" --quiet "${source}")
     set_tests_properties(tidy.${name} PROPERTIES LABELS tidy TIMEOUT 300)

@@ -42,7 +42,8 @@ public:
     /// Of one sample.
     index numbers() const { return initial_.size(1); }
     /// Rows that the network has been asked for since construction, and how often, one call waiting for the last: the
-    /// steps of sequential sampling have as many dependent calls as steps.
+    /// steps of sequential sampling have as many dependent calls as steps. A pass with Jacobians counts as two, one of
+    /// them the way back.
     index evaluated_rows() const { return *evaluated_rows_; }
     index dependent_calls() const { return *dependent_calls_; }
 
