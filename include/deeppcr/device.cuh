@@ -61,6 +61,8 @@ template <class T>
 __device__ __forceinline__ void keep(T*& value) {
     asm volatile("" : "+l"(value));
 }
+/// Lets what follows from a value be computed anew each time, where a compiler would keep it all in registers.
+__device__ __forceinline__ void compute_anew_from(int& value) { asm volatile("" : "+r"(value)); }
 /// While waiting for another block.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 

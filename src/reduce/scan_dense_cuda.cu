@@ -19,6 +19,8 @@
 //   larger ones    are substituted only
 //
 // M^T, of transposed solves, is the same memory read along the other side, and P is stored transposed.
+#include <bit>
+
 #include "reduce/arrays_cuda.cuh"
 
 namespace deeppcr::reduce {
@@ -406,6 +408,35 @@ private:
     int g_, t_, row_, column_;
 };
 
+/// As begin_copying, of rows of up to `most_numbers`: each thread has its place in a row, in every so many rows.
+template <int most_numbers, class T>
+__device__ __forceinline__ void begin_copying_slice(int bytes, const T* from, int stride, int rows, int numbers,
+                                                    T* shared, int pitch, int thread) {
+    cuda::compute_anew_from(thread);
+    cuda::compute_anew_from(bytes);
+    // All powers of two: by shifts.
+    constexpr int log_numbers = std::bit_width(unsigned(most_numbers)) - 1;
+    const int log_many = 31 - __clz(bytes / int(sizeof(T))), log_pieces = log_numbers - log_many;
+    const int rows_at_once = large_threads >> log_pieces, row = thread >> log_pieces;
+    const int column = (thread & ((1 << log_pieces) - 1)) << log_many;
+    if (column >= numbers) return;
+    from += row * stride + column;
+    shared += row * pitch + column;
+    DEEPPCR_ROLLED
+    for (int r = row; r < rows; r += rows_at_once) {
+        if (bytes == 16)
+            cuda::begin_copy<16>(shared, from);
+        else if (bytes == 8)
+            cuda::begin_copy<8>(shared, from);
+        else if (bytes == 4)
+            cuda::begin_copy<4>(shared, from);
+        else
+            *shared = *from;
+        from += rows_at_once * stride;
+        shared += rows_at_once * pitch;
+    }
+}
+
 /// How shared memory is divided: large_stages of slices of M, two states, the panel of P.
 template <class T, int rows, bool transposed, bool summarises, TensorCores tensor_cores>
 struct LargeShape {
@@ -469,14 +500,16 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
         }
     }
 
-    const int slices = (K + slice - 1) / slice, items = (run.steps - begin_step) * slices;
-    const auto begin = [&](int item) {
-        if (item < items) {
-            const int n = begin_step + item / slices, l = item % slices * slice, width = min(slice, K - l);
-            const T* const m = arrays.factor.at(run.first + n, run.sequence, run.row, K * K);
-            T* const to = ring + item % large_stages * Shape::slice_numbers;
-            begin_copying(bytes, m + (transposed ? l * K : l), K, transposed ? width : K, transposed ? K : width, to,
-                          pitch, me, large_threads);
+    const auto after = [](int stage) { return stage == large_stages - 1 ? 0 : stage + 1; };
+    int ahead_step = begin_step, ahead_column = 0, ahead_stage = 0;  // of the next slice to be copied
+    const T* ahead = arrays.factor.at(run.first + begin_step, run.sequence, run.row, K * K);
+    const auto begin = [&] {
+        if (ahead_step < run.steps) {
+            const int width = min(slice, K - ahead_column);
+            T* const to = ring + ahead_stage * Shape::slice_numbers;
+            begin_copying_slice<transposed ? side : slice>(
+                bytes, ahead + (transposed ? ahead_column * K : ahead_column), K, transposed ? width : K,
+                transposed ? K : width, to, pitch, me);
             // What an earlier slice left beside a narrower one would be multiplied by 0, and may be infinite.
             if constexpr (transposed) {
                 DEEPPCR_ROLLED
@@ -485,23 +518,30 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
                 DEEPPCR_ROLLED
                 for (int i = me * pitch + width; i < me * pitch + slice && me < K; ++i) to[i] = T();
             }
+            ahead_stage = after(ahead_stage);
+            ahead_column += slice;
+            if (ahead_column >= K) {
+                ahead_column = 0;
+                ++ahead_step;
+                ahead += arrays.factor.step;
+            }
         }
         cuda::commit_copies();
     };
-    for (int item = 0; item < large_stages - 1; ++item) begin(item);
+    for (int i = 0; i < large_stages - 1; ++i) begin();
     T next_right_side = right_side(begin_step);
     Product next(me);
-    int item = 0;
+    int stage = 0;
     for (int n = begin_step; n < run.steps; ++n) {
         const A* const last = state + (n - begin_step) % 2 * side;
         A sum = cuda::widen(next_right_side);
         next_right_side = right_side(n + 1);
         if constexpr (summarises) next.clear();
-        for (int l = 0; l < K; l += slice, ++item) {
+        for (int l = 0; l < K; l += slice, stage = after(stage)) {
             cuda::wait_for_copies_but<large_stages - 2>();
             __syncthreads();
-            begin(item + large_stages - 1);
-            const T* const m = ring + item % large_stages * Shape::slice_numbers;
+            begin();
+            const T* const m = ring + stage * Shape::slice_numbers;
             if (keeps_state && me < K) {
                 DEEPPCR_UNROLL
                 for (int v = 0; v < slice; v += 4) {

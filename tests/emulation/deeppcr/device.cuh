@@ -95,6 +95,7 @@ void wait_for_copies_but() {
 inline void prefetch(const void*) {}
 template <class T>
 void keep(T&) {}
+inline void compute_anew_from(int&) {}
 
 template <class T>
 Arithmetic<T> widen(T value) {
