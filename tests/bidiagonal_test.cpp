@@ -657,7 +657,7 @@ TYPED_TEST(BidiagonalOf16Bits, TheSameBitsWhateverTheOrderOfBlocksOnAGpu) {
 constexpr TensorCores kinds_of_tensor_cores[] = {TensorCores::none, TensorCores::split, TensorCores::tf32};
 
 /// Blocks whose products are carried in tensor cores where that is asked for: `split` is as near as plain arithmetic,
-/// and `tf32` as the rounding of each product's two factors to 11 bits allows, 2^-12 of each.
+/// and `tf32` as the rounding of each product's two factors to 11 bits allows, 2^-11 of each.
 template <class T>
 void tensor_cores_solve() {
     if (std::find(backends.begin(), backends.end(), Backend::cuda) == backends.end()) GTEST_SKIP() << cuda_problem();
@@ -690,7 +690,7 @@ void tensor_cores_solve() {
                 Array<T> solution(shape, placement);
                 solve_either(problem.system(), solution.view(), options, transposed);
                 const bool rounded = kind == TensorCores::tf32 && !std::is_same_v<T, double>;
-                expect_solution(solution, exact, blocks.block, rounded ? 2 * 0x1p-12 * double(steps) : 0);
+                expect_solution(solution, exact, blocks.block, rounded ? 2 * 0x1p-11 * double(steps) : 0);
                 found.push_back(solution.elements());
             }
             if constexpr (std::is_same_v<T, float>) {

@@ -39,8 +39,8 @@ enum class TensorCores {
     /// float as sums of two numbers of TF32, three products for one (two where A is stored in 16 bits, which TF32 holds
     /// exactly): errors of a few units of a float's last place, as of plain arithmetic
     split,
-    /// Products of numbers rounded to TF32's 11 bits: relative errors of 2^-12 of each, and so about three digits of
-    /// the states at the chunks' ends
+    /// Products of numbers rounded to TF32's 11 bits: relative errors of up to 2^-11 of each, and so about three
+    /// digits of the states at the chunks' ends
     tf32,
 };
 
