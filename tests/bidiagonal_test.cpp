@@ -209,8 +209,9 @@ double rounding(double value) {
     return 0;
 }
 
+/// `more`: errors besides those of Arithmetic<T>, in units of the bound.
 template <class T>
-void expect_solution(Array<T>& solution, const Exact<T>& exact, index block) {
+void expect_solution(Array<T>& solution, const Exact<T>& exact, index block, double more = 0) {
     const Shape& shape = solution.shape;
     for (index step = 0; step < shape.steps; ++step)
         for (index sequence = 0; sequence < shape.batch; ++sequence)
@@ -218,8 +219,9 @@ void expect_solution(Array<T>& solution, const Exact<T>& exact, index block) {
                 const std::size_t at = exact.at(step, sequence, element);
                 const double error =
                     double(std::abs((long double)(number(solution(step, sequence, element))) - exact.values[at]));
+                const double bound = double(exact.bounds[at]);
                 const double allowed =
-                    tolerance<T>(shape.steps, block, double(exact.bounds[at])) + rounding<T>(double(exact.values[at]));
+                    tolerance<T>(shape.steps, block, bound) + more * bound + rounding<T>(double(exact.values[at]));
                 ASSERT_TRUE(error <= allowed)  // fails for NaN
                     << "step " << step << " sequence " << sequence << " element " << element << ": "
                     << number(solution(step, sequence, element)) << " instead of " << double(exact.values[at])
@@ -652,6 +654,101 @@ TYPED_TEST(BidiagonalOf16Bits, TheSameBitsWhateverTheOrderOfBlocksOnAGpu) {
     the_same_bits_whatever_the_order_of_blocks<TypeParam>();
 }
 
+constexpr TensorCores kinds_of_tensor_cores[] = {TensorCores::none, TensorCores::split, TensorCores::tf32};
+
+/// Blocks whose products are carried in tensor cores where that is asked for: `split` is as near as plain arithmetic,
+/// and `tf32` as the rounding of each product's two factors to 11 bits allows, 2^-11 of each.
+template <class T>
+void tensor_cores_solve() {
+    if (std::find(backends.begin(), backends.end(), Backend::cuda) == backends.end()) GTEST_SKIP() << cuda_problem();
+    const struct {
+        index steps, chunk;
+        Blocks blocks;
+        bool forward, transposed;
+    } cases[] = {{13, 4, {2, 33, 33, "a rest of one column, a panel of double and one more"}, true, true},
+                 {11, 5, {1, 48, 48, "rows that are whole pieces, and a rest of a tile's"}, true, true},
+                 {11, 5, {1, 64, 64, "the smallest of the kernels, full"}, true, true},
+                 {7, 3, {1, 96, 96, "a panel and a half of float"}, true, false},
+                 {7, 3, {1, 128, 128, "the second of the kernels, full"}, false, true},
+                 {5, 2, {1, 130, 130, "the largest of the kernels, mostly empty"}, true, false},
+                 {5, 2, {1, 256, 256, "full"}, false, true}};
+    for (const auto& [steps, chunk, blocks, forward, backward] : cases)
+        for (const bool transposed : directions) {
+            if (!(transposed ? backward : forward)) continue;
+            const Shape shape{steps, blocks.batch, blocks.width};
+            const Placement& placement = placements[blocks.block % 2 == 0 ? 0 : 3];
+            Problem<T> problem(shape, blocks.block, placement, unsigned(blocks.block));
+            const Exact<T> exact(problem, transposed);
+            std::vector<std::vector<T>> found;
+            for (const TensorCores kind : kinds_of_tensor_cores) {
+                const SolveOptions options{.method = Reduction::scan,
+                                           .execution = {.backend = Backend::cuda},
+                                           .chunk = chunk,
+                                           .tensor_cores = kind};
+                SCOPED_TRACE(describe(shape, blocks.block, placement, options, transposed) + ", tensor cores " +
+                             std::to_string(int(kind)) + ": " + blocks.reason);
+                Array<T> solution(shape, placement);
+                solve_either(problem.system(), solution.view(), options, transposed);
+                const bool rounded = kind == TensorCores::tf32 && !std::is_same_v<T, double>;
+                expect_solution(solution, exact, blocks.block, rounded ? 2 * 0x1p-11 * double(steps) : 0);
+                found.push_back(solution.elements());
+            }
+            if constexpr (std::is_same_v<T, float>) {
+                EXPECT_FALSE(same_bits(found[0], found[1])) << blocks.block << ": no split products";
+                EXPECT_FALSE(same_bits(found[0], found[2])) << blocks.block << ": no products of TF32";
+            }
+            if (testing::Test::HasFatalFailure()) return;
+        }
+}
+TYPED_TEST(Bidiagonal, TensorCoresSolveOnAGpu) { tensor_cores_solve<TypeParam>(); }
+TYPED_TEST(BidiagonalOf16Bits, TensorCoresSolveOnAGpu) { tensor_cores_solve<TypeParam>(); }
+
+TYPED_TEST(Bidiagonal, ProcessorsHaveNoTensorCores) {
+    using T = TypeParam;
+    const Shape shape{30, 1, 34};
+    Problem<T> problem(shape, 34, placements[0], 13);
+    for (const Backend backend : {Backend::reference, Backend::cpu}) {
+        SolveOptions options{.method = Reduction::scan, .execution = {backend, 1}, .chunk = 7};
+        Array<T> plain(shape, placements[0]), asked(shape, placements[0]);
+        solve_either(problem.system(), plain.view(), options, false);
+        options.tensor_cores = TensorCores::tf32;
+        solve_either(problem.system(), asked.view(), options, false);
+        EXPECT_TRUE(same_bits(plain.elements(), asked.elements())) << name(backend);
+    }
+}
+
+/// In tensor cores infinity may become NaN, but nothing that is neither: the same states are finite.
+template <class T>
+void tensor_cores_keep_what_is_not_finite() {
+    if (std::find(backends.begin(), backends.end(), Backend::cuda) == backends.end()) GTEST_SKIP() << cuda_problem();
+    for (const auto& [block, transposed] : {std::pair(index(40), false), std::pair(index(70), true)})
+        for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+            const Shape shape{9, 1, block};
+            Problem<T> problem(shape, block, placements[0], 12);
+            problem.subdiagonal(5, 0, 3 * block + 8) = stored<T>(bad);
+            problem.subdiagonal(6, 0, 7 * block + 2) = stored<T>(bad);
+            std::vector<std::vector<bool>> finite;
+            for (const TensorCores kind : kinds_of_tensor_cores) {
+                Array<T> solution(shape, placements[0]);
+                solve_either(problem.system(), solution.view(),
+                             {.method = Reduction::scan,
+                              .execution = {.backend = Backend::cuda},
+                              .chunk = 4,
+                              .tensor_cores = kind},
+                             transposed);
+                finite.emplace_back();
+                for (const T value : solution.elements()) finite.back().push_back(std::isfinite(number(value)));
+            }
+            EXPECT_NE(std::count(finite[0].begin(), finite[0].end(), false), 0);
+            EXPECT_EQ(finite[1], finite[0]) << block << (transposed ? " transposed, " : ", ") << bad << " split";
+            EXPECT_EQ(finite[2], finite[0]) << block << (transposed ? " transposed, " : ", ") << bad << " in TF32";
+        }
+}
+TYPED_TEST(Bidiagonal, TensorCoresKeepWhatIsNotFiniteOnAGpu) { tensor_cores_keep_what_is_not_finite<TypeParam>(); }
+TYPED_TEST(BidiagonalOf16Bits, TensorCoresKeepWhatIsNotFiniteOnAGpu) {
+    tensor_cores_keep_what_is_not_finite<TypeParam>();
+}
+
 TYPED_TEST(Bidiagonal, NaNStaysInItsSequence) {
     using T = TypeParam;
     for (const auto& [shape, block] : {Size3{{41, 3, 1}, 1}, Size3{{41, 3, 6}, 1}, Size3{{19, 3, 5}, 5}})
@@ -781,6 +878,8 @@ TEST(BidiagonalErrors, NameTheArgumentTheExpectedAndTheActual) {
     EXPECT_EQ(solving(good, solution, {.chunk = -1}), "options.chunk: expected 0 or more, got -1");
     EXPECT_EQ(solving(good, solution, {.execution = {.threads = -2}}), "execution.threads: expected 0 or more, got -2");
     EXPECT_EQ(solving(good, solution, {.method = Reduction(17)}), "options.method: expected a Reduction, got 17");
+    EXPECT_EQ(solving(good, solution, {.tensor_cores = TensorCores(9)}),
+              "options.tensor_cores: expected one of TensorCores, got 9");
 }
 
 TEST(BidiagonalErrors, NumbersOf16BitsAreForGpus) {

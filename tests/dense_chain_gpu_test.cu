@@ -219,6 +219,27 @@ TEST_F(ChainOnGpu, OverlapFindsTheTrajectory) {
     }
 }
 
+// Inexact products of Jacobians cost passes and no accuracy; the gradient, which has no residual, is as exact as they.
+TEST_F(ChainOnGpu, TensorCoresMayMultiplyJacobians) {
+    const Problem<float> problem(24, 1, 40, Activation::tanh, 0, 1.5);
+    const Recurrence<float>&here = *problem.here, &there = *problem.there;
+    const auto [expected, report] = evaluate(here, {.method = Method::sequential});
+    const Buffer<float> gradient = Buffer<float>::random(here.shape(), 6), there_gradient = gradient.on(Device::cuda());
+    const Buffer<float> expected_gradient = adjoint<float>(here, expected, report, gradient).states;
+    for (const auto& [kind, error] : {std::pair(TensorCores::split, 1e-5), std::pair(TensorCores::tf32, 2e-3)}) {
+        SCOPED_TRACE(int(kind));
+        const Options options{
+            .method = Method::newton, .reduction = Reduction::scan, .chunk = 5, .tensor_cores = kind, .execution = gpu};
+        const Buffer<float> trajectory = on_gpu<float>(here.shape());
+        const Report found = evaluate(there, trajectory.view(), options);
+        EXPECT_EQ(found.status, Status::converged) << found;
+        EXPECT_TRUE(near(trajectory.on({}), expected, 1e-4));
+        const Buffer<float> states = adjoint<float>(there, trajectory, found, there_gradient, options).states.on({});
+        EXPECT_TRUE(near(states, expected_gradient, error));
+        EXPECT_EQ(bool(near(states, expected_gradient, 1e-5)), kind != TensorCores::tf32);
+    }
+}
+
 // Sequences that share a block are repaired as if they were alone, however long their neighbours take.
 TEST_F(ChainOnGpu, OverlapOfASequenceDoesNotDependOnItsNeighbours) {
     constexpr index steps = 1200, batch = 6;

@@ -31,17 +31,25 @@ struct Case {
     index steps, batch, width, block;
 };
 
+/// The largest entry of random blocks with which every step makes states smaller.
+double contracting(index block) { return 0.9 / double(block); }
+/// With which they forget over about a hundred steps.
+double remembering(index block) { return 0.99 * std::sqrt(3 / double(block)); }
+
 /// A system and its solution on the GPU.
 template <class T>
 struct Problem {
-    Problem(const Shape& shape, index block)
-        : a(uniform<T>({shape.steps, shape.batch, shape.width * block}, -0.9 / double(block), 0.9 / double(block), 1)),
+    /// `largest`: that an entry of A can be.
+    Problem(const Shape& shape, index block, double largest)
+        : a(uniform<T>({shape.steps, shape.batch, shape.width * block}, -largest, largest, 1)),
           b(uniform<T>(shape, -1, 1, 2)),
           x(Buffer<T>::uninitialised(shape, Layout::steps_first, there)),
           system{Jacobian<const T>(a.data(), shape, block), b} {}
 
-    Reduction run(Reduction method) {
-        return solve(system, x.view(), {.method = method, .execution = on_the_gpu, .workspace = &workspace});
+    Reduction run(Reduction method, TensorCores tensor_cores = TensorCores::none) {
+        return solve(
+            system, x.view(),
+            {.method = method, .execution = on_the_gpu, .workspace = &workspace, .tensor_cores = tensor_cores});
     }
     double bytes() const { return double(a.size() + b.size() + x.size()) * double(sizeof(T)); }
     double residual() const {
@@ -67,7 +75,7 @@ void measure_case(Results& results, const Case& c, Reduction method) {
                  .shape = text(shape),
                  .type = type_name<T>},
                 [&](Row& row) {
-                    Problem<T> problem(shape, c.block);
+                    Problem<T> problem(shape, c.block, contracting(c.block));
                     row.details["method"] = method_names[int(problem.run(method))];
                     // Rounding of x_t, x_{t-1} and sums: a few units of the last place.
                     verify(row, "residual", problem.residual(), is_stored_in_16_bits<T> ? 0.02 : 1e-5);
@@ -81,7 +89,7 @@ void measure_case(Results& results, const Case& c, Reduction method) {
 void measure_against_cub(Results& results, index steps) {
     const Shape shape{steps, 1, 1};
     results.add({.target = "one-row-scan", .what = "one row", .shape = text(shape), .type = "float"}, [&](Row& row) {
-        Problem<float> problem(shape, 1);
+        Problem<float> problem(shape, 1, contracting(1));
         problem.run(Reduction::automatic);
         const AffineScan scan(problem.a, problem.b);
         verify(row, "difference", scan.difference(problem.x), 1e-5);
@@ -89,6 +97,33 @@ void measure_against_cub(Results& results, index steps) {
         race(row, on_gpu([&] { problem.run(Reduction::automatic); }), "cub::DeviceScan of affine pairs", scan.timed(),
              results.tiny());
     });
+}
+
+/// The scan of one sequence of dense blocks, whose products tensor cores may multiply, and how far it is from
+/// substitution.
+template <class T>
+void measure_tensor_cores(Results& results, index steps, index block) {
+    const Shape shape{steps, 1, block};
+    constexpr const char* names[] = {"none", "split", "tf32"};
+    for (const TensorCores kind : {TensorCores::none, TensorCores::split, TensorCores::tf32})
+        results.add(
+            {.what = "dense " + std::to_string(block) + ", one sequence, scan, tensor cores " + names[int(kind)],
+             .shape = text(shape),
+             .type = type_name<T>},
+            [&](Row& row) {
+                Problem<T> problem(shape, block, remembering(block));
+                problem.run(Reduction::sequential);
+                const Buffer<T> substituted = problem.x.on(there);
+                problem.run(Reduction::scan, kind);
+                const double limit = kind == TensorCores::tf32 || is_stored_in_16_bits<T> ? 0.05 : 1e-4;
+                verify(row, "difference to substitution", difference(problem.x, substituted), limit);
+                verify(row, "residual", problem.residual(), limit);
+                row.details["operations of products"] = 2 * double(problem.a.size()) * double(block);
+                row.bytes = problem.bytes();
+                row.flops = 2 * double(problem.a.size());
+                race(row, on_gpu([&] { problem.run(Reduction::scan, kind); }), copy_name, Copy(row.bytes).timed(),
+                     results.tiny());
+            });
 }
 
 }  // namespace
@@ -125,6 +160,14 @@ void measure_solves(Results& results) {
         untargeted.target = "";
         measure_case<bfloat16>(results, untargeted, Reduction::automatic);
         if (c.target == "one-row") measure_against_cub(results, c.steps);
+    }
+    // Steps of several chunks.
+    const std::vector<std::pair<index, index>> dense =
+        results.tiny() ? std::vector<std::pair<index, index>>{{50, 40}}
+                       : std::vector<std::pair<index, index>>{{16384, 64}, {8192, 128}, {2048, 256}};
+    for (const auto& [steps, block] : dense) {
+        measure_tensor_cores<float>(results, steps, block);
+        measure_tensor_cores<bfloat16>(results, steps, block);
     }
 }
 

@@ -30,11 +30,26 @@ enum class Reduction {
     scan,
 };
 
+/// What multiplies blocks with each other on a GPU, where `scan` carries their product along a chunk: blocks of 33 to
+/// 256, with Backend::cuda; all else is computed as ever, what follows a chunk's end by substitution too. Each choice
+/// gives its own bits, the same every time on one GPU model. An infinite product may come out as NaN.
+/// double: `split` and `tf32` are the same, tensor cores that multiply and add numbers of 64 bits.
+enum class TensorCores {
+    none,  ///< plain arithmetic. Tensor cores have not been measured yet
+    /// float as sums of two numbers of TF32, three products for one (two where A is stored in 16 bits, which TF32 holds
+    /// exactly): errors of a few units of a float's last place, as of plain arithmetic
+    split,
+    /// Products of numbers rounded to TF32's 11 bits: relative errors of up to 2^-11 of each, and so about three
+    /// digits of the states at the chunks' ends
+    tf32,
+};
+
 struct SolveOptions {
     Reduction method = Reduction::automatic;
     Execution execution = {};
     index chunk = 0;                 ///< steps per chunk of `scan`; 0: from the shape and the thread count or the GPU
     Workspace* workspace = nullptr;  ///< memory to reuse between calls, on the GPU for cuda; null: the call's own
+    TensorCores tensor_cores = TensorCores::none;  ///< cuda; the other backends have none, and ignore it
 };
 
 /// Solves `system` for `solution`: x, [steps,batch,width], out. `solution` may be the very view `right_side` (solved

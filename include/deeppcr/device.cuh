@@ -61,11 +61,53 @@ template <class T>
 __device__ __forceinline__ void keep(T*& value) {
     asm volatile("" : "+l"(value));
 }
+/// Lets what follows from a value be computed anew each time, where a compiler would keep it all in registers.
+__device__ __forceinline__ void compute_anew_from(int& value) { asm volatile("" : "+r"(value)); }
 /// While waiting for another block.
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 
 /// Of all lanes' values; all lanes call.
 __device__ __forceinline__ unsigned largest_in_warp(unsigned value) { return __reduce_max_sync(~0U, value); }
+
+/// Small matrices that a warp multiplies in tensor cores: sums += a b. The lanes share their entries; with g = lane / 4
+/// and t = lane % 4 a lane has, of a, row g + 8 (i % (rows / 8)) and column t + 4 (i / (rows / 8)) as a[i]; of b, row
+/// t + 4 i and column g as b[i]; of the sums, row g + 8 (i / 2) and column 2 t + i % 2 as sums[i].
+template <class T>
+struct Tile;
+template <>
+struct Tile<float> {
+    static constexpr int rows = 16, columns = 8, depth = 8, of_a = 4, of_b = 2, of_sum = 4;
+};
+template <>
+struct Tile<double> {
+    static constexpr int rows = 8, columns = 8, depth = 4, of_a = 1, of_b = 1, of_sum = 2;
+};
+/// float: a and b are numbers of TF32, products exact, and sums rounded as the GPU's model does it.
+__device__ __forceinline__ void multiply_tile(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+__device__ __forceinline__ void multiply_tile(double (&sums)[2], const double (&a)[1], const double (&b)[1]) {
+    asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+d"(sums[0]), "+d"(sums[1])
+        : "d"(a[0]), "d"(b[0]));
+}
+/// The nearest number of TF32: of its 24 bits the first 11. What is not finite stays so.
+__device__ __forceinline__ float round_to_tf32(float value) {
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return __uint_as_float(bits);
+}
+/// value = big + rest, both of TF32, but for at most a unit of its last place. Of what is not finite, one of them
+/// isn't.
+__device__ __forceinline__ void split_to_tf32(float value, float& big, float& rest) {
+    constexpr unsigned kept = ~0x1fffU, half = 0x1000;
+    big = __uint_as_float((__float_as_uint(value) + half) & kept);
+    rest = __uint_as_float(__float_as_uint(value - big) & kept);
+}
 
 /// Begins to copy 4, 8 or 16 bytes, aligned so, to shared memory; there after wait_for_copies and a barrier.
 template <int bytes>

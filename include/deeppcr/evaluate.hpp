@@ -80,6 +80,9 @@ struct Options {
     Surrogate surrogate = Surrogate::full;
     Reduction reduction = Reduction::automatic;
     index chunk = 0;  ///< steps per chunk of the scan (see SolveOptions), overlap or shooting; 0: chosen
+    /// Of the scan, on a GPU (see SolveOptions). tf32 makes updates inexact, which costs passes, not accuracy: the
+    /// residual decides. `adjoint`, which has no residual, is as exact as its products.
+    TensorCores tensor_cores = TensorCores::none;
     Guess guess = Guess::initial_state;
     /// A step is confirmed where max|x_t - f(x_{t-1})| <= absolute + relative * max|x_t| and every step before it is.
     /// Negative: `tolerance`. tolerance 0: 64 machine epsilons; where numbers are stored in 16 bits, half of one.
@@ -228,9 +231,9 @@ struct Adjoint {
 
 /// Gradient of a loss L with respect to every state, given output_gradient = the part of dL/dx_t that does not pass
 /// through later states ([steps,batch,width], in): one transposed solve with the Jacobians at the final states,
-/// window after window from the end, exact. Of `options`, reduction, chunk, window, memory_limit, execution and
-/// workspace count. Refuses (InvalidArgument) a trajectory whose `report` is not ok(). Deterministic as `evaluate`.
-/// With execution.backend cuda all arrays lie on the current GPU, the result's too.
+/// window after window from the end, exact. Of `options`, reduction, chunk, tensor_cores, window, memory_limit,
+/// execution and workspace count. Refuses (InvalidArgument) a trajectory whose `report` is not ok(). Deterministic as
+/// `evaluate`. With execution.backend cuda all arrays lie on the current GPU, the result's too.
 template <class T>
 Adjoint<T> adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                    const Report& report, View<const std::type_identity_t<T>> output_gradient,

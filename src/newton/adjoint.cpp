@@ -96,7 +96,7 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
         // What the later window passes back reaches this one's last state.
         add_states<T>(initial, adjoint.steps(rows - 1, rows), options.execution);
         solve_transposed(BidiagonalSystem<T>{jacobian, adjoint}, adjoint,
-                         {options.reduction, options.execution, options.chunk, &workspace});
+                         {options.reduction, options.execution, options.chunk, &workspace, options.tensor_cores});
         multiply_transposed<T>(jacobian.steps(0, 1), adjoint.steps(0, 1), initial, options.execution);
         report.reduce.seconds += seconds_since(reduced);
         report.reduce.bytes += rows * batch * width * (4 + recurrence.block()) * index(sizeof(T));

@@ -89,7 +89,7 @@ void estimate_along(const Recurrence<T>& recurrence, View<const T> trajectory, c
         }
         error_sources<T>(states, after, first, block, confirmed, errors, device::thread_count(options.execution));
         solve(BidiagonalSystem<T>{jacobian, errors, carried}, errors,
-              {options.reduction, options.execution, options.chunk, &workspace});
+              {options.reduction, options.execution, options.chunk, &workspace, options.tensor_cores});
         for (index j = 0; j < batch; ++j)
             for (index i = 0; i < confirmed[std::size_t(j)]; ++i)
                 raise_error(report.sequences[std::size_t(j)].error, errors.at(i, j), width);

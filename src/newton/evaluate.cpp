@@ -500,7 +500,9 @@ private:
         }
     }
 
-    SolveOptions solve_options() const { return {options_.reduction, options_.execution, options_.chunk, &workspace_}; }
+    SolveOptions solve_options() const {
+        return {options_.reduction, options_.execution, options_.chunk, &workspace_, options_.tensor_cores};
+    }
 
     const Recurrence<T>& recurrence_;
     View<T> trajectory_;

@@ -777,7 +777,9 @@ private:
         report_.workspace_bytes = workspace_.peak_bytes();
     }
 
-    SolveOptions solve_options() const { return {options_.reduction, options_.execution, options_.chunk, &workspace_}; }
+    SolveOptions solve_options() const {
+        return {options_.reduction, options_.execution, options_.chunk, &workspace_, options_.tensor_cores};
+    }
 
     using Letter = device::Letter;
 

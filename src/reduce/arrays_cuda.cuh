@@ -116,7 +116,8 @@ void scan_tiles(const OrderedSystem<T>& system, CUstream_st* stream, Workspace& 
 
 /// Of larger blocks: scan_dense_cuda.cu. chunk: steps per chunk; 0: from the shape and the GPU.
 template <class T>
-void scan_dense(const OrderedSystem<T>& system, index chunk, CUstream_st* stream, Workspace& workspace);
+void scan_dense(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, CUstream_st* stream,
+                Workspace& workspace);
 template <class T>
 void substitute_dense(const OrderedSystem<T>& system, CUstream_st* stream);
 

@@ -13,7 +13,7 @@ void solve_pcr(const OrderedSystem<T>&, const Execution&, Workspace&) {
     device::require_gpu();
 }
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>&, index, const Execution&, Workspace&) {
+void solve_scan(const OrderedSystem<T>&, index, TensorCores, const Execution&, Workspace&) {
     device::require_gpu();
 }
 template <Backend backend, class T>
@@ -24,7 +24,8 @@ void multiply_transposed(const Jacobian<const T>&, const View<const T>&, const V
 #define DEEPPCR_INSTANTIATE(T)                                                                                \
     template void solve_sequential<Backend::cuda, T>(const OrderedSystem<T>&, const Execution&);              \
     template void solve_pcr<Backend::cuda, T>(const OrderedSystem<T>&, const Execution&, Workspace&);         \
-    template void solve_scan<Backend::cuda, T>(const OrderedSystem<T>&, index, const Execution&, Workspace&); \
+    template void solve_scan<Backend::cuda, T>(const OrderedSystem<T>&, index, TensorCores, const Execution&, \
+                                               Workspace&);                                                   \
     template void multiply_transposed<Backend::cuda, T>(const Jacobian<const T>&, const View<const T>&,       \
                                                         const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)

@@ -122,6 +122,8 @@ bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const Sol
     const Shape& shape = subdiagonal.states();
     require_backend<T>("options.execution.backend", options.execution.backend);
     if (options.chunk < 0) throw InvalidArgument("options.chunk", "0 or more", std::to_string(options.chunk));
+    if (options.tensor_cores < TensorCores::none || options.tensor_cores > TensorCores::tf32)
+        throw InvalidArgument("options.tensor_cores", "one of TensorCores", std::to_string(int(options.tensor_cores)));
     const index count = shape.count();
     require_block("system.subdiagonal", subdiagonal);
     require_shape("system.right_side", shape, "system.subdiagonal", right_side.shape());
@@ -230,8 +232,8 @@ index choose_chunk(const OrderedSystem<T>& system, int threads) {
 }
 
 template <Backend backend, class T>
-Reduction run_method(Reduction method, const OrderedSystem<T>& system, index chunk, const Execution& execution,
-                     Workspace& workspace) {
+Reduction run_method(Reduction method, const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores,
+                     const Execution& execution, Workspace& workspace) {
     switch (method) {
         case Reduction::sequential:
             reduce::solve_sequential<backend>(system, execution);
@@ -240,7 +242,7 @@ Reduction run_method(Reduction method, const OrderedSystem<T>& system, index chu
             reduce::solve_pcr<backend>(system, execution, workspace);
             return method;
         case Reduction::scan:
-            reduce::solve_scan<backend>(system, chunk, execution, workspace);
+            reduce::solve_scan<backend>(system, chunk, tensor_cores, execution, workspace);
             return method;
         case Reduction::automatic:
             break;
@@ -265,7 +267,7 @@ Reduction run(const OrderedSystem<T>& given, const SolveOptions& options) {
     Workspace& workspace = options.workspace ? *options.workspace : local;
 
     const Execution execution{.backend = backend, .threads = threads};
-    return run_method<backend>(method, system, chunk, execution, workspace);
+    return run_method<backend>(method, system, chunk, options.tensor_cores, execution, workspace);
 }
 
 /// Blocks of up to 4: a thread for each row where the rows lie side by side and alone keep the memory of every
@@ -302,7 +304,7 @@ Reduction run_on_gpu(const OrderedSystem<T>& given, const SolveOptions& options)
     Workspace& workspace = options.workspace ? *options.workspace : local;
     std::optional<Workspace::Use> use;
     if (options.workspace != nullptr) use.emplace(workspace, options.execution);
-    return run_method<Backend::cuda>(method, system, options.chunk, options.execution, workspace);
+    return run_method<Backend::cuda>(method, system, options.chunk, options.tensor_cores, options.execution, workspace);
 }
 
 /// Of an empty system.

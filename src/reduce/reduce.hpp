@@ -35,9 +35,11 @@ void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Works
 
 /// Chunk summaries, the states at the chunks' ends from the summaries, and the chunks again from those states.
 /// Takes the summaries from `workspace`. chunk >= 1; of the cuda backend 0 too, where the shape and the GPU decide;
-/// blocks of up to 4 always have chunks of their own there, and are solved in one launch.
+/// blocks of up to 4 always have chunks of their own there, and are solved in one launch. tensor_cores: of the cuda
+/// backend.
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace);
+void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, const Execution& execution,
+                Workspace& workspace);
 
 /// product = A^T y for the one step of `subdiagonal`.
 template <Backend backend, class T>

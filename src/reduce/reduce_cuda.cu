@@ -165,11 +165,12 @@ void solve_pcr(const OrderedSystem<T>& system, const Execution& execution, Works
 }
 
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace) {
+void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, const Execution& execution,
+                Workspace& workspace) {
     if (system.block() <= largest_block_in_tiles)
         scan_tiles(system, execution.stream, workspace);
     else
-        scan_dense(system, chunk, execution.stream, workspace);
+        scan_dense(system, chunk, tensor_cores, execution.stream, workspace);
 }
 
 template <Backend backend, class T>
@@ -183,7 +184,8 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
 #define DEEPPCR_INSTANTIATE(T)                                                                                \
     template void solve_sequential<Backend::cuda, T>(const OrderedSystem<T>&, const Execution&);              \
     template void solve_pcr<Backend::cuda, T>(const OrderedSystem<T>&, const Execution&, Workspace&);         \
-    template void solve_scan<Backend::cuda, T>(const OrderedSystem<T>&, index, const Execution&, Workspace&); \
+    template void solve_scan<Backend::cuda, T>(const OrderedSystem<T>&, index, TensorCores, const Execution&, \
+                                               Workspace&);                                                   \
     template void multiply_transposed<Backend::cuda, T>(const Jacobian<const T>&, const View<const T>&,       \
                                                         const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)

@@ -111,7 +111,8 @@ void solve_pcr(const OrderedSystem<T>& system, const Execution& /*execution*/, W
 }
 
 template <Backend backend, class T>
-void solve_scan(const OrderedSystem<T>& system, index chunk, const Execution& execution, Workspace& workspace) {
+void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores /*tensor_cores*/, const Execution& execution,
+                Workspace& workspace) {
     const auto& [factor, right_side, initial, solution, transposed] = system;
     const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
     const index chunks = (steps + chunk - 1) / chunk;
@@ -166,7 +167,8 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
 #define DEEPPCR_INSTANTIATE(T)                                                                                     \
     template void solve_sequential<Backend::reference, T>(const OrderedSystem<T>&, const Execution&);              \
     template void solve_pcr<Backend::reference, T>(const OrderedSystem<T>&, const Execution&, Workspace&);         \
-    template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, const Execution&, Workspace&); \
+    template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, TensorCores, const Execution&, \
+                                                    Workspace&);                                                   \
     template void multiply_transposed<Backend::reference, T>(const Jacobian<const T>&, const View<const T>&,       \
                                                              const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)

@@ -14,10 +14,13 @@
 //   M
 //                  at the same time; 32, 16 or 8 threads make a chunk, and none waits for more than its warp
 //   K <= 256       in shared memory, `panel` columns to a block of 256 threads, each of which has up to 16 rows of
-//                  4 columns of the next P in registers; M comes in slices of 16 of its columns
+//                  4 columns of the next P in registers; M comes in slices of 16 of its columns. Where tensor cores are
+//                  asked for, a warp has tiles of the next P
 //   larger ones    are substituted only
 //
 // M^T, of transposed solves, is the same memory read along the other side, and P is stored transposed.
+#include <bit>
+
 #include "reduce/arrays_cuda.cuh"
 
 namespace deeppcr::reduce {
@@ -243,27 +246,219 @@ constexpr int most_threads = 1024;
 constexpr int large_threads = 256, slice = 16;  // columns of M
 constexpr int large_stages = 3;                 // slices in shared memory
 
-/// How shared memory is divided: large_stages of slices of M, the panel of P, two states.
-template <class T, int rows, bool transposed, bool summarises>
-struct LargeShape {
+/// A panel of the product's columns.
+template <class T, int rows>
+struct Panel {
     using A = Arithmetic<T>;
     static constexpr int columns = 16 / int(sizeof(A));  // of a thread
-    static constexpr int panel = 16 * columns, side = 16 * rows;
-    static constexpr int pitch = transposed ? pitch_of<T, side> : pitch_of<T, slice>;
-    static constexpr int slice_numbers = (transposed ? slice : side) * pitch;
-    static constexpr std::size_t bytes =
-        large_stages * slice_numbers * sizeof(T) + ((summarises ? side * panel : 0) + 2 * side) * sizeof(A);
+    static constexpr int width = 16 * columns, side = 16 * rows;
 };
 
-/// A block of threads runs along a chunk: thread i has row i of the state, and, of a panel of the product's columns,
-/// `rows` rows of a few columns: ti + 16 r, or, where M is read transposed, neighbours by four.
-template <class T, int rows, bool transposed, bool summarises>
+/// The next P of a panel by multiplications and additions. A thread has `rows` rows of a few columns: ti + 16 r, or,
+/// where M is read transposed, neighbours by four.
+template <class T, int rows, bool transposed>
+class PlainProduct {
+    using Of = Panel<T, rows>;
+    using A = Arithmetic<T>;
+    static constexpr int columns = Of::columns;
+
+public:
+    static constexpr int pitch = transposed ? pitch_of<T, Of::side> : pitch_of<T, slice>;  // of a slice of M
+    static constexpr int product_pitch = Of::width;
+
+    __device__ explicit PlainProduct(int thread) : ti_(thread / 16), tj_(thread % 16) {}
+
+    __device__ __forceinline__ void clear() {
+        DEEPPCR_UNROLL
+        for (auto& row : next_) {
+            DEEPPCR_UNROLL
+            for (A& entry : row) entry = A(0);
+        }
+    }
+    /// A slice of M times the rows of P that it meets.
+    __device__ __forceinline__ void add(const T* m, const A* product) {
+        DEEPPCR_UNROLL
+        for (int v = 0; v < slice; v += 4) {
+            A of_product[4][columns];
+            DEEPPCR_UNROLL
+            for (int w = 0; w < 4; ++w)
+                read_numbers<columns>(product + (v + w) * product_pitch + columns * tj_, of_product[w]);
+            DEEPPCR_UNROLL
+            for (int r = 0; r < rows; r += transposed ? 4 : 1) {
+                DEEPPCR_UNROLL
+                for (int w = 0; w < (transposed ? 4 : 1); ++w) {
+                    A entries[4];
+                    read_numbers<4>(m + (transposed ? (v + w) * pitch + row_of(r) : row_of(r) * pitch + v), entries);
+                    DEEPPCR_UNROLL
+                    for (int e = 0; e < 4; ++e) {
+                        DEEPPCR_UNROLL
+                        for (int c = 0; c < columns; ++c)
+                            next_[transposed ? r + e : r][c] += entries[e] * of_product[transposed ? w : e][c];
+                    }
+                }
+            }
+        }
+    }
+    /// To the first K rows of P; `last`: no further product is computed from it.
+    __device__ __forceinline__ void store(A* product, int K, bool /*last*/) const {
+        DEEPPCR_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            if (row_of(r) >= K) continue;
+            write_numbers<columns>(product + row_of(r) * product_pitch + columns * tj_, next_[r]);
+        }
+    }
+    /// An entry of P as it is kept for the next product.
+    __device__ static A kept(A entry, bool /*last*/) { return entry; }
+
+private:
+    __device__ int row_of(int r) const { return transposed ? r / 4 * 64 + 4 * ti_ + r % 4 : ti_ + 16 * r; }
+
+    A next_[rows][columns];
+    int ti_, tj_;
+};
+
+/// The same in tensor cores: 4 x 2 warps share the panel, each in tiles of cuda::multiply_tile. The pitches let the 32
+/// numbers of a fragment lie in different banks.
+template <class T, int rows, bool transposed, TensorCores tensor_cores>
+class TiledProduct {
+    using Of = Panel<T, rows>;
+    using A = Arithmetic<T>;
+    using Tile = cuda::Tile<A>;
+    static constexpr bool in_tf32 = std::is_same_v<A, float>, exact = !std::is_same_v<T, float>;
+    static constexpr bool split = in_tf32 && tensor_cores == TensorCores::split;
+    static constexpr bool rounded = in_tf32 && tensor_cores == TensorCores::tf32;
+    static constexpr int warp_rows = Of::side / 4, warp_columns = Of::width / 2;
+    static constexpr int row_tiles = warp_rows / Tile::rows, column_tiles = warp_columns / Tile::columns;
+    static constexpr int apart = in_tf32 ? 8 : 4;
+
+public:
+    static constexpr int pitch = transposed ? Of::side + apart : slice + (sizeof(T) == 2 ? 8 : 4);
+    static constexpr int product_pitch = Of::width + apart;
+
+    __device__ explicit TiledProduct(int thread)
+        : g_(thread % 32 / 4), t_(thread % 4), row_(thread / 64 * warp_rows), column_(thread / 32 % 2 * warp_columns) {}
+
+    __device__ __forceinline__ void clear() {
+        DEEPPCR_UNROLL
+        for (auto& row : next_) {
+            DEEPPCR_UNROLL
+            for (auto& tile : row) {
+                DEEPPCR_UNROLL
+                for (A& entry : tile) entry = A(0);
+            }
+        }
+    }
+    __device__ __forceinline__ void add(const T* m, const A* product) {
+        DEEPPCR_UNROLL
+        for (int k = 0; k < slice; k += Tile::depth) {
+            A b[column_tiles][Tile::of_b], b_rest[column_tiles][Tile::of_b];
+            DEEPPCR_UNROLL
+            for (int c = 0; c < column_tiles; ++c) {
+                DEEPPCR_UNROLL
+                for (int i = 0; i < Tile::of_b; ++i) {
+                    b[c][i] = product[(k + t_ + 4 * i) * product_pitch + column_ + Tile::columns * c + g_];
+                    if constexpr (split) cuda::split_to_tf32(b[c][i], b[c][i], b_rest[c][i]);
+                }
+            }
+            DEEPPCR_UNROLL
+            for (int r = 0; r < row_tiles; ++r) {
+                A a[Tile::of_a], a_rest[Tile::of_a];
+                DEEPPCR_UNROLL
+                for (int i = 0; i < Tile::of_a; ++i) {
+                    const int row = row_ + Tile::rows * r + g_ + 8 * (i % (Tile::rows / 8));
+                    const int l = k + t_ + 4 * (i / (Tile::rows / 8));
+                    a[i] = cuda::widen(m[transposed ? l * pitch + row : row * pitch + l]);
+                    if constexpr (split && !exact) cuda::split_to_tf32(a[i], a[i], a_rest[i]);
+                    if constexpr (rounded && !exact) a[i] = cuda::round_to_tf32(a[i]);
+                }
+                if constexpr (split) {
+                    DEEPPCR_UNROLL
+                    for (int c = 0; c < column_tiles; ++c) cuda::multiply_tile(next_[r][c], a, b_rest[c]);
+                    DEEPPCR_UNROLL
+                    for (int c = 0; c < column_tiles && !exact; ++c) cuda::multiply_tile(next_[r][c], a_rest, b[c]);
+                }
+                DEEPPCR_UNROLL
+                for (int c = 0; c < column_tiles; ++c) cuda::multiply_tile(next_[r][c], a, b[c]);
+            }
+        }
+    }
+    __device__ __forceinline__ void store(A* product, int K, bool last) const {
+        DEEPPCR_UNROLL
+        for (int r = 0; r < row_tiles; ++r) {
+            DEEPPCR_UNROLL
+            for (int i = 0; i < Tile::of_sum; i += 2) {
+                const int row = row_ + Tile::rows * r + g_ + 4 * i;
+                if (row >= K) continue;
+                DEEPPCR_UNROLL
+                for (int c = 0; c < column_tiles; ++c) {
+                    const A pair[2] = {kept(next_[r][c][i], last), kept(next_[r][c][i + 1], last)};
+                    write_numbers<2>(product + row * product_pitch + column_ + Tile::columns * c + 2 * t_, pair);
+                }
+            }
+        }
+    }
+    __device__ static A kept(A entry, bool last) {
+        if constexpr (rounded)
+            if (!last) return cuda::round_to_tf32(entry);
+        return entry;
+    }
+
+private:
+    A next_[row_tiles][column_tiles][Tile::of_sum];
+    int g_, t_, row_, column_;
+};
+
+/// As begin_copying, of rows of up to `most_numbers`: each thread has its place in a row, in every so many rows.
+template <int most_numbers, class T>
+__device__ __forceinline__ void begin_copying_slice(int bytes, const T* from, int stride, int rows, int numbers,
+                                                    T* shared, int pitch, int thread) {
+    cuda::compute_anew_from(thread);
+    cuda::compute_anew_from(bytes);
+    // All powers of two: by shifts.
+    constexpr int log_numbers = std::bit_width(unsigned(most_numbers)) - 1;
+    const int log_many = 31 - __clz(bytes / int(sizeof(T))), log_pieces = log_numbers - log_many;
+    const int rows_at_once = large_threads >> log_pieces, row = thread >> log_pieces;
+    const int column = (thread & ((1 << log_pieces) - 1)) << log_many;
+    if (column >= numbers) return;
+    from += row * stride + column;
+    shared += row * pitch + column;
+    DEEPPCR_ROLLED
+    for (int r = row; r < rows; r += rows_at_once) {
+        if (bytes == 16)
+            cuda::begin_copy<16>(shared, from);
+        else if (bytes == 8)
+            cuda::begin_copy<8>(shared, from);
+        else if (bytes == 4)
+            cuda::begin_copy<4>(shared, from);
+        else
+            *shared = *from;
+        from += rows_at_once * stride;
+        shared += rows_at_once * pitch;
+    }
+}
+
+/// How shared memory is divided: large_stages of slices of M, two states, the panel of P.
+template <class T, int rows, bool transposed, bool summarises, TensorCores tensor_cores>
+struct LargeShape {
+    using A = Arithmetic<T>;
+    using Of = Panel<T, rows>;
+    using Product = std::conditional_t<tensor_cores == TensorCores::none, PlainProduct<T, rows, transposed>,
+                                       TiledProduct<T, rows, transposed, tensor_cores>>;
+    static constexpr int slice_numbers = (transposed ? slice : Of::side) * Product::pitch;
+    static constexpr std::size_t bytes =
+        large_stages * slice_numbers * sizeof(T) +
+        ((summarises ? Of::side * Product::product_pitch : 0) + 2 * Of::side) * sizeof(A);
+};
+
+/// A block of threads runs along a chunk: thread i has row i of the state, and its part of a panel of the product.
+template <class T, int rows, bool transposed, bool summarises, TensorCores tensor_cores>
 __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
     run_large(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
               Carried<Arithmetic<T>> carried) {
     using A = Arithmetic<T>;
-    using Shape = LargeShape<T, rows, transposed, summarises>;
-    constexpr int columns = Shape::columns, panel = Shape::panel, side = Shape::side, pitch = Shape::pitch;
+    using Shape = LargeShape<T, rows, transposed, summarises, tensor_cores>;
+    using Product = typename Shape::Product;
+    constexpr int panel = Panel<T, rows>::width, side = Panel<T, rows>::side, pitch = Product::pitch;
     const int panels = summarises ? (K + panel - 1) / panel : 1;
     const index number = index(blockIdx.x) / panels;
     const int first_column = int(index(blockIdx.x) % panels) * panel;
@@ -273,8 +468,7 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
     T* const ring = shared_memory<T>();
     A* const state = reinterpret_cast<A*>(ring + large_stages * Shape::slice_numbers);  // [2, side]
     A* const product = state + 2 * side;                                                // [side, panel]
-    const int me = int(threadIdx.x), ti = me / 16, tj = me % 16;
-    const auto row_of = [&](int r) { return transposed ? r / 4 * 64 + 4 * ti + r % 4 : ti + 16 * r; };
+    const int me = int(threadIdx.x);
 
     const bool from_first = !summarises || (run.chunk == 0 && !run.from_nothing);
     const bool keeps_state = first_column == 0;
@@ -283,10 +477,13 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
     if constexpr (summarises)
         for (int i = me; i < side * panel; i += large_threads) {
             const int row = i / panel, column = first_column + i % panel;
-            product[i] = A(0);
+            A& entry = product[row * Product::product_pitch + i % panel];
+            entry = A(0);
             if (run.chunk > 0 && row < K && column < K)
-                product[i] = cuda::widen(arrays.factor.at(run.first, run.sequence, run.row,
-                                                          K * K)[transposed ? column * K + row : row * K + column]);
+                entry = Product::kept(
+                    cuda::widen(arrays.factor.at(run.first, run.sequence, run.row,
+                                                 K * K)[transposed ? column * K + row : row * K + column]),
+                    run.steps == 1);
         }
     __syncthreads();
     const auto right_side = [&](int n) {
@@ -303,14 +500,16 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
         }
     }
 
-    const int slices = (K + slice - 1) / slice, items = (run.steps - begin_step) * slices;
-    const auto begin = [&](int item) {
-        if (item < items) {
-            const int n = begin_step + item / slices, l = item % slices * slice, width = min(slice, K - l);
-            const T* const m = arrays.factor.at(run.first + n, run.sequence, run.row, K * K);
-            T* const to = ring + item % large_stages * Shape::slice_numbers;
-            begin_copying(bytes, m + (transposed ? l * K : l), K, transposed ? width : K, transposed ? K : width, to,
-                          pitch, me, large_threads);
+    const auto after = [](int stage) { return stage == large_stages - 1 ? 0 : stage + 1; };
+    int ahead_step = begin_step, ahead_column = 0, ahead_stage = 0;  // of the next slice to be copied
+    const T* ahead = arrays.factor.at(run.first + begin_step, run.sequence, run.row, K * K);
+    const auto begin = [&] {
+        if (ahead_step < run.steps) {
+            const int width = min(slice, K - ahead_column);
+            T* const to = ring + ahead_stage * Shape::slice_numbers;
+            begin_copying_slice<transposed ? side : slice>(
+                bytes, ahead + (transposed ? ahead_column * K : ahead_column), K, transposed ? width : K,
+                transposed ? K : width, to, pitch, me);
             // What an earlier slice left beside a narrower one would be multiplied by 0, and may be infinite.
             if constexpr (transposed) {
                 DEEPPCR_ROLLED
@@ -319,29 +518,30 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
                 DEEPPCR_ROLLED
                 for (int i = me * pitch + width; i < me * pitch + slice && me < K; ++i) to[i] = T();
             }
+            ahead_stage = after(ahead_stage);
+            ahead_column += slice;
+            if (ahead_column >= K) {
+                ahead_column = 0;
+                ++ahead_step;
+                ahead += arrays.factor.step;
+            }
         }
         cuda::commit_copies();
     };
-    for (int item = 0; item < large_stages - 1; ++item) begin(item);
+    for (int i = 0; i < large_stages - 1; ++i) begin();
     T next_right_side = right_side(begin_step);
-    int item = 0;
+    Product next(me);
+    int stage = 0;
     for (int n = begin_step; n < run.steps; ++n) {
         const A* const last = state + (n - begin_step) % 2 * side;
         A sum = cuda::widen(next_right_side);
         next_right_side = right_side(n + 1);
-        A next[summarises ? rows : 1][columns];
-        if constexpr (summarises) {
-            DEEPPCR_UNROLL
-            for (auto& row : next) {
-                DEEPPCR_UNROLL
-                for (A& entry : row) entry = A(0);
-            }
-        }
-        for (int l = 0; l < K; l += slice, ++item) {
+        if constexpr (summarises) next.clear();
+        for (int l = 0; l < K; l += slice, stage = after(stage)) {
             cuda::wait_for_copies_but<large_stages - 2>();
             __syncthreads();
-            begin(item + large_stages - 1);
-            const T* const m = ring + item % large_stages * Shape::slice_numbers;
+            begin();
+            const T* const m = ring + stage * Shape::slice_numbers;
             if (keeps_state && me < K) {
                 DEEPPCR_UNROLL
                 for (int v = 0; v < slice; v += 4) {
@@ -353,28 +553,7 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
             }
             if constexpr (summarises) {
                 if (run.chunk == 0) continue;
-                DEEPPCR_UNROLL
-                for (int v = 0; v < slice; v += 4) {
-                    A of_product[4][columns];
-                    DEEPPCR_UNROLL
-                    for (int w = 0; w < 4; ++w)
-                        read_numbers<columns>(product + (l + v + w) * panel + columns * tj, of_product[w]);
-                    DEEPPCR_UNROLL
-                    for (int r = 0; r < rows; r += transposed ? 4 : 1) {
-                        DEEPPCR_UNROLL
-                        for (int w = 0; w < (transposed ? 4 : 1); ++w) {
-                            A entries[4];
-                            read_numbers<4>(m + (transposed ? (v + w) * pitch + row_of(r) : row_of(r) * pitch + v),
-                                            entries);
-                            DEEPPCR_UNROLL
-                            for (int e = 0; e < 4; ++e) {
-                                DEEPPCR_UNROLL
-                                for (int c = 0; c < columns; ++c)
-                                    next[transposed ? r + e : r][c] += entries[e] * of_product[transposed ? w : e][c];
-                            }
-                        }
-                    }
-                }
+                next.add(m, product + l * Product::product_pitch);
             }
         }
         if (keeps_state && me < K) {
@@ -385,11 +564,7 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
         if constexpr (summarises) {
             if (run.chunk == 0) continue;
             __syncthreads();
-            DEEPPCR_UNROLL
-            for (int r = 0; r < rows; ++r) {
-                if (row_of(r) >= K) continue;
-                write_numbers<columns>(product + row_of(r) * panel + columns * tj, next[r]);
-            }
+            next.store(product, K, n + 1 == run.steps);
         }
     }
     if constexpr (summarises) {
@@ -400,7 +575,7 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
             const int row = transposed ? i % side : i / panel, column = transposed ? i / side : i % panel;
             if (row < K && first_column + column < K)
                 to[transposed ? (first_column + column) * K + row : row * K + first_column + column] =
-                    product[row * panel + column];
+                    product[row * Product::product_pitch + column];
         }
     }
 }
@@ -451,13 +626,13 @@ constexpr int largest_panel_block = 256;
 /// The largest block that is carried in slices on the current GPU.
 template <class T>
 int largest_in_slices() {
-    using Shape = LargeShape<T, largest_panel_block / 16, false, true>;
+    using Shape = LargeShape<T, largest_panel_block / 16, false, true, TensorCores::none>;
     return index(Shape::bytes) <= shared_bytes_of_each(1) ? largest_panel_block : largest_panel_block / 2;
 }
 
 template <class T, bool transposed, bool summarises>
 void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const Carried<Arithmetic<T>>& carried,
-                   CUstream_st* stream) {
+                   TensorCores tensor_cores, CUstream_st* stream) {
     const index runs = (chunks.count - (summarises ? 1 : 0)) * arrays.batch * arrays.rows;
     const auto launch = [&](auto kernel, index blocks, int threads, std::size_t shared_bytes) {
         if (blocks > std::numeric_limits<int>::max())
@@ -470,10 +645,22 @@ void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const C
         launch(run_small<T, side, transposed, summarises>, (runs + together - 1) / together, threads,
                small_shared_bytes<T, side>());
     };
+    const auto large_by = [&]<int rows, TensorCores by>() {
+        constexpr int panel = Panel<T, rows>::width;
+        launch(run_large<T, rows, transposed, summarises, by>, runs * (summarises ? (K + panel - 1) / panel : 1),
+               large_threads, LargeShape<T, rows, transposed, summarises, by>::bytes);
+    };
     const auto large = [&]<int rows>() {
-        using Shape = LargeShape<T, rows, transposed, summarises>;
-        const index panels = summarises ? (K + Shape::panel - 1) / Shape::panel : 1;
-        launch(run_large<T, rows, transposed, summarises>, runs * panels, large_threads, Shape::bytes);
+        if constexpr (summarises) {
+            constexpr auto split = TensorCores::split;
+            constexpr std::size_t bytes = LargeShape<T, rows, transposed, summarises, split>::bytes;
+            if (tensor_cores != TensorCores::none && index(bytes) <= shared_bytes_of_each(1)) {
+                constexpr auto rounded = std::is_same_v<T, double> ? split : TensorCores::tf32;  // double has one kind
+                return tensor_cores == split ? large_by.template operator()<rows, split>()
+                                             : large_by.template operator()<rows, rounded>();
+            }
+        }
+        large_by.template operator()<rows, TensorCores::none>();
     };
     if (K <= 8)
         small.template operator()<8>();
@@ -493,11 +680,11 @@ void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const C
 }
 template <bool summarises, class T>
 void run_chunks(const Arrays<T>& arrays, int K, bool transposed, const Chunks& chunks,
-                const Carried<Arithmetic<T>>& carried, CUstream_st* stream) {
+                const Carried<Arithmetic<T>>& carried, TensorCores tensor_cores, CUstream_st* stream) {
     if (transposed)
-        run_chunks_as<T, true, summarises>(arrays, K, chunks, carried, stream);
+        run_chunks_as<T, true, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
     else
-        run_chunks_as<T, false, summarises>(arrays, K, chunks, carried, stream);
+        run_chunks_as<T, false, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
 }
 
 /// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
@@ -509,19 +696,19 @@ index chunk_length(index steps, index chains, int K) {
 }
 
 template <class T>
-void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, CUstream_st* stream,
-                 Workspace& workspace) {
+void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, TensorCores tensor_cores,
+                 CUstream_st* stream, Workspace& workspace) {
     using A = Arithmetic<T>;
     constexpr index few_steps = 48;  // which take less than the launches of a scan
     const index chains = arrays.batch * arrays.rows, steps = arrays.steps;
     index length = wanted > 0 ? wanted : steps <= few_steps ? steps : chunk_length(steps, chains, K);
     if (length > steps || K > largest_in_slices<T>()) length = steps;
     const Chunks chunks{length, (steps + length - 1) / length};
-    if (chunks.count == 1) return run_chunks<false, T>(arrays, K, transposed, chunks, {}, stream);
+    if (chunks.count == 1) return run_chunks<false, T>(arrays, K, transposed, chunks, {}, tensor_cores, stream);
     const Workspace::Scope scope(workspace);
     const index maps = (chunks.count - 1) * chains;
     const Carried<A> carried{workspace.take<A>(maps * K * K), workspace.take<A>(maps * K)};
-    run_chunks<true, T>(arrays, K, transposed, chunks, carried, stream);
+    run_chunks<true, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
     // In place: sums become the states at the chunks' ends. The initial state is in the first sum.
     const index block = index(K) * K;
     const Arrays<A> ends{{carried.products, chains * block, arrays.rows * block},
@@ -531,24 +718,26 @@ void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, 
                          chunks.count - 1,
                          arrays.batch,
                          arrays.rows};
-    scan_chunks<A>(ends, K, transposed, 0, stream, workspace);
-    run_chunks<false, T>(arrays, K, transposed, chunks, carried, stream);
+    scan_chunks<A>(ends, K, transposed, 0, tensor_cores, stream, workspace);
+    run_chunks<false, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
 }
 
 }  // namespace
 
 template <class T>
-void scan_dense(const OrderedSystem<T>& system, index chunk, CUstream_st* stream, Workspace& workspace) {
-    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, chunk, stream, workspace);
+void scan_dense(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, CUstream_st* stream,
+                Workspace& workspace) {
+    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, chunk, tensor_cores, stream, workspace);
 }
 
 template <class T>
 void substitute_dense(const OrderedSystem<T>& system, CUstream_st* stream) {
-    run_chunks<false, T>(arrays_of(system), int(system.block()), system.transposed, {system.steps(), 1}, {}, stream);
+    run_chunks<false, T>(arrays_of(system), int(system.block()), system.transposed, {system.steps(), 1}, {},
+                         TensorCores::none, stream);
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                          \
-    template void scan_dense(const OrderedSystem<T>&, index, CUstream_st*, Workspace&); \
+#define DEEPPCR_INSTANTIATE(T)                                                                       \
+    template void scan_dense(const OrderedSystem<T>&, index, TensorCores, CUstream_st*, Workspace&); \
     template void substitute_dense(const OrderedSystem<T>&, CUstream_st*);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
