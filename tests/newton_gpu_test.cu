@@ -449,7 +449,7 @@ void expect_choice(const Recurrence<T>& recurrence, const std::string& method) {
 
 TYPED_TEST(NewtonOnGpu, AutomaticTakesWhatIsFasterByFar) {
     using std::chrono::milliseconds;
-    expect_choice<TypeParam>(Sleepy<0, TypeParam>(64, milliseconds(10), milliseconds(0)), "newton");
+    expect_choice<TypeParam>(Sleepy<0, TypeParam>(64, milliseconds(50), milliseconds(0)), "newton");
     expect_choice<TypeParam>(Sleepy<1, TypeParam>(64, milliseconds(0), milliseconds(50)), "sequential");
 }
 
