@@ -128,7 +128,7 @@ CLI::App& Program::add(const std::string& name, const std::string& description, 
 }
 
 void Program::add_group(const std::string& name, const std::string& description) {
-    parser_.add_subcommand(name, description)->require_subcommand(1);
+    parser_.add_subcommand(name, description)->require_subcommand(0, 1);
 }
 
 int Program::run(int argc, char** argv) {
@@ -153,8 +153,11 @@ int Program::run(int argc, char** argv) {
     }
     const auto chosen = std::find_if(commands_.begin(), commands_.end(),
                                      [](const Command& command) { return command.parser->parsed(); });
-    if (chosen == commands_.end())
-        return fail("no command is given; `deeppcr --help` lists the commands", Exit::error, json_);
+    if (chosen == commands_.end()) {
+        const auto groups = parser_.get_subcommands();
+        const std::string group = groups.empty() ? "" : groups.front()->get_name() + " ";
+        return fail("no command is given; `deeppcr " + group + "--help` lists the commands", Exit::error, json_);
+    }
 
     Output output(json_);
     Exit code = Exit::done;

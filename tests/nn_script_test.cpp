@@ -102,7 +102,7 @@ TEST_F(Scripts, AStepMayHaveNoInputsOrNoDerivative) {
 TEST_F(Scripts, WhatIsWrongWithAFileIsSaid) {
     const at::Tensor inputs = torch::randn({5, 3, 2}), initial = torch::randn({3, 4});
     const auto evaluated = [&](const std::filesystem::path& file) {
-        return message([&] { evaluate(ScriptRecurrence<float>(file, inputs, initial)); });
+        return message([&] { evaluate(ScriptRecurrence<float>(file, inputs, initial), {.method = Method::newton}); });
     };
     EXPECT_THAT(evaluated(folder / "none.pt"), HasSubstr("none.pt: does not exist"));
     std::ofstream(folder / "text.pt") << "not a model";

@@ -57,7 +57,7 @@ struct ExperienceKey {
     int steps = 0, numbers = 0, tolerance = 0;  ///< magnitudes of T, B*D and the tolerance
     index block = 0;
 
-    auto operator<=>(const ExperienceKey&) const = default;
+    auto operator<=>(const ExperienceKey&) const = default;  // NOLINT(modernize-use-nullptr)
 };
 
 Experience experience(const ExperienceKey& key);
