@@ -74,9 +74,10 @@ cells) sleep 60 ;;
 *) exec '$benchmark' \"\$@\" ;;
 esac"
 rm -r "$here/out"
-PART_SECONDS=3 run 1 solves cells
+run 1 solves
 expect "a failing benchmark" '| solves | exit code 1 |' "$here/out/gpu.md"
 expect "a failing benchmark" '| blocks of 2 |' "$here/out/gpu.md"
+PART_SECONDS=3 run 1 cells
 expect "a hanging benchmark" '| cells | stopped after 3 s |' "$here/out/gpu.md"
 
 # No GPU: nothing runs.
