@@ -2,9 +2,8 @@
 //   converged              every row of every sequence passed the residual test
 //   non_finite             f of a confirmed state is not finite: the sequence ends there, as it does sequentially
 //   max_iterations         the limit, or the caller's `progress`, said stop
-//   finished_sequentially  no progress even after the window was shortened, or, where the method was chosen, passes
-//   that
-//                          take longer than the rest would: step after step from the confirmed prefix
+//   finished_sequentially  no progress even after the window was shortened, or passes that take longer than the rest
+//                          would (where the method was chosen): step after step from the confirmed prefix
 
 #include <deeppcr/evaluate.hpp>
 
