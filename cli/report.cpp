@@ -246,6 +246,7 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom
 .number { text-align: right; }
 td.good { color: var(--good); font-weight: 600; }
 td.bad { color: var(--bad); }
+img { display: block; width: 100%; image-rendering: pixelated; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 svg .tick { fill: var(--soft); font-size: 11.5px; }
@@ -492,6 +493,23 @@ void Page::figures(const std::vector<Picture>& pictures) {
 void Page::plots(const std::vector<Plot>& plots) { figures(plots); }
 
 void Page::maps(const std::vector<Map>& maps) { figures(maps); }
+
+std::string base64(const std::vector<std::uint8_t>& bytes) {
+    constexpr std::string_view digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    std::string text;
+    for (std::size_t i = 0; i < bytes.size(); i += 3) {
+        const std::size_t count = std::min<std::size_t>(3, bytes.size() - i);
+        unsigned three = 0;
+        for (std::size_t k = 0; k < 3; ++k) three = three << 8 | (k < count ? bytes[i + k] : 0);
+        for (std::size_t k = 0; k < 4; ++k) text += k <= count ? digits[three >> (18 - 6 * k) & 63] : '=';
+    }
+    return text;
+}
+
+void Page::picture(std::string_view title, std::string_view png) {
+    body_ += "<figure><h3>" + escape(title) + "</h3><img alt=\"" + escape(title) + "\" src=\"data:image/png;base64," +
+             std::string(png) + "\"></figure>\n";
+}
 
 std::string Page::html() const {
     return "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"

@@ -1,6 +1,7 @@
 // A report as one self-contained HTML page: prose, tables, line plots and maps, the pictures inline as SVG.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -91,6 +92,9 @@ struct Table {
 /// The table in aligned columns, for a terminal: title, headings, rows, caption; each line ends with a newline.
 std::string text(const Table& table);
 
+/// RFC 4648, section 4.
+std::string base64(const std::vector<std::uint8_t>& bytes);
+
 /// Put together from top to bottom. All texts are plain: they are escaped here.
 class Page {
 public:
@@ -105,6 +109,8 @@ public:
     /// Plots side by side, as many as fit.
     void plots(const std::vector<Plot>& plots);
     void maps(const std::vector<Map>& maps);
+    /// png: a file's bytes in base64.
+    void picture(std::string_view title, std::string_view png);
 
     std::string html() const;
 

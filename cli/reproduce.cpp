@@ -1,5 +1,5 @@
-// deeppcr reproduce: the paper's two experiments and recurrent cells on this machine, as a summary, a page to read and
-// a file of numbers.
+// deeppcr reproduce: the paper's three experiments and recurrent cells on this machine, as a summary, a page to read
+// and a file of numbers.
 #include "reproduce.hpp"
 
 #include <sys/utsname.h>
@@ -29,6 +29,7 @@ struct Arguments {
         return "deeppcr reproduce " + part + " --output " + output.string() + " --seed " +
                std::to_string(experiment.seed) + " --tolerance " + scientific_text(experiment.tolerance) +
                (experiment.data.empty() ? "" : " --data " + experiment.data.string()) +
+               (experiment.model.empty() ? "" : " --model " + experiment.model.string()) +
                (experiment.quick ? " --quick" : "");
     }
 };
@@ -123,7 +124,17 @@ Json schema() {
          "cell, variance of the recurrent coefficients, name of the method, error: largest difference from the double "
          "sequential result over the largest value, estimate: the Report's own, relative likewise, \"infinite\" "
          "where it overflows, null where it has none, good: the error is at most 2e-6, or the estimate is more than "
-         "that"}};
+         "that"},
+        {"diffusion.trials[]",
+         "sampler, steps, surrogate and tolerance; status, iterations; sequential_calls, dependent_calls: calls of the "
+         "network that wait for each other, a pass with full Jacobians counts as two; rows_ratio: noisy images that "
+         "the network saw, parallel / sequential; pixel_difference: the largest, as a fraction of the range; "
+         "residuals: per pass, as a fraction of the tolerance; null where it did not converge"},
+        {"diffusion.quality",
+         "Fréchet distances of parallel from sequential images of the same noise; noise_floor: between two sequential "
+         "sets of different noise"},
+        {"diffusion.in_flight[]", "the same by the number of images, and the method that automatic takes"},
+        {"diffusion.picture", "PNG in base64: sequential images above parallel ones"}};
 }
 
 constexpr const char* disagreement =
@@ -171,6 +182,7 @@ std::string report_page(const Json& results) {
     if (results.contains("mlp")) describe_mlp(results["mlp"], page);
     if (results.contains("resnet")) describe_resnet(results["resnet"], page);
     if (results.contains("rnn")) describe_rnn(results["rnn"], page);
+    if (results.contains("diffusion")) describe_diffusion(results["diffusion"], page);
     return page.html();
 }
 
@@ -199,6 +211,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
         check_resnet_data(arguments.experiment);
         warn_about_slow_blas(output);
     }
+    if (arguments.wants("diffusion")) check_diffusion_data(arguments.experiment);
     prepare_folder(arguments);
 
     const auto begin = std::chrono::steady_clock::now();
@@ -230,6 +243,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
     if (arguments.wants("mlp")) parts.push_back({"mlp", "MLP", run_mlp, summarise_mlp});
     if (arguments.wants("resnet")) parts.push_back({"resnet", "ResNet", run_resnet, summarise_resnet});
     if (arguments.wants("rnn")) parts.push_back({"rnn", "RNN", run_rnn, summarise_rnn});
+    if (arguments.wants("diffusion")) parts.push_back({"diffusion", "Diffusion", run_diffusion, summarise_diffusion});
 
     bool complete = true, agreement = true;
     for (std::size_t i = 0; i < parts.size() && complete; ++i) {
@@ -271,8 +285,10 @@ void add_reproduce(Program& program) {
         program.add("reproduce", "Compare parallel with sequential evaluation on this machine and write a report",
                     "  deeppcr reproduce mlp --output report",
                     [arguments](Output& output) { return reproduce(*arguments, output); });
-    command.add_option("part", arguments->part, "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), or all")
-        ->check(CLI::IsMember({"mlp", "resnet", "rnn", "all"}))
+    command
+        .add_option("part", arguments->part,
+                    "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 6), or all")
+        ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "all"}))
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
         ->capture_default_str();
@@ -284,6 +300,8 @@ void add_reproduce(Program& program) {
                     "Largest relative difference of states and logits; of gradients ten times that")
         ->capture_default_str();
     command.add_option("--data", arguments->experiment.data, "Folder of Fashion-MNIST's four files");
+    command.add_option("--model", arguments->experiment.model,
+                       "A model of `deeppcr train diffusion`, in place of a small one that is trained here");
     command.add_flag("--quick", arguments->experiment.quick,
                      "Tiny sizes, seconds in all: shows only that everything works");
 }

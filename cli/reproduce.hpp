@@ -1,6 +1,8 @@
-// What the three experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
+// What the four experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
 // read nothing but that JSON: a section of the report, a summary for the terminal.
 #pragma once
+
+#include <stdlib.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include <deeppcr/array.hpp>
+#include <files/error.hpp>
 
 #include "command.hpp"
 #include "report.hpp"
@@ -20,8 +23,9 @@ namespace deeppcr::program {
 struct Experiment {
     bool quick = false;  ///< tiny sizes, which show only that everything works
     std::uint64_t seed = 1;
-    double tolerance = 1e-4;          ///< of states and logits, relative to the largest; of gradients ten times that
-    std::filesystem::path data = {};  ///< folder of Fashion-MNIST; empty: where it usually is
+    double tolerance = 1e-4;           ///< of states and logits, relative to the largest; of gradients ten times that
+    std::filesystem::path data = {};   ///< folder of Fashion-MNIST; empty: where it usually is
+    std::filesystem::path model = {};  ///< of `deeppcr train diffusion`; empty: one is trained here
     /// Told how much of the experiment is done, from 0 to 1, and what comes now. False: stop soon; what is finished is
     /// returned with "complete": false.
     std::function<bool(double done, const std::string& now)> advance;
@@ -47,6 +51,31 @@ std::string summarise_resnet(const Json& resnet);
 Json run_rnn(const Experiment& experiment);
 void describe_rnn(const Json& rnn, Page& page);
 std::string summarise_rnn(const Json& rnn);
+
+/// Images by a diffusion model, trained here or Experiment::model: denoising steps in parallel against the sampler
+/// itself, from the same noise; calls of the network that wait for each other, pixels, Fréchet distances, seconds.
+void check_diffusion_data(const Experiment& experiment);
+Json run_diffusion(const Experiment& experiment);
+void describe_diffusion(const Json& diffusion, Page& page);
+std::string summarise_diffusion(const Json& diffusion);
+
+/// For what an experiment trains, as long as it needs it.
+class TemporaryFolder {
+public:
+    TemporaryFolder() {
+        std::string name = (std::filesystem::temp_directory_path() / "deeppcr-XXXXXX").string();
+        if (mkdtemp(name.data()) == nullptr) throw FileError(name, "the temporary folder cannot be created");
+        path = name;
+    }
+    ~TemporaryFolder() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+    }
+    TemporaryFolder(const TemporaryFolder&) = delete;
+    TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+    std::filesystem::path path;
+};
 
 /// The three quartiles of a sample that is not empty.
 struct Quartiles {

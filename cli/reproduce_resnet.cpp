@@ -11,24 +11,6 @@
 namespace deeppcr::program {
 namespace {
 
-/// Where the two trained networks are kept while they are compared.
-class TemporaryFolder {
-public:
-    TemporaryFolder() {
-        std::string name = (std::filesystem::temp_directory_path() / "deeppcr-XXXXXX").string();
-        if (mkdtemp(name.data()) == nullptr) throw FileError(name, "the temporary folder cannot be created");
-        path = name;
-    }
-    ~TemporaryFolder() {
-        std::error_code ignored;
-        std::filesystem::remove_all(path, ignored);
-    }
-    TemporaryFolder(const TemporaryFolder&) = delete;
-    TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-    std::filesystem::path path;
-};
-
 struct Trial {
     std::string name, title;
     Options evaluation;

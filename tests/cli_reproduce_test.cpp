@@ -87,8 +87,12 @@ void expect_mlp(const Json& mlp) {
     }
 }
 
-/// Everything that the page shows is in the page.
-void expect_page(const std::string& page, std::size_t plots) {
+/// Everything that the page shows is in the page; a picture's bytes too.
+void expect_page(std::string page, std::size_t plots, std::size_t pictures = 0) {
+    const std::string inside = " src=\"data:image/png;base64,iVBOR";
+    EXPECT_EQ(occurrences(page, inside), pictures);
+    for (std::size_t place = 0; (place = page.find("<img ")) != std::string::npos;)
+        page.erase(place, page.find('>', place) - place);
     EXPECT_EQ(page.rfind("<!DOCTYPE html>", 0), 0U);
     EXPECT_NE(page.find("</html>"), std::string::npos);
     for (const char* reference : {"http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link", "<img"})
@@ -240,6 +244,38 @@ TEST_F(ReproduceTest, Rnn) {
     EXPECT_NE(page.find("sequences × channels"), std::string::npos) << "the map";
 }
 
+void expect_diffusion(const Json& diffusion) {
+    EXPECT_EQ(diffusion["complete"], true);
+    EXPECT_EQ(diffusion["agreement"], true);
+    ASSERT_EQ(diffusion["trials"].size(), 2U);
+    for (const Json& trial : diffusion["trials"]) {
+        EXPECT_EQ(trial["status"], "converged");
+        EXPECT_EQ(trial["sequential_calls"], 20);
+        EXPECT_GE(trial["dependent_calls"], trial["iterations"]);
+        EXPECT_NEAR(trial["calls_ratio"].get<double>(), 20 / trial["dependent_calls"].get<double>(), 1e-9);
+        EXPECT_LE(trial["pixel_difference"], diffusion["pixel_tolerance"]);
+        ASSERT_EQ(trial["residuals"].size(), trial["iterations"].get<std::size_t>());
+        EXPECT_EQ(trial["residuals"].back(), 0.0);
+    }
+    const Json& quality = diffusion["quality"];
+    EXPECT_GT(quality["classifier_accuracy"], 0.7);
+    ASSERT_EQ(quality["tolerances"].size(), 1U);
+    EXPECT_LT(quality["tolerances"][0]["distance"], quality["noise_floor"]);
+    ASSERT_EQ(diffusion["in_flight"].size(), 2U);
+}
+
+constexpr std::size_t diffusion_plots = 1;
+
+TEST_F(ReproduceTest, Diffusion) {
+    const Outcome outcome = reproduce("diffusion --quick");
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    EXPECT_NE(outcome.output.find("fewer calls"), std::string::npos) << outcome.output;
+    const Json found = results();
+    expect_header(found);
+    expect_diffusion(found["diffusion"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), diffusion_plots, 1);
+}
+
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
@@ -248,7 +284,9 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_mlp(found["mlp"]);
     expect_resnet(found["resnet"]);
     expect_rnn(found["rnn"]);
-    expect_page(contents(folder / "deeppcr-report" / "report.html"), mlp_plots + resnet_plots + rnn_pictures);
+    expect_diffusion(found["diffusion"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"),
+                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots, 1);
 }
 
 TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
@@ -319,8 +357,8 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
-    for (const char* expected :
-         {"mlp", "resnet", "rnn", "all", "--output", "--quick", "--seed", "Example", "deeppcr reproduce"})
+    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "all", "--model", "--output", "--quick", "--seed",
+                                 "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 

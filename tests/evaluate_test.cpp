@@ -159,6 +159,16 @@ TYPED_TEST(Evaluate, ResidualInTheReportIsTheResidual) {
     }
 }
 
+TYPED_TEST(Evaluate, ResidualsOfThePassesFall) {
+    const TanhNetwork<TypeParam> recurrence({100, 2, 4}, 1.5);
+    const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton});
+    ASSERT_EQ(report.residuals.size(), std::size_t(report.iterations));
+    EXPECT_GT(report.residuals.front(), 1);
+    EXPECT_EQ(report.residuals.back(), 0);
+    EXPECT_LT(report.residuals[report.residuals.size() - 2], report.residuals.front());
+    EXPECT_TRUE(sequentially<TypeParam>(recurrence).report.residuals.empty());
+}
+
 TYPED_TEST(Evaluate, ErrorEstimateIsTheError) {
     // A loose tolerance leaves an error far above rounding; the linear estimate is right up to its square.
     const TanhNetwork<double> recurrence({200, 3, 4}, 0.9);

@@ -138,7 +138,10 @@ struct Report {
     /// or of cells fewer than 128 steps or channels that fill all lanes (sequential).
     std::vector<Candidate> candidates;
     std::vector<Sequence> sequences;
-    index iterations = 0;                                   ///< Newton passes, all windows
+    index iterations = 0;  ///< Newton passes, all windows
+    /// Of each of them, the largest residual of its window's steps that were not confirmed yet, as a fraction of the
+    /// tolerance; 0 where none was left. Empty for what has no passes, and for EnqueuedEvaluation.
+    std::vector<double> residuals;
     double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences
     /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (Estimates::quick: of a
     /// few sequences, up to 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic. NaN where

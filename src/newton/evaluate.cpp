@@ -160,6 +160,7 @@ private:
             worst = std::max(worst, progress_[j].worst);
         }
         review_.add(newly / double(batch()), worst);
+        report_.residuals.push_back(worst);
 
         std::vector<bool> leaving(progress_.size());
         for (std::size_t j = 0; j < progress_.size(); ++j) leaving[j] = leaves(index(j));

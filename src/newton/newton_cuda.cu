@@ -545,6 +545,7 @@ private:
             ++heard;
             const index everywhere = steps_ - index(summary.left);
             const bool go_on = !options_.progress || options_.progress(everywhere, steps_, heard);
+            report_.residuals.push_back(std::bit_cast<double>(summary.worst));
             if (summary.left == 0) return Status::converged;
             if (!go_on) return Status::max_iterations;
             if (heard >= limit) return failure;
