@@ -136,9 +136,11 @@ nn() {
         -DDEEPPCR_CARRIED='$(realpath "$programs")' \
         -DTorch_DIR=\"\$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch\""
     attempt nn-build 250 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
-    for script in nn_torch_library_test nn_gpu_test; do
+    for script in nn_torch_library_test nn_samplers_test nn_gpu_test; do
         attempt "$script" 100 python3 "tests/$script.py" "$nn_library" "$version"
     done
+    attempt sampling_benchmark 120 python3 benchmarks/gpu/sampling_benchmark.py "$nn_library" \
+        --json "$output/gpu-sampling.json"
     attempt nn_benchmark 150 python3 benchmarks/gpu/nn_benchmark.py "$nn_library" --json "$output/gpu-nn.json"
 }
 
@@ -183,6 +185,10 @@ report() {
         if [ -f "$output/gpu-nn.json" ]; then
             printf '\n## Layers of nn/\n\n'
             cat "$output/gpu-nn_benchmark.log"
+        fi
+        if [ -f "$output/gpu-sampling.json" ]; then
+            printf '\n## Diffusion sampling\n\n'
+            cat "$output/gpu-sampling_benchmark.log"
         fi
     } >"$file" || failed+=("report: $file could not be written")
     echo "gpu.sh: $file"

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -14,6 +15,7 @@
 #include <utility>
 
 #include "nn/differentiate.hpp"
+#include "nn/libtorch.hpp"
 #include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
@@ -61,10 +63,19 @@ struct DenoisingRecurrence::Rows {
 
     Tensor column(Column which) const { return coefficients.slice(1, which, which + 1); }
     Rows part(index first, index last) const {
-        const auto rows = [&](const Tensor& tensor) {
-            return tensor.defined() ? tensor.slice(0, first, last) : tensor;
-        };
-        return {rows(coefficients), rows(next), rows(images), rows(random)};
+        return each([&](const Tensor& tensor) { return tensor.slice(0, first, last); });
+    }
+    /// Every row so many times, one after the other.
+    Rows repeated(index copies) const {
+        if (copies == 1) return *this;
+        return each([&](const Tensor& tensor) { return repeat_rows(tensor, copies); });
+    }
+
+private:
+    template <class Change>
+    Rows each(const Change& change) const {
+        const auto changed = [&](const Tensor& tensor) { return tensor.defined() ? change(tensor) : tensor; };
+        return {changed(coefficients), changed(next), changed(images), changed(random)};
     }
 };
 
@@ -85,8 +96,29 @@ DenoisingRecurrence::DenoisingRecurrence(DenoisingPlan plan, Denoiser denoiser, 
         throw InvalidArgument("options.most_rows", "0 or more", std::to_string(options.most_rows));
     if (plan_.random) {
         require_noise("random", random, {shape().steps, shape().batch, numbers()});
-        random_ = random.detach().contiguous();
+        random_ = random.detach().clone(at::MemoryFormat::Contiguous);
     }
+    // Behind the last step there is none, and nothing is corrected with it.
+    Tensor numbers_of_steps = at::empty({shape().steps + 1, column_count}, at::kFloat);
+    float* to = numbers_of_steps.data_ptr<float>();
+    for (index number = 0; number <= shape().steps; ++number) {
+        const DenoisingStep& step = plan_.steps[std::size_t(std::min(number, shape().steps - 1))];
+        const SampleEstimate sample = sample_estimate(options_.prediction, step.level);
+        for (const double value :
+             {step.level.time, step.input, sample.from_input, sample.from_prediction, step.from_state, step.from_sample,
+              step.from_previous, step.from_random, step.correction})
+            *to++ = float(value);
+    }
+    coefficients_ = numbers_of_steps.to(initial_.device());
+    images_ = at::arange(shape().batch, initial_.options().dtype(at::kLong));
+}
+
+void DenoisingRecurrence::draw(const Tensor& initial_noise, const Tensor& random) {
+    const at::NoGradGuard no_gradients;
+    require("initial_noise", initial_noise, initial_.sizes(), at::kFloat, initial_.device());
+    if (plan_.random) require("random", random, random_.sizes(), at::kFloat, initial_.device());
+    initial_.copy_(initial_noise).mul_(plan_.initial_deviation);
+    if (plan_.random) random_.copy_(random);
 }
 
 bool DenoisingRecurrence::runs_on(Backend backend) const { return (backend == Backend::cuda) == initial_.is_cuda(); }
@@ -95,45 +127,35 @@ Tensor DenoisingRecurrence::tensor_of(const float* data, at::IntArrayRef sizes) 
     return at::from_blob(const_cast<float*>(data), sizes, initial_.options());
 }
 
-DenoisingRecurrence::Rows DenoisingRecurrence::rows_of(const std::vector<index>& steps,
+Tensor DenoisingRecurrence::images_of(std::span<const index> sequences) const {
+    if (index(sequences.size()) == shape().batch) return images_;
+    Tensor images = at::empty({index(sequences.size())}, at::kLong);
+    std::copy(sequences.begin(), sequences.end(), images.data_ptr<std::int64_t>());
+    return images.to(initial_.device());
+}
+
+DenoisingRecurrence::Rows DenoisingRecurrence::rows_of(index first, index count, index stride,
                                                        std::span<const index> sequences) const {
-    const index count = index(steps.size()), batch = index(sequences.size()), last = shape().steps - 1;
-    Tensor now = at::empty({count, column_count}, at::kFloat), then = at::empty({count, column_count}, at::kFloat);
-    const auto fill = [&](float* to, index number) {
-        const DenoisingStep& step = plan_.steps[std::size_t(number)];
-        const SampleEstimate sample = sample_estimate(options_.prediction, step.level);
-        for (const double value :
-             {step.level.time, step.input, sample.from_input, sample.from_prediction, step.from_state, step.from_sample,
-              step.from_previous, step.from_random, step.correction})
-            *to++ = float(value);
+    const index batch = index(sequences.size());
+    const auto of_steps = [&](const Tensor& tensor, index from) {
+        return tensor.slice(0, from, from + (count - 1) * stride + 1, stride);
     };
-    bool corrected = false;
-    for (index i = 0; i < count; ++i) {
-        const index number = steps[std::size_t(i)];
-        fill(now.data_ptr<float>() + i * column_count, number);
-        // Behind the last step there is none, and nothing is corrected with it.
-        fill(then.data_ptr<float>() + i * column_count, std::min(number + 1, last));
-        corrected = corrected || plan_.steps[std::size_t(number)].correction != 0;
-    }
     const auto for_images = [&](const Tensor& table) {
-        return table.unsqueeze(1)
-            .expand({count, batch, column_count})
-            .reshape({count * batch, column_count})
-            .to(initial_.device());
+        return table.unsqueeze(1).expand({count, batch, column_count}).reshape({count * batch, column_count});
     };
-    const auto numbered = [&](std::span<const index> values) {
-        Tensor result = at::empty({index(values.size())}, at::kLong);
-        std::copy(values.begin(), values.end(), result.data_ptr<std::int64_t>());
-        return result.to(initial_.device());
-    };
-    const Tensor images = numbered(sequences);
+    const Tensor images = images_of(sequences);
     Rows rows;
-    rows.coefficients = for_images(now);
-    if (corrected) rows.next = for_images(then);
+    rows.coefficients = for_images(of_steps(coefficients_, first));
+    bool corrected = false;
+    for (index i = 0; i < count; ++i)
+        corrected = corrected || plan_.steps[std::size_t(first + i * stride)].correction != 0;
+    if (corrected) rows.next = for_images(of_steps(coefficients_, first + 1));
     rows.images = images.unsqueeze(0).expand({count, batch}).reshape({count * batch});
-    if (plan_.random)
-        rows.random =
-            random_.index_select(0, numbered(steps)).index_select(1, images).reshape({count * batch, numbers()});
+    if (plan_.random) {
+        Tensor random = of_steps(random_, first);
+        if (batch < shape().batch) random = random.index_select(1, images);
+        rows.random = random.reshape({count * batch, numbers()});
+    }
     return rows;
 }
 
@@ -179,36 +201,33 @@ Tensor DenoisingRecurrence::advance(const Rows& rows, const Tensor& before) cons
 
 void DenoisingRecurrence::initial(const Section& section, View<float> state) const {
     Tensor rows = tensor_of(state.data(), {section.batch(), shape().width});
-    rows.zero_();
-    for (index j = 0; j < section.batch(); ++j)
-        rows[j].slice(0, 0, numbers()).copy_(initial_[section.sequences[std::size_t(j)]]);
+    if (plan_.remembers) rows.zero_();
+    rows.slice(1, 0, numbers()).copy_(initial_.index_select(0, images_of(section.sequences)));
 }
 
 template <class Body>
-void DenoisingRecurrence::for_parts(const Rows& rows, const Body& body) const {
+void DenoisingRecurrence::for_parts(const Rows& rows, index copies, const Body& body) const {
     const index count = rows.images.size(0);
     if (count == 0) return;
     *dependent_calls_ += rows.next.defined() ? 2 : 1;
-    const index at_once = options_.most_rows > 0 ? options_.most_rows : count;
+    const index at_once = options_.most_rows > 0 ? std::max<index>(1, options_.most_rows / copies) : count;
     for (index first = 0; first < count; first += at_once) {
         const index last = std::min(count, first + at_once);
         body(rows.part(first, last), first, last);
     }
 }
 
-namespace {
-std::vector<index> steps_of(const Section& section) {
-    std::vector<index> steps(std::size_t(section.steps()));
-    std::iota(steps.begin(), steps.end(), section.first);
-    return steps;
+DenoisingRecurrence::Rows DenoisingRecurrence::rows_of(const Section& section) const {
+    if (initial_.is_cuda() && section.execution.stream != current_cuda_stream(initial_.device()))
+        throw InvalidArgument("execution.stream", "LibTorch's current stream", "another one");
+    return rows_of(section.first, section.steps(), 1, section.sequences);
 }
-}  // namespace
 
 void DenoisingRecurrence::step(const Section& section, View<const float> before, View<float> after) const {
     const at::NoGradGuard no_gradients;
     const index width = shape().width, count = section.steps() * section.batch();
     const Tensor from = tensor_of(before.data(), {count, width}), to = tensor_of(after.data(), {count, width});
-    for_parts(rows_of(steps_of(section), section.sequences), [&](const Rows& rows, index first, index last) {
+    for_parts(rows_of(section), 1, [&](const Rows& rows, index first, index last) {
         to.slice(0, first, last).copy_(advance(rows, from.slice(0, first, last)));
     });
 }
@@ -219,9 +238,10 @@ void DenoisingRecurrence::linearise(const Section& section, View<const float> be
     const Tensor from = tensor_of(before.data(), {count, width}), to = tensor_of(after.data(), {count, width});
     const Tensor blocks = tensor_of(jacobian.data(), {count, width, width});
     const index calls_before = *dependent_calls_;
-    for_parts(rows_of(steps_of(section), section.sequences), [&](const Rows& rows, index first, index last) {
-        linearise_rows([&](const Tensor& states) { return advance(rows, states); }, from.slice(0, first, last),
-                       to.slice(0, first, last), blocks.slice(0, first, last));
+    const index all_copies = copies_to_linearise(from);
+    for_parts(rows_of(section), all_copies, [&](const Rows& rows, index first, index last) {
+        linearise_rows([&](const Tensor& states, index copies) { return advance(rows.repeated(copies), states); },
+                       from.slice(0, first, last), to.slice(0, first, last), blocks.slice(0, first, last), all_copies);
     });
     // The way back through the network waits for the way forward: it counts as much.
     *dependent_calls_ += *dependent_calls_ - calls_before;
@@ -247,7 +267,7 @@ void DenoisingRecurrence::linearise_diagonal(const Section& section, View<const 
     const at::NoGradGuard no_gradients;
     Tensor to = tensor_of(diagonal.data(), {section.steps() * section.batch(), shape().width});
     to.zero_();
-    to.slice(1, 0, numbers()).copy_(slopes(rows_of(steps_of(section), section.sequences)).expand({-1, numbers()}));
+    to.slice(1, 0, numbers()).copy_(slopes(rows_of(section)).expand({-1, numbers()}));
 }
 
 // --- blocks of steps
@@ -281,11 +301,11 @@ private:
             product.slice(1, 0, all_.numbers()).fill_(1);
         }
         for (index i = 0; i < length_; ++i) {
-            std::vector<index> steps;
-            for (index block = section.first; block < section.last; ++block)
-                if (const index number = block * length_ + i; number < all_.shape().steps) steps.push_back(number);
-            const Rows now = all_.rows_of(steps, section.sequences);
-            all_.for_parts(now, [&](const Rows& part, index first, index last) {
+            const index first_step = section.first * length_ + i;
+            const index blocks = std::min(section.steps(), (all_.shape().steps - first_step + length_ - 1) / length_);
+            if (blocks < 1) continue;
+            const Rows now = all_.rows_of(first_step, blocks, length_, section.sequences);
+            all_.for_parts(now, 1, [&](const Rows& part, index first, index last) {
                 states.slice(0, first, last).copy_(all_.advance(part, states.slice(0, first, last)));
             });
             if (product.defined()) product.slice(0, 0, now.images.size(0)).mul_(all_.slopes(now));
@@ -316,7 +336,7 @@ Buffer<float> DenoisingRecurrence::coarse_guess(index steps) const {
     // The coarse run in the same coordinates: input * state = signal * sample + noise * estimate of the noise.
     Tensor coarse = initial_, sample;
     for (index i = 0; i < all; ++i) {
-        const Rows rows = rows_of({i}, sequences);
+        const Rows rows = rows_of(i, 1, 1, sequences);
         if (i * steps % all < steps) {
             const DenoisingStep& from = plan_.steps[std::size_t(i)];
             const index next = std::min(all, ((i * steps / all + 1) * all + steps - 1) / steps);

@@ -51,10 +51,6 @@ enum Purpose : std::uint64_t {
 
 // ------------------------------------------------------------------------------------------------ the model
 
-NoiseSchedule schedule_of(ScheduleKind kind, index times) {
-    return kind == ScheduleKind::cosine ? NoiseSchedule::cosine(times) : NoiseSchedule::linear(times);
-}
-
 struct Networks {
     Autoencoder autoencoder = nullptr;  // of latents only
     std::shared_ptr<DenoiserModule> denoiser;
@@ -205,7 +201,7 @@ public:
         : options_(options),
           callbacks_(callbacks),
           networks_(options),
-          schedule_(schedule_of(options.schedule, options.times)),
+          schedule_(NoiseSchedule::of(options.schedule, options.times)),
           autoencoder_({{networks_.autoencoder_parameters()}},
                        optimisation_options(options, options.autoencoder_steps)),
           denoiser_({{networks_.denoiser_parameters()}}, optimisation_options(options, options.steps)) {
@@ -401,7 +397,7 @@ struct DiffusionModel::Parts {
 DiffusionModel::DiffusionModel(const std::filesystem::path& checkpoint) {
     const State saved = read(checkpoint);
     parts_ = std::make_unique<Parts>(
-        Parts{saved.options, Networks(saved.options), schedule_of(saved.options.schedule, saved.options.times)});
+        Parts{saved.options, Networks(saved.options), NoiseSchedule::of(saved.options.schedule, saved.options.times)});
     copy_from(checkpoint, saved.tensors, parts_->networks.autoencoder_parameters());
     copy_from(checkpoint, saved.tensors, parts_->networks.buffers());
     copy_from(checkpoint, saved.tensors, parts_->networks.denoiser_parameters(), "average.");
@@ -532,7 +528,7 @@ Generation generate_by_script(const std::filesystem::path& file, const ScriptMod
     const at::NoGradGuard no_gradients;
     const Denoiser denoiser =
         script_denoiser(Script(file), model.shape, options.classes.empty() ? Tensor() : classes_of(options));
-    const DenoisingPlan plan = denoising_plan(schedule_of(model.schedule, model.times), options.sampler);
+    const DenoisingPlan plan = denoising_plan(NoiseSchedule::of(model.schedule, model.times), options.sampler);
     index numbers = 1;
     for (const index size : model.shape) numbers *= size;
     const Noise noise = draw_noise(plan, options, numbers);

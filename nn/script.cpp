@@ -22,11 +22,11 @@ struct Script::Module {
     torch::jit::Module module;
 };
 
-Script::Script(const std::filesystem::path& file, at::ScalarType type)
+Script::Script(const std::filesystem::path& file, at::ScalarType type, at::Device device)
     : file_(file), module_(std::make_shared<Module>()) {
     if (!std::filesystem::exists(file)) throw FileError(file, "does not exist");
     try {
-        module_->module = torch::jit::load(file.string(), at::kCPU);
+        module_->module = torch::jit::load(file.string(), device);
         module_->module.eval();
         module_->module.to(type);
         const auto& schema = module_->module.get_method("forward").function().getSchema();
@@ -102,14 +102,15 @@ void ScriptRecurrence<T>::initial(const Section& section, View<T> state) const {
 }
 
 template <class T>
-Tensor ScriptRecurrence<T>::advance(const Section& section, const Tensor& states) const {
+Tensor ScriptRecurrence<T>::advance(const Section& section, const Tensor& states, index copies) const {
     std::vector<Tensor> arguments{states};
     if (script_.most_arguments() > 1) {
         Tensor sequences = at::empty({section.batch()}, at::kLong);
         std::copy(section.sequences.begin(), section.sequences.end(), sequences.data_ptr<std::int64_t>());
-        arguments.push_back(inputs_.slice(0, section.first, section.last)
-                                .index_select(1, sequences)
-                                .reshape({states.size(0), inputs_.size(2)}));
+        arguments.push_back(repeat_rows(inputs_.slice(0, section.first, section.last)
+                                            .index_select(1, sequences)
+                                            .reshape({section.steps() * section.batch(), inputs_.size(2)}),
+                                        copies));
     }
     return script_.forward(arguments, states.sizes());
 }
@@ -119,7 +120,7 @@ void ScriptRecurrence<T>::step(const Section& section, View<const T> before, Vie
     const at::NoGradGuard no_gradients;
     const index rows = section.steps() * section.batch(), width = this->shape().width;
     if (rows == 0) return;
-    tensor_of(after.data(), {rows, width}).copy_(advance(section, tensor_of(before.data(), {rows, width})));
+    tensor_of(after.data(), {rows, width}).copy_(advance(section, tensor_of(before.data(), {rows, width}), 1));
 }
 
 template <class T>
@@ -127,9 +128,10 @@ void ScriptRecurrence<T>::linearise(const Section& section, View<const T> before
                                     Jacobian<T> jacobian) const {
     const index rows = section.steps() * section.batch(), width = this->shape().width;
     if (rows == 0) return;
-    linearise_rows([&](const Tensor& states) { return advance(section, states); },
-                   tensor_of(before.data(), {rows, width}), tensor_of(after.data(), {rows, width}),
-                   tensor_of(jacobian.data(), {rows, width, width}));
+    const Tensor from = tensor_of(before.data(), {rows, width});
+    linearise_rows([&](const Tensor& states, index copies) { return advance(section, states, copies); }, from,
+                   tensor_of(after.data(), {rows, width}), tensor_of(jacobian.data(), {rows, width, width}),
+                   copies_to_linearise(from));
 }
 
 template class ScriptRecurrence<float>;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <deeppcr/check.hpp>
+#include <deeppcr/nn/denoisers.hpp>
 #include <deeppcr/nn/denoising.hpp>
 
 #include "tests/compare.hpp"
@@ -213,6 +214,47 @@ TEST(Denoising, AWindowOfOneStepIsSequentialSamplingBitForBit) {
                 evaluate(recurrence, {.method = Method::newton, .surrogate = surrogate, .window = 1});
             EXPECT_TRUE(same_bits(x, expected)) << now.name;
         }
+    }
+}
+
+/// Matrix products, whose rounding depends on how many rows there are: the networks that are trained here.
+TEST(Denoising, AWindowOfOneStepIsSequentialSamplingBitForBitWithTheNetworksOfThisLibrary) {
+    const index steps = 6, count = 5, channels = 784;
+    const at::NoGradGuard no_gradients;
+    for (const bool pixels : {false, true}) {
+        const DenoiserOptions sizes{
+            .numbers = pixels ? channels : 32, .hidden = pixels ? 4 : 64, .blocks = 2, .times = times};
+        const Denoiser denoiser = conditional(pixels ? unet_denoiser(sizes) : latent_denoiser(sizes),
+                                              torch::arange(count, torch::kLong), 2.0);
+        torch::manual_seed(3);
+        const at::Tensor initial = torch::randn({count, sizes.numbers});
+        const at::Tensor random = torch::randn({steps, count, sizes.numbers});
+        for (const Case& now : cases(steps)) {
+            const DenoisingRecurrence recurrence(denoising_plan(schedule(), now.sampler), denoiser, initial, random,
+                                                 {.prediction = now.prediction, .clip = pixels ? 1.0 : 0.0});
+            const auto [expected, sequential] = evaluate(recurrence, {.method = Method::sequential});
+            for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal}) {
+                if (pixels && surrogate == Surrogate::full) continue;  // 784 x 784 numbers a step and image
+                const auto [x, report] =
+                    evaluate(recurrence, {.method = Method::newton, .surrogate = surrogate, .window = 1});
+                EXPECT_TRUE(same_bits(x, expected)) << now.name << (pixels ? ", pixels" : ", latents");
+            }
+        }
+    }
+}
+
+TEST(Denoising, OtherNoiseMeansOtherSamples) {
+    const Given first(8);
+    torch::manual_seed(9);
+    const at::Tensor initial = torch::randn({images, numbers}), random = torch::randn({8, images, numbers});
+    for (const Case& now : cases(8)) {
+        auto recurrence = recurrence_of(now, first);
+        recurrence.draw(initial, random);
+        const DenoisingRecurrence other(recurrence.plan(), network_of_tensors, initial, random,
+                                        {.prediction = now.prediction});
+        EXPECT_TRUE(same_bits(evaluate(recurrence, {.method = Method::sequential}).trajectory,
+                              evaluate(other, {.method = Method::sequential}).trajectory))
+            << now.name;
     }
 }
 

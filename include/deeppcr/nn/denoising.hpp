@@ -31,12 +31,18 @@ struct DenoisingOptions {
 /// once. linearise_diagonal does not ask for them: it gives the derivative with the network's prediction held fixed,
 /// the step's own linear part; with it Surrogate::diagonal is a Picard iteration that knows by how much the steps
 /// scale.
+///
+/// On a GPU the callbacks run in LibTorch's current stream, which has to be that of the evaluation's Options, and the
+/// vector-Jacobian products of a row are rows of one call: `numbers` times as many, so that few kernels are launched.
 class DenoisingRecurrence : public Recurrence<float> {
 public:
     /// initial_noise: standard normal, [batch, numbers]; random: likewise, [steps, batch, numbers], undefined where the
     /// plan is not random. Both float, on the device of the network. Throws InvalidArgument.
     DenoisingRecurrence(DenoisingPlan plan, Denoiser denoiser, const at::Tensor& initial_noise,
                         const at::Tensor& random, const DenoisingOptions& options);
+
+    /// Other noise, of the same sizes, for the evaluations to come. Throws InvalidArgument.
+    void draw(const at::Tensor& initial_noise, const at::Tensor& random);
 
     const DenoisingPlan& plan() const { return plan_; }
     /// Of one sample.
@@ -71,10 +77,14 @@ private:
     struct Rows;
     /// Memory of a callback, where the network's tensors are.
     at::Tensor tensor_of(const float* data, at::IntArrayRef sizes) const;
-    Rows rows_of(const std::vector<index>& steps, std::span<const index> sequences) const;
-    /// Calls body(part of the rows, first of them, last) for as many rows as one call of the network may have.
+    at::Tensor images_of(std::span<const index> sequences) const;
+    Rows rows_of(const Section& section) const;
+    /// Of the steps first, first + stride, .. , `count` of them.
+    Rows rows_of(index first, index count, index stride, std::span<const index> sequences) const;
+    /// Calls body(part of the rows, first of them, last) for as many rows as one call of the network may have, each of
+    /// them `copies` times.
     template <class Body>
-    void for_parts(const Rows& rows, const Body& body) const;
+    void for_parts(const Rows& rows, index copies, const Body& body) const;
     /// The states after, [rows, width]. With gradients recorded: differentiable.
     at::Tensor advance(const Rows& rows, const at::Tensor& before) const;
     /// The step with this estimate of the sample.
@@ -86,7 +96,7 @@ private:
 
     DenoisingPlan plan_;
     Denoiser denoiser_;
-    at::Tensor initial_, random_;
+    at::Tensor initial_, random_, coefficients_, images_;
     DenoisingOptions options_;
     std::shared_ptr<index> evaluated_rows_, dependent_calls_;
 };

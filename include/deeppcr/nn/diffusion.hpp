@@ -17,10 +17,7 @@ enum class Space {
     latent,  ///< an autoencoder's latents, denoised by residual dense blocks
     pixel,   ///< the images themselves, denoised by a small U-Net
 };
-enum class ScheduleKind { linear, cosine };
 inline constexpr Names<Space, 2> space_names{{{"latent", Space::latent}, {"pixel", Space::pixel}}};
-inline constexpr Names<ScheduleKind, 2> schedule_names{
-    {{"linear", ScheduleKind::linear}, {"cosine", ScheduleKind::cosine}}};
 
 struct DiffusionOptions {
     // The model.

@@ -9,6 +9,10 @@
 
 namespace deeppcr::nn {
 
+enum class ScheduleKind { linear, cosine };
+inline constexpr Names<ScheduleKind, 2> schedule_names{
+    {{"linear", ScheduleKind::linear}, {"cosine", ScheduleKind::cosine}}};
+
 /// How training mixes a sample x with standard normal noise z: signal(n) x + noise(n) z at times n = 0 .. times - 1,
 /// with signal^2 + noise^2 = 1 (variance-preserving).
 class NoiseSchedule {
@@ -19,6 +23,9 @@ public:
     static NoiseSchedule linear(index times = 1000, double first = 1e-4, double last = 0.02);
     /// Source: Nichol and Dhariwal 2021, eq. 17, betas at most 0.999.
     static NoiseSchedule cosine(index times = 1000);
+    static NoiseSchedule of(ScheduleKind kind, index times) {
+        return kind == ScheduleKind::cosine ? cosine(times) : linear(times);
+    }
 
     index times() const { return index(kept_.size()); }
     double kept_variance(index time) const { return kept_[std::size_t(time)]; }

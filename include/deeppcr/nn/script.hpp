@@ -12,11 +12,11 @@
 
 namespace deeppcr::nn {
 
-/// A TorchScript module, as torch.jit.save writes it, in evaluation mode; on the CPU.
+/// A TorchScript module, as torch.jit.save writes it, in evaluation mode.
 class Script {
 public:
     /// Its parameters become numbers of `type`. Throws FileError where the file is missing or is no TorchScript.
-    explicit Script(const std::filesystem::path& file, at::ScalarType type = at::kFloat);
+    explicit Script(const std::filesystem::path& file, at::ScalarType type = at::kFloat, at::Device device = at::kCPU);
     ~Script();
 
     const std::filesystem::path& file() const { return file_; }
@@ -49,7 +49,7 @@ public:
     void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override;
 
 private:
-    at::Tensor advance(const Section& section, const at::Tensor& states) const;
+    at::Tensor advance(const Section& section, const at::Tensor& states, index copies) const;
 
     Script script_;
     at::Tensor inputs_, initial_;
