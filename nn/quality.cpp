@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <utility>
@@ -159,8 +160,9 @@ double frechet_distance(const std::vector<float>& first, const std::vector<float
     const Moments a = moments("first", first), b = moments("second", second);
     const Tensor root = square_root(a.covariance);
     const Tensor product = square_root(root.mm(b.covariance).mm(root));
-    return (a.mean - b.mean).square().sum().item<double>() +
-           (a.covariance.trace() + b.covariance.trace() - 2 * product.trace()).item<double>();
+    const double distance = (a.mean - b.mean).square().sum().item<double>() +
+                            (a.covariance.trace() + b.covariance.trace() - 2 * product.trace()).item<double>();
+    return std::max(0.0, distance);  // rounding can leave less
 }
 
 }  // namespace deeppcr::nn

@@ -213,7 +213,16 @@ TYPED_TEST(Evaluate, WindowOfOneIsSequentialBitForBit) {
     const auto expected = sequentially<TypeParam>(recurrence);
     const auto [trajectory, report] = evaluate(recurrence, {.method = Method::newton, .window = 1});
     EXPECT_EQ(report.status, Status::converged);
+    EXPECT_EQ(report.iterations, 50);
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
+    // Also where the guess itself would pass the residual test.
+    Buffer<TypeParam> guessed(recurrence.shape());
+    for (index i = 0; i < guessed.size(); ++i)
+        guessed.data()[i] = std::nextafter(expected.trajectory.data()[i], TypeParam(2));
+    EXPECT_EQ(
+        evaluate(recurrence, guessed.view(), {.method = Method::newton, .guess = Guess::given, .window = 1}).status,
+        Status::converged);
+    EXPECT_TRUE(same_bits<TypeParam>(guessed, expected.trajectory));
 }
 
 TYPED_TEST(Evaluate, AfterKPassesTheFirstKStepsAreExact) {

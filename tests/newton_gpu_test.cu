@@ -248,6 +248,13 @@ TYPED_TEST(NewtonOnGpu, SequentialEqualsAWindowOfOneStepBitForBit) {
     const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.window = 1});
     EXPECT_EQ(report.status, Status::converged) << report;
     EXPECT_TRUE(same_bits<TypeParam>(trajectory, expected.trajectory));
+    // Also where the guess itself would pass the residual test.
+    Buffer<TypeParam> near(expected.trajectory.shape());
+    for (index i = 0; i < near.size(); ++i)
+        near.data()[i] = std::nextafter(expected.trajectory.data()[i], TypeParam(2));
+    const auto guessed = evaluate_there<TypeParam>(recurrence, {.guess = Guess::given, .window = 1}, &near);
+    EXPECT_EQ(guessed.report.status, Status::converged) << guessed.report;
+    EXPECT_TRUE(same_bits<TypeParam>(guessed.trajectory, expected.trajectory));
 }
 
 TYPED_TEST(NewtonOnGpu, WindowsOfAnyLengthGiveTheSameResult) {

@@ -50,43 +50,81 @@ def noise(steps):
             torch.randn(steps, images, numbers, generator=generator).to(device))
 
 
+def visited(spacing, steps):
+    """The times of a generation; see Spacing."""
+    if spacing == "leading":
+        return [(steps - 1 - i) * (1000 // steps) for i in range(steps)]
+    if spacing == "trailing":
+        return [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+    return [round(999 - i * 999 / (steps - 1)) for i in range(steps)]
+
+
+class StepTo:
+    """What scheduling_ddim divides the number of times by, to step back by as much: so it steps to the next time that
+    is visited, also where the times are not that far apart."""
+
+    def __init__(self, distance):
+        self.distance = distance
+
+    def __rfloordiv__(self, _):
+        return self.distance
+
+
 def by_diffusers(sampler, steps, spacing, prediction, schedule, eta):
-    """The last state of diffusers' own loop, or None where its scheduler has no such spacing or prediction."""
+    """The last state of the scheduler's own steps from time to time, in double, or None where it has no such prediction.
+    Which times a spacing means differs between the schedulers of diffusers: these are the samplers' rules alone."""
     import diffusers
     import diffusers.schedulers.scheduling_ddim
     import diffusers.schedulers.scheduling_ddpm
     common = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type=names[prediction],
                   beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule])
-    initial, random = noise(steps)
-    left = list(random)
+    times, (initial, random) = visited(spacing, steps), noise(steps)
+    left = list(random.double())
     draw = lambda *_, **__: left.pop(0)
     more = {}
     if sampler == "ddpm":
-        scheduler = diffusers.DDPMScheduler(**common, timestep_spacing=spacing, clip_sample=False)
+        scheduler = diffusers.DDPMScheduler(**common, clip_sample=False)
+        scheduler.previous_timestep = lambda time: (times + [-1])[times.index(int(time)) + 1]
         diffusers.schedulers.scheduling_ddpm.randn_tensor = draw
     elif sampler == "ddim":
-        scheduler = diffusers.DDIMScheduler(**common, timestep_spacing=spacing, clip_sample=False)
+        scheduler = diffusers.DDIMScheduler(**common, clip_sample=False)
         diffusers.schedulers.scheduling_ddim.randn_tensor = draw
         more = dict(eta=eta)
     elif sampler.startswith("dpm_solver"):
-        scheduler = diffusers.DPMSolverMultistepScheduler(**common, timestep_spacing=spacing,
-                                                          solver_order=int(sampler[-1]), euler_at_final=True)
+        scheduler = diffusers.DPMSolverMultistepScheduler(**common, solver_order=int(sampler[-1]), euler_at_final=True)
     elif sampler == "euler":
-        scheduler = diffusers.EulerDiscreteScheduler(**common, timestep_spacing=spacing)
+        scheduler = diffusers.EulerDiscreteScheduler(**common)
+    elif prediction == "sample":
+        return None
     else:
-        if prediction == "sample":
-            return None
-        scheduler = diffusers.HeunDiscreteScheduler(**common, timestep_spacing=spacing)
+        scheduler = diffusers.HeunDiscreteScheduler(**common)
     scheduler.set_timesteps(steps, device=device)
-    x = initial.clone()
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), 0)
+    kept = scheduler.alphas_cumprod[times]
+    sigmas = torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1, dtype=torch.double)])
+    scheduler.timesteps = torch.tensor(times, dtype=torch.double if sampler == "euler" else torch.long)
+    scheduler.sigmas = sigmas
+    if sampler == "heun":  # each step twice, but the last
+        twice = [i for i in range(steps) for _ in range(2)][1:]
+        scheduler.timesteps = torch.tensor([float(times[i]) for i in twice], dtype=torch.double)
+        scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    exact = network_of_doubles()
+    x = initial.double()
     if sampler in ("euler", "heun"):
-        x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
-    for time in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+        x = x * (sigmas[0] ** 2 + 1) ** 0.5
+    for i, time in enumerate(scheduler.timesteps):
+        if sampler == "ddim":
+            scheduler.num_inference_steps = StepTo(times[i] - (times + [-1])[i + 1])
+        inputs = scheduler.scale_model_input(x, time)
         with torch.no_grad():
-            output = network(inputs, torch.full((images,), float(time), device=device))
+            output = exact(inputs, torch.full((images,), float(time), dtype=torch.double, device=device))
         x = scheduler.step(output, time, x, **more).prev_sample
-    return x
+    return x.float()
+
+
+def network_of_doubles():
+    import copy
+    return copy.deepcopy(network).double()
 
 
 def distance(a, b):
