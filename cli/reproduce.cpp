@@ -161,7 +161,8 @@ std::string report_page(const Json& results) {
         "A network evaluated in parallel over its layers (DeepPCR, arXiv 2309.16318) computes what layer-by-layer "
         "evaluation computes: Newton's method over all layers at once, each iteration one block bidiagonal system "
         "solved by parallel cyclic reduction (PCR) or by a work-efficient scan. This page compares both on this "
-        "machine, over the layers of networks and over the time steps of recurrent cells. The baseline is the fastest "
+        "machine, over the layers of networks, the time steps of recurrent cells and the denoising steps of diffusion "
+        "models. The baseline is the fastest "
         "sequential method here, a fused kernel, not a loop over layers.");
 
     Table facts{.title = {}, .caption = {}, .columns = {{"This run", false}, {"", false}}, .rows = {}};
