@@ -9,6 +9,17 @@ if(DEEPPCR_BUILD_MPI)
     set(DEEPPCR_BUILD_MPI OFF)
   endif()
 endif()
+# A test that mpirun runs with so many ranks, one thread each, here whoever one is and however many processors there are.
+set(mpirun_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+                       OMPI_MCA_btl_vader_single_copy_mechanism=none DEEPPCR_THREADS=1)
+function(add_test_on_ranks name ranks label)
+  if(DEEPPCR_BUILD_MPI)
+    add_test(NAME ${name}.${ranks}_ranks COMMAND "${MPIEXEC_EXECUTABLE}" -n ${ranks} ${ARGN})
+    set_tests_properties(${name}.${ranks}_ranks PROPERTIES LABELS ${label} TIMEOUT 120 PROCESSORS 2
+                         ENVIRONMENT "${mpirun_environment}")
+  endif()
+endfunction()
+
 if(DEEPPCR_BUILD_MPI)
   list(TRANSFORM MPI_CXX_INCLUDE_DIRS PREPEND "-isystem" OUTPUT_VARIABLE mpi_compile_options)
   file(REAL_PATH "${MPI_mpi_LIBRARY}" mpi_library)

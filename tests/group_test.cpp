@@ -1,12 +1,13 @@
 // Group, and what is computed across its ranks. `simulate` runs the ranks on threads, for many numbers of them; under
 // mpirun (CTest does that with 1, 2 and 4 processes) the tests named Processes* run on those of Group::world() as well.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <deeppcr/deeppcr.hpp>
 
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <mutex>
+#include <sstream>
 
 #include "tests/compare.hpp"
 
@@ -329,6 +330,383 @@ TEST_P(OnRanks, WhatOneRankCannotSolveIsAnErrorOnAll) {
         EXPECT_THROW(odd ? solve<double>(wider.part(0, 4), wide.view().steps(0, 4), {.group = &group})
                          : solve<double>(system.part(0, 4), solution.view().steps(0, 4), {.group = &group}),
                      InvalidArgument);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------- evaluation
+
+/// x_t = tanh(gain M x_{t-1} + u_t), or that without tanh, for steps first+1 .. of a longer trajectory; M and u_t are
+/// functions of their place. f is not a number from step bad_step of bad_sequence on, and throws where it is asked to.
+template <class T>
+class Network : public Recurrence<T> {
+public:
+    Network(const Shape& part, index first, double gain, bool affine = false)
+        : Recurrence<T>(part), first_(first), gain_(gain), affine_(affine) {}
+
+    index bad_step = -1, bad_sequence = 0;
+    bool throws = false;
+
+    void initial(const Section& section, View<T> state) const override {
+        for (index j = 0; j < section.batch(); ++j)
+            for (index k = 0; k < state.width(); ++k)
+                state(0, j, k) = T(0.1) * T(section.sequences[std::size_t(j)] + 1) / T(k + 1);
+    }
+    void step(const Section& section, View<const T> before, View<T> after) const override {
+        compute(section, before, after, {});
+    }
+    void linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const override {
+        compute(section, before, after, jacobian);
+    }
+
+private:
+    void compute(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
+        if (throws) throw std::runtime_error("the sensor is off");
+        const index width = this->shape().width;
+        const auto entry = [&](index row, index column) {
+            return T(gain_ * std::cos(double(3 * row + 5 * column + 1)) / std::sqrt(double(width)));
+        };
+        for (index i = 0; i < section.steps(); ++i)
+            for (index j = 0; j < section.batch(); ++j) {
+                const index step = first_ + section.first + i, sequence = section.sequences[std::size_t(j)];
+                for (index row = 0; row < width; ++row) {
+                    T sum = T(std::sin(double(7 * step + 3 * sequence + row)));
+                    for (index k = 0; k < width; ++k) sum += entry(row, k) * before(i, j, k);
+                    const T value = affine_ ? sum : std::tanh(sum);
+                    after(i, j, row) = value;
+                    if (jacobian.data() != nullptr)
+                        for (index k = 0; k < width; ++k)
+                            jacobian(i, j, row, k) = (affine_ ? T(1) : 1 - value * value) * entry(row, k);
+                }
+                if (bad_step >= 0 && step >= bad_step && sequence == bad_sequence)
+                    after(i, j, 0) = std::numeric_limits<T>::quiet_NaN();
+            }
+    }
+    index first_;
+    double gain_;
+    bool affine_;
+};
+
+/// Whether all ranks have this text: what of a Report they must share.
+void expect_shared(Group& group, const Report& report) {
+    std::ostringstream text;
+    text << report.method << ' ' << to_string(report.status) << ' ' << report.iterations << ' ' << report.residual
+         << ' ' << report.relative_residual << ' ' << report.error << ' ' << report.lyapunov << ' '
+         << report.sequential_steps;
+    for (const double residual : report.residuals) text << ' ' << residual;
+    for (const Report::Sequence& sequence : report.sequences)
+        text << '\n'
+             << int(sequence.status) << ' ' << sequence.iterations << ' ' << sequence.confirmed << ' '
+             << sequence.residual << ' ' << sequence.error;
+    std::string mine = text.str();
+    mine.resize(2000);
+    std::string first = mine;
+    group.broadcast(std::span<char>(first));
+    EXPECT_EQ(mine.c_str(), std::string(first.c_str())) << to_string(group);
+}
+
+template <class T>
+struct Evaluated {
+    Evaluation<T> alone;  ///< all steps, by one rank
+    Evaluation<T> part;   ///< this rank's
+    index first, last;
+    View<T> expected() const { return alone.trajectory.view().steps(first, last); }
+};
+
+/// All steps on each rank alone, and shared by the ranks; change: what is to be done to the recurrences before.
+template <class T>
+Evaluated<T> evaluate_both(Group& group, const Shape& shape, double gain, Options options,
+                           const std::function<void(Network<T>&)>& change = {}, bool affine = false) {
+    const auto [first, last] = group.part(shape.steps);
+    Network<T> whole(shape, 0, gain, affine), part({last - first, shape.batch, shape.width}, first, gain, affine);
+    if (change) change(whole), change(part);
+    Evaluated<T> result{evaluate(whole, options), {}, first, last};
+    options.group = &group;
+    result.part = evaluate(part, options);
+    if (group.size() > 1) expect_shared(group, result.part.report);
+    return result;
+}
+
+TEST_P(OnRanks, NewtonsMethodConvergesAsOnOneRank) {
+    run([](Group& group) {
+        for (const Shape& shape : {Shape{97, 1, 1}, Shape{97, 3, 2}, Shape{std::max(group.size(), 8), 2, 3}})
+            for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::zero}) {
+                const auto [alone, part, first, last] = evaluate_both<double>(
+                    group, shape, 0.9, {.method = Method::newton, .surrogate = surrogate, .max_iterations = 200});
+                EXPECT_EQ(part.report.status, Status::converged) << part.report;
+                EXPECT_EQ(part.report.iterations, alone.report.iterations) << part.report << '\n' << alone.report;
+                EXPECT_LE(part.report.relative_residual, 1);
+                EXPECT_LE(largest_difference<double>(part.trajectory, alone.trajectory.view().steps(first, last)),
+                          1e-12);
+                ASSERT_EQ(part.report.sequences.size(), std::size_t(shape.batch));
+                for (index j = 0; j < shape.batch; ++j)
+                    EXPECT_EQ(part.report.sequences[std::size_t(j)].confirmed, shape.steps);
+                if (surrogate == Surrogate::full) {
+                    EXPECT_GT(part.report.error, alone.report.error / 4);
+                    EXPECT_LT(part.report.error, alone.report.error * 4 + 1e-15);
+                    EXPECT_LT(part.report.lyapunov, 0);
+                }
+            }
+    });
+}
+
+TEST_P(OnRanks, AnAffineRecurrenceTakesOneUpdate) {
+    run([](Group& group) {
+        const auto both = evaluate_both<double>(group, {200, 2, 3}, 1.0, {.method = Method::newton}, {}, true);
+        EXPECT_EQ(both.part.report.status, Status::converged);
+        EXPECT_EQ(both.part.report.iterations, both.alone.report.iterations);
+        EXPECT_LE(both.part.report.iterations, 3);
+        EXPECT_LE(largest_difference<double>(both.part.trajectory, both.expected()), 1e-11);
+    });
+}
+
+TEST_P(OnRanks, TheSameRanksGiveTheSameBits) {
+    run([](Group& group) {
+        for (const Method method : {Method::newton, Method::sequential}) {
+            const Options options{.method = method};
+            const auto one = evaluate_both<float>(group, {500, 3, 4}, 1.1, options);
+            const auto other = evaluate_both<float>(group, {500, 3, 4}, 1.1, options);
+            EXPECT_TRUE(same_bits(one.part.trajectory, other.part.trajectory));
+            if (method == Method::sequential) {  // and those of one rank
+                EXPECT_TRUE(same_bits<float>(one.part.trajectory.view(), one.expected()));
+                EXPECT_EQ(one.part.report.sequential_steps, 1500);
+            }
+        }
+    });
+}
+
+TEST_P(OnRanks, APassSendsAStateAScanAndOneAgreement) {
+    run([](Group& group) {
+        const Shape shape{400, 2, 3};
+        const auto [first, last] = group.part(shape.steps);
+        const Network<double> part({last - first, 2, 3}, first, 0.9);
+        std::vector<Group::Traffic> sent;
+        std::vector<index> passes;
+        for (const index limit : {2, 4}) {  // more passes than one: what they add is what a pass sends
+            group.reset_traffic();
+            const auto found = evaluate(part, {.method = Method::newton,
+                                               .max_iterations = limit,
+                                               .on_failure = OnFailure::report,
+                                               .estimates = Estimates::none,
+                                               .group = &group});
+            EXPECT_EQ(found.report.iterations, limit);
+            for (const auto purpose : {Group::Purpose::pass, Group::Purpose::scan, Group::Purpose::reduce})
+                sent.push_back(group.traffic(purpose));
+        }
+        const auto more = [&](std::size_t i) {
+            return Group::Traffic{(sent[i + 3].messages - sent[i].messages) / 2,
+                                  (sent[i + 3].bytes - sent[i].bytes) / 2};
+        };
+        const int ranks = group.size(), rank = group.rank(), power = int(std::bit_floor(unsigned(ranks)));
+        const index states = 2 * 3 * 8, next = rank + 1 < ranks ? 1 : 0;
+        if (ranks == 1) return;  // alone nothing is sent, as other tests see
+        EXPECT_EQ(more(0), (Group::Traffic{next, next * states}));
+        index scan = 0;
+        for (int distance = 1; rank + distance < ranks; distance *= 2) ++scan;
+        EXPECT_EQ(more(1), (Group::Traffic{scan, scan * states * (3 + 1)}));
+        const bool paired = rank < 2 * (ranks - power);
+        const index reduce = paired && rank % 2 == 0 ? 1 : std::bit_width(unsigned(power)) - 1 + (paired ? 1 : 0);
+        EXPECT_EQ(more(2), (Group::Traffic{reduce, reduce * 16 * (1 + 2)}));
+    });
+}
+
+TEST_P(OnRanks, ASequenceThatIsNotFiniteEndsThereAndNoOtherDoes) {
+    run([](Group& group) {
+        for (const Method method : {Method::newton, Method::sequential, Method::overlap})
+            for (const index bad : {0, 3, 59, 79}) {
+                const auto both =
+                    evaluate_both<double>(group, {80, 3, 2}, 0.8, {.method = method}, [&](Network<double>& network) {
+                        network.bad_step = bad;
+                        network.bad_sequence = 1;
+                    });
+                const Report &found = both.part.report, &expected = both.alone.report;
+                EXPECT_EQ(found.status, Status::non_finite) << found;
+                for (std::size_t j = 0; j < 3; ++j) {
+                    EXPECT_EQ(found.sequences[j].confirmed, j == 1 ? bad : 80) << found;
+                    EXPECT_EQ(found.sequences[j].status == Status::non_finite, j == 1) << found << expected;
+                }
+                for (index i = both.first; i < both.last; ++i)
+                    for (index j = 0; j < 3; ++j)
+                        for (index k = 0; k < 2; ++k) {
+                            const double state = both.part.trajectory(i - both.first, j, k);
+                            const double right = both.alone.trajectory(i, j, k);
+                            EXPECT_TRUE(std::isnan(right) ? std::isnan(state) : std::abs(state - right) < 1e-12)
+                                << "step " << i << ", sequence " << j << ": " << state << ", expected " << right;
+                        }
+            }
+    });
+}
+
+TEST_P(OnRanks, WhatNewtonsMethodCannotFinishIsFinishedRankAfterRank) {
+    run([](Group& group) {
+        // Chaotic: gain 6. Sequentially finished from exact states on, so the bits of one rank's sequential evaluation.
+        const Shape shape{300, 2, 3};
+        for (const auto on_failure : {OnFailure::finish, OnFailure::report}) {
+            const auto both = evaluate_both<double>(
+                group, shape, 6, {.method = Method::newton, .max_iterations = 12, .on_failure = on_failure});
+            const Report& report = both.part.report;
+            const bool finishes = on_failure == OnFailure::finish;
+            EXPECT_EQ(report.status, finishes ? Status::finished_sequentially : Status::max_iterations) << report;
+            EXPECT_EQ(report.iterations, 12);
+            const auto sequential = evaluate_both<double>(group, shape, 6, {.method = Method::sequential});
+            for (const Report::Sequence& sequence : report.sequences)
+                EXPECT_GE(sequence.confirmed, finishes ? 300 : 12);
+            for (index i = both.first; i < both.last; ++i)
+                for (index j = 0; j < 2; ++j) {
+                    if (i < 12) {
+                        EXPECT_NEAR(both.part.trajectory(i - both.first, j, 0), sequential.alone.trajectory(i, j, 0),
+                                    1e-9);
+                    } else if (finishes && i > 0) {  // the residual, where the trajectory itself means nothing
+                        Buffer<double> before({1, 2, 3}), after({1, 2, 3});
+                        if (i == both.first) continue;
+                        for (index k = 0; k < 3; ++k) before(0, j, k) = both.part.trajectory(i - 1 - both.first, j, k);
+                        const std::vector<index> sequences = all(2);
+                        Network<double>(shape, 0, 6).step({i, i + 1, sequences}, before.view(), after.view());
+                        EXPECT_NEAR(both.part.trajectory(i - both.first, j, 1), after(0, j, 1), 1e-12);
+                    }
+                }
+            if (finishes) {
+                EXPECT_GT(report.sequential_steps, 0);
+            }
+        }
+        const auto [first, last] = group.part(300);
+        const Network<double> part({last - first, 2, 3}, first, 6);
+        EXPECT_THROW(
+            evaluate(part,
+                     {.method = Method::newton, .max_iterations = 3, .on_failure = OnFailure::raise, .group = &group}),
+            NotConverged);
+        const auto stopped = evaluate(part, {.method = Method::newton,
+                                             .progress =
+                                                 [](index, index of, index passes) {
+                                                     EXPECT_EQ(of, 300);
+                                                     return passes < 2;
+                                                 },
+                                             .group = &group});
+        EXPECT_EQ(stopped.report.status, Status::max_iterations);
+        EXPECT_LE(stopped.report.iterations, 3);
+    });
+}
+
+TEST_P(OnRanks, AnExceptionOfOneRanksCallbackReachesAll) {
+    run([](Group& group) {
+        if (group.size() == 1) return;
+        for (const Method method : {Method::newton, Method::sequential, Method::overlap}) {
+            const auto [first, last] = group.part(100);
+            Network<double> part({last - first, 1, 2}, first, 0.5);
+            part.throws = group.rank() == 1;
+            try {
+                evaluate(part, {.method = method, .group = &group});
+                ADD_FAILURE() << to_string(method) << " on " << to_string(group);
+            } catch (const RankFailed& error) {
+                EXPECT_NE(group.rank(), 1);
+                EXPECT_THAT(error.what(), testing::HasSubstr("rank 1 of"));
+                EXPECT_THAT(error.what(), testing::HasSubstr("the sensor is off"));
+            } catch (const std::runtime_error& error) {
+                EXPECT_EQ(group.rank(), 1);
+                EXPECT_STREQ(error.what(), "the sensor is off");
+            }
+        }
+        const Network<double> part({group.rank() == 0 ? 0 : 10, 1, 2}, 0, 0.5);
+        EXPECT_THROW(evaluate(part, {.group = &group}), Error);
+        const Network<double> other({10, group.rank() == 0 ? 1 : 2, 2}, 0, 0.5);
+        EXPECT_THROW(evaluate(other, {.group = &group}), InvalidArgument);
+        EXPECT_THROW(evaluate(part, {.window = 4, .group = &group}), Error);
+        EXPECT_THROW(evaluate(part, {.anderson = 2, .group = &group}), Error);
+    });
+}
+
+TEST_P(OnRanks, PartsFromGuessedStatesMeetWhereTheRecurrenceForgets) {
+    run([](Group& group) {
+        for (const double gain : {0.5, 6.0}) {  // forgets; never does
+            const auto both = evaluate_both<double>(group, {400, 2, 3}, gain, {.method = Method::overlap, .chunk = 50});
+            const Report& report = both.part.report;
+            EXPECT_TRUE(report.ok()) << report;
+            if (gain < 1) {
+                EXPECT_LE(report.iterations, 3) << report;
+                EXPECT_LE(largest_difference<double>(both.part.trajectory, both.expected()), 1e-12);
+            } else {
+                EXPECT_LE(report.iterations, std::max(group.size() + 1, 8)) << report;  // alone there are 8 chunks
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- cells, gradients
+
+TEST_P(OnRanks, CellsAndTheirGradientsAreThoseOfOneRank) {
+    run([](Group& group) {
+        const index steps = 150, batch = 2, channels = 3;
+        const auto inputs = Buffer<double>::random({steps, batch, ParaLSTM::inputs * channels}, 1);
+        const auto parameters = Buffer<double>::random({ParaLSTM::parameters, 1, channels}, 2);
+        const auto initial = Buffer<double>::random({1, batch, ParaLSTM::states * channels}, 3);
+        const auto output_gradient = Buffer<double>::random({steps, batch, ParaLSTM::states * channels}, 4);
+        const auto [first, last] = group.part(steps);
+        const CellRecurrence<ParaLSTM, double> whole(inputs, parameters, initial);
+        const CellRecurrence<ParaLSTM, double> part(inputs.view().steps(first, last), parameters, initial);
+        const auto expected = evaluate(whole, {.method = Method::sequential});
+        const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+        for (const Method method :
+             {Method::automatic, Method::newton, Method::overlap, Method::shooting, Method::sequential}) {
+            const Options options{.method = method, .chunk = 16, .group = &group};
+            const auto found = evaluate(part, options);
+            EXPECT_TRUE(found.report.ok()) << found.report;
+            EXPECT_LE(largest_difference<double>(found.trajectory, expected.trajectory.view().steps(first, last)),
+                      1e-12)
+                << to_string(method);
+            const auto own = adjoint(part, found.trajectory, found.report,
+                                     View<const double>(output_gradient.view().steps(first, last)), options);
+            EXPECT_LE(largest_difference<double>(own.inputs, gradients.inputs.view().steps(first, last)), 1e-11);
+            EXPECT_TRUE(near(own.parameters, gradients.parameters, 1e-11));
+            if (group.rank() == 0) {
+                EXPECT_TRUE(near(own.initial, gradients.initial, 1e-11));
+            }
+        }
+    });
+}
+
+TEST_P(OnRanks, TheAdjointIsThatOfOneRank) {
+    run([](Group& group) {
+        for (const Shape& shape : {Shape{std::max(group.size(), 3), 2, 2}, Shape{120, 3, 4}}) {
+            const auto both = evaluate_both<double>(group, shape, 0.9, {.method = Method::newton});
+            const auto output_gradient = Buffer<double>::random(shape, 5);
+            const auto expected =
+                adjoint(Network<double>(shape, 0, 0.9), both.alone.trajectory, both.alone.report, output_gradient);
+            const Network<double> part(both.part.trajectory.shape(), both.first, 0.9);
+            const View<const double> own(output_gradient.view().steps(both.first, both.last));
+            const auto found = adjoint(part, both.part.trajectory, both.part.report, own, {.group = &group});
+            EXPECT_LE(largest_difference<double>(found.states, expected.states.view().steps(both.first, both.last)),
+                      1e-12);
+            if (group.rank() == 0) {
+                EXPECT_TRUE(near(found.initial, expected.initial, 1e-12));
+            }
+            const auto again = adjoint(part, both.part.trajectory, both.part.report, own, {.group = &group});
+            EXPECT_TRUE(same_bits(found.states, again.states));
+            Report failed = both.part.report;
+            if (group.rank() == group.size() - 1) failed.status = Status::max_iterations;
+            EXPECT_THROW(adjoint(part, both.part.trajectory, failed, own, {.group = &group}), Error);
+        }
+    });
+}
+
+TEST_P(OnRanks, ADenseCellsWeightsGatherTheGradientsOfAllRanks) {
+    run([](Group& group) {
+        const index steps = 60, batch = 2, hidden = 3;
+        const auto inputs = Buffer<double>::random({steps, batch, 3 * hidden}, 1);
+        const auto weights = Buffer<double>::random({3, hidden, hidden}, 2),
+                   biases = Buffer<double>::random({3, 1, hidden}, 3);
+        const auto output_gradient = Buffer<double>::random({steps, batch, hidden}, 4);
+        const auto [first, last] = group.part(steps);
+        const auto initial = Buffer<double>::random({1, batch, hidden}, 5);
+        const DenseCell<double> whole(DenseCellKind::gru, inputs, weights, biases, initial);
+        const DenseCell<double> part(DenseCellKind::gru, inputs.view().steps(first, last), weights, biases, initial);
+        const auto expected = evaluate(whole, {.method = Method::sequential});
+        const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+        const auto found = evaluate(part, {.group = &group});
+        EXPECT_TRUE(found.report.ok()) << found.report;
+        const auto own = adjoint(part, found.trajectory, found.report,
+                                 View<const double>(output_gradient.view().steps(first, last)), {.group = &group});
+        EXPECT_LE(largest_difference<double>(own.inputs, gradients.inputs.view().steps(first, last)), 1e-11);
+        EXPECT_TRUE(near(own.weights, gradients.weights, 1e-11));
+        EXPECT_TRUE(near(own.biases, gradients.biases, 1e-11));
     });
 }
 

@@ -156,18 +156,6 @@ bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const Sol
     return true;
 }
 
-/// The transposed system, in the order in which it is solved: y_t = A_{t+1}^T y_{t+1} + b_t from the last step on.
-template <class T>
-OrderedSystem<T> reversed(const BidiagonalSystem<T>& system, const View<T>& solution) {
-    const auto& [factor, right_side, initial] = system;
-    const Shape& shape = solution.shape();
-    return {{factor.at(shape.steps, 0), shape, factor.block(), -factor.step_stride(), factor.batch_stride()},
-            {right_side.at(shape.steps - 1, 0), shape, -right_side.step_stride(), right_side.batch_stride()},
-            {},
-            {solution.at(shape.steps - 1, 0), shape, -solution.step_stride(), solution.batch_stride()},
-            true};
-}
-
 /// Bytes that `method` takes from the workspace; saturates where they exceed the address space.
 template <class T>
 index workspace_bytes(const OrderedSystem<T>& system, Reduction method, index chunk) {
@@ -388,7 +376,7 @@ Reduction solve_part(const BidiagonalSystem<T>& system, const View<T>& solution,
             const int first = transposed ? group.size() - 1 : 0;
             const bool begins = group.rank() == first;
             const OrderedSystem<T> ordered =
-                transposed ? reversed<T>(system, solution)
+                transposed ? reduce::reversed<T>(system, solution)
                            : OrderedSystem<T>{system.subdiagonal, system.right_side,
                                               begins ? system.initial : View<const T>(), solution, false};
             part.emplace(ordered, begins, options, workspace);
@@ -429,7 +417,7 @@ Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_ide
         if (options.group != nullptr && options.group->size() > 1)
             return solve_part<T>(system, solution, true, options);
     if (!check<T>(system, solution, options)) return nothing_to_solve(options);
-    return reduce::solve_ordered<T>(reversed<T>(system, solution), options);
+    return reduce::solve_ordered<T>(reduce::reversed<T>(system, solution), options);
 }
 
 template <class T>

@@ -25,6 +25,18 @@ struct OrderedSystem {
     bool in_place() const { return right_side.data() == solution.data(); }
 };
 
+/// The transposed system, in the order in which it is solved: y_t = A_{t+1}^T y_{t+1} + b_t from the last step on.
+template <class T>
+OrderedSystem<T> reversed(const BidiagonalSystem<T>& system, const View<T>& solution) {
+    const auto& [factor, right_side, initial] = system;
+    const Shape& shape = solution.shape();
+    return {{factor.at(shape.steps, 0), shape, factor.block(), -factor.step_stride(), factor.batch_stride()},
+            {right_side.at(shape.steps - 1, 0), shape, -right_side.step_stride(), right_side.batch_stride()},
+            {},
+            {solution.at(shape.steps - 1, 0), shape, -solution.step_stride(), solution.batch_stride()},
+            true};
+}
+
 /// Forward substitution.
 template <Backend backend, class T>
 void solve_sequential(const OrderedSystem<T>& system, const Execution& execution);
