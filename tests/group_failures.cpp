@@ -1,6 +1,9 @@
 // A rank that ends while the others wait for it, as group_failures.sh runs it by mpirun:
-//     group_failures killed | throws | exits | works
-// Without a defence the others would wait for ever.
+//     group_failures killed | throws | exits | works | initialises
+// Without a defence the others would wait for ever. The last one initialises MPI itself, as any program may.
+#define OMPI_SKIP_MPICXX
+#include <mpi.h>
+
 #include <csignal>
 #include <iostream>
 #include <stdexcept>
@@ -10,6 +13,7 @@
 
 int main(int, char** arguments) {
     const std::string how = arguments[1];
+    if (how == "initialises") MPI_Init(nullptr, nullptr);
     deeppcr::Group& group = deeppcr::Group::world();
     group.barrier();
     if (group.rank() == group.size() - 1) {
@@ -22,5 +26,6 @@ int main(int, char** arguments) {
     }
     group.barrier();
     if (group.rank() == 0) std::cout << group.size() << " ranks are done\n";
+    if (how == "initialises") MPI_Finalize();
     return 0;
 }

@@ -14,6 +14,7 @@ expect() { # how, status (or "failure"), what the output says
     grep -q "$3" "$output" || { echo "$1: did not say '$3':"; cat "$output"; exit 1; }
 }
 expect works 0 "4 ranks are done"
+expect initialises 0 "4 ranks are done"
 expect killed failure "rank 3 .*signal 9"
 expect throws failure "the sensor is off"
 expect exits 1 "no such file"

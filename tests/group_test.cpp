@@ -28,6 +28,18 @@ INSTANTIATE_TEST_SUITE_P(Threads, OnRanks, testing::Values(1, 2, 3, 4, 5, 8));
 
 int rounds(int ranks) { return std::bit_width(unsigned(ranks - 1)); }
 
+/// What this rank sends in a scan from the first rank, and in a reduction.
+index scan_messages(const Group& group) {
+    index messages = 0;
+    for (int distance = 1; group.rank() + distance < group.size(); distance *= 2) ++messages;
+    return messages;
+}
+index reduce_messages(const Group& group) {
+    const int power = int(std::bit_floor(unsigned(group.size())));
+    const bool paired = group.rank() < 2 * (group.size() - power);
+    return paired && group.rank() % 2 == 0 ? 1 : std::bit_width(unsigned(power)) - 1 + (paired ? 1 : 0);
+}
+
 // ----------------------------------------------------------------------------------------------------- collectives
 
 TEST_P(OnRanks, PartsFollowEachOtherAndDifferByOneStepAtMost) {
@@ -137,7 +149,7 @@ TEST_P(OnRanks, AProblemOfOneRankIsThrownOnAll) {
 
 TEST_P(OnRanks, WhatIsSentIsCounted) {
     run([](Group& group) {
-        const int ranks = group.size(), rank = group.rank(), power = int(std::bit_floor(unsigned(ranks)));
+        const int ranks = group.size(), rank = group.rank();
         std::vector<double> values(10), everything(std::size_t(10 * ranks));
         const auto expect = [&](Group::Purpose purpose, index messages, index bytes) {
             EXPECT_EQ(group.traffic(purpose), (Group::Traffic{messages, bytes}))
@@ -150,14 +162,10 @@ TEST_P(OnRanks, WhatIsSentIsCounted) {
         group.gather(std::span<const double>(values), std::span<double>(everything));
         expect(Group::Purpose::gather, rounds(ranks), (ranks - 1) * 80);
         group.sum(std::span<double>(values));
-        const bool paired = rank < 2 * (ranks - power);
-        const index reduce = paired && rank % 2 == 0 ? 1 : std::bit_width(unsigned(power)) - 1 + (paired ? 1 : 0);
-        expect(Group::Purpose::reduce, reduce, reduce * 80);
+        expect(Group::Purpose::reduce, reduce_messages(group), reduce_messages(group) * 80);
         group.exclusive_scan(std::as_writable_bytes(std::span(values)),
                              [](std::span<const std::byte>, std::span<std::byte>, bool) {});
-        index scan = 0;
-        for (int distance = 1; rank + distance < ranks; distance *= 2) ++scan;
-        expect(Group::Purpose::scan, scan, scan * 80);
+        expect(Group::Purpose::scan, scan_messages(group), scan_messages(group) * 80);
         group.broadcast(std::span<double>(values));
         index sent[] = {group.traffic(Group::Purpose::broadcast).messages};
         group.sum(std::span<index>(sent));
@@ -286,9 +294,9 @@ TEST_P(OnRanks, ASolveSendsOneScanOfSummariesWhateverItsSteps) {
             Buffer<double> solution(problem.shape);
             group.reset_traffic();
             solve<double>(system.part(first, last), solution.view().steps(first, last), {.group = &group});
-            index scan = 0;
-            for (int distance = 1; group.rank() + distance < group.size(); distance *= 2) ++scan;
+            const index scan = scan_messages(group), reduce = reduce_messages(group);
             EXPECT_EQ(group.traffic(Group::Purpose::scan), (Group::Traffic{scan, scan * 2 * 6 * (3 + 1) * 8}));
+            EXPECT_EQ(group.traffic(Group::Purpose::reduce), (Group::Traffic{reduce, reduce * 56}));
             EXPECT_EQ(group.traffic(Group::Purpose::pass), Group::Traffic());
         }
     });
@@ -474,38 +482,49 @@ TEST_P(OnRanks, TheSameRanksGiveTheSameBits) {
     });
 }
 
-TEST_P(OnRanks, APassSendsAStateAScanAndOneAgreement) {
+// docs/scaling.md has these formulas.
+TEST_P(OnRanks, EvaluationsAndAdjointsSendWhatTheDocumentationSays) {
     run([](Group& group) {
+        const int ranks = group.size();
+        if (ranks == 1) return;  // AloneItSendsNothing
         const Shape shape{400, 2, 3};
         const auto [first, last] = group.part(shape.steps);
         const Network<double> part({last - first, 2, 3}, first, 0.9);
-        std::vector<Group::Traffic> sent;
-        std::vector<index> passes;
-        for (const index limit : {2, 4}) {  // more passes than one: what they add is what a pass sends
-            group.reset_traffic();
-            const auto found = evaluate(part, {.method = Method::newton,
-                                               .max_iterations = limit,
-                                               .on_failure = OnFailure::report,
-                                               .estimates = Estimates::none,
-                                               .group = &group});
-            EXPECT_EQ(found.report.iterations, limit);
-            for (const auto purpose : {Group::Purpose::pass, Group::Purpose::scan, Group::Purpose::reduce})
-                sent.push_back(group.traffic(purpose));
-        }
-        const auto more = [&](std::size_t i) {
-            return Group::Traffic{(sent[i + 3].messages - sent[i].messages) / 2,
-                                  (sent[i + 3].bytes - sent[i].bytes) / 2};
+        const index state = 2 * 3 * 8, summary = state * (3 + 1), scans = scan_messages(group);
+        const index reductions = reduce_messages(group), next = group.rank() + 1 < ranks ? 1 : 0;
+        const auto expect_sent = [&](Group::Purpose purpose, index messages, index bytes) {
+            EXPECT_EQ(group.traffic(purpose).messages, messages) << int(purpose) << ", " << to_string(group);
+            EXPECT_EQ(group.traffic(purpose).bytes, bytes) << int(purpose) << ", " << to_string(group);
         };
-        const int ranks = group.size(), rank = group.rank(), power = int(std::bit_floor(unsigned(ranks)));
-        const index states = 2 * 3 * 8, next = rank + 1 < ranks ? 1 : 0;
-        if (ranks == 1) return;  // alone nothing is sent, as other tests see
-        EXPECT_EQ(more(0), (Group::Traffic{next, next * states}));
-        index scan = 0;
-        for (int distance = 1; rank + distance < ranks; distance *= 2) ++scan;
-        EXPECT_EQ(more(1), (Group::Traffic{scan, scan * states * (3 + 1)}));
-        const bool paired = rank < 2 * (ranks - power);
-        const index reduce = paired && rank % 2 == 0 ? 1 : std::bit_width(unsigned(power)) - 1 + (paired ? 1 : 0);
-        EXPECT_EQ(more(2), (Group::Traffic{reduce, reduce * 16 * (1 + 2)}));
+        for (const Estimates estimates : {Estimates::none, Estimates::quick}) {
+            group.reset_traffic();
+            const auto found = evaluate(part, {.method = Method::newton, .estimates = estimates, .group = &group});
+            const index passes = found.report.iterations, solves = passes - (estimates == Estimates::none ? 1 : 0);
+            EXPECT_GE(passes, 3);
+            expect_sent(Group::Purpose::pass, next * passes, next * passes * state);
+            expect_sent(Group::Purpose::scan, scans * (1 + solves), scans * (8 + solves * summary));
+            expect_sent(Group::Purpose::reduce, reductions * (5 + passes),
+                        reductions * (152 + 8 + passes * 16 * (1 + 2) + 8 + 24 * 2 + 8));
+            index broadcasts = group.traffic(Group::Purpose::broadcast).messages;
+            group.sum(std::span(&broadcasts, 1));
+            EXPECT_EQ(broadcasts, (ranks - 1) * (estimates == Estimates::none ? 1 : 2));
+
+            group.reset_traffic();
+            adjoint(part, found.trajectory, found.report, View<const double>(found.trajectory.view()),
+                    {.group = &group});
+            expect_sent(Group::Purpose::pass, next, next * state);
+            expect_sent(Group::Purpose::reduce, reductions * 3, reductions * (8 + 152 + 8));
+            index scanned[] = {group.traffic(Group::Purpose::scan).messages, group.traffic(Group::Purpose::scan).bytes};
+            group.sum(std::span<index>(scanned));
+            index expected = 0;  // over all ranks: this scan runs from the last one
+            for (int distance = 1; distance < ranks; distance *= 2) expected += ranks - distance;
+            EXPECT_EQ(scanned[0], expected);
+            EXPECT_EQ(scanned[1], expected * summary);
+        }
+        group.reset_traffic();
+        (void)evaluate(part, {.method = Method::sequential, .group = &group});
+        expect_sent(Group::Purpose::pass, next, next * state);
+        expect_sent(Group::Purpose::scan, scans, scans * 8);
     });
 }
 

@@ -58,7 +58,7 @@ const std::vector<Library> libraries = {
      std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/nn_.*|examples/long_series.cpp")},
     {"Highway", std::regex("hwy/.*"), std::regex("src/.*")},
     {"CLI11", std::regex("CLI/.*"), std::regex("cli/.*|nn/.*|benchmarks/.*")},
-    {"MPI", std::regex("mpi.*\\.h"), std::regex("src/distribute/mpi.cpp")},
+    {"MPI", std::regex("mpi.*\\.h"), std::regex("src/distribute/mpi.cpp|tests/group_failures.cpp")},
     {"CUDA", std::regex("cuda.*|cub/.*|nccl.h"), std::regex(".*\\.cuh?|tests/emulation/.*")},
     {"GoogleTest", std::regex("(gtest|gmock|rapidcheck)[/.].*"), std::regex("tests/.*")},
 };

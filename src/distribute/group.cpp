@@ -259,7 +259,7 @@ void Group::maximum(std::span<T> values) {
         const std::span<const T> earlier = values_in<T>(bytes);
         const std::span<T> later = values_in<T>(target);
         for (std::size_t i = 0; i < later.size(); ++i)
-            if (!(earlier[i] <= later[i]) && later[i] == later[i]) later[i] = earlier[i];  // NaN wins
+            if (!(earlier[i] <= later[i]) && !std::isnan(double(later[i]))) later[i] = earlier[i];
     });
 }
 

@@ -347,7 +347,8 @@ private:
         }
         review_.add(newly / std::max(active, 1.0), worst);
         report_.residuals.push_back(worst);
-        if (options_.progress && !options_.progress(slowest, all_steps_, report_.iterations)) stopped_ = true;
+        if (options_.progress)
+            attempt([&] { stopped_ = stopped_ || !options_.progress(slowest, all_steps_, report_.iterations); });
     }
     /// Rows of this part among the confirmed steps.
     index confirmed_here(index j) const { return std::clamp<index>(confirmed_[std::size_t(j)] - first_, 0, steps_); }

@@ -131,7 +131,7 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
     for (index p = 0; p < index(parts_.size()); ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
         if (part.last <= first || part.first >= last) continue;
-        const bool goes_on = part.first < first || first == 0;  // from `before`
+        const bool goes_on = part.first < first || part.first == 0;  // from `before`
         none_begins = none_begins && goes_on;
         states.push_back(goes_on                    ? before.sequences(part.sequence, part.sequence + 1)
                          : initial_states().empty() ? View<const T>()
