@@ -30,15 +30,18 @@ const std::vector<Room> rooms = {
     {"src/device/",
      {headers + "array.hpp", headers + "device.cuh", headers + "error.hpp", headers + "execution.hpp",
       headers + "launch.cuh", headers + "storage.hpp"}},
+    {"src/distribute/",
+     {"src/device/", headers + "array.hpp", headers + "error.hpp", headers + "group.hpp", headers + "storage.hpp"}},
     {"src/reduce/",
-     {"src/device/", headers + "array.hpp", headers + "bidiagonal.hpp", headers + "device.cuh", headers + "error.hpp",
-      headers + "execution.hpp", headers + "launch.cuh", headers + "storage.hpp"}},
+     {"src/device/", "src/distribute/", headers + "array.hpp", headers + "bidiagonal.hpp", headers + "device.cuh",
+      headers + "error.hpp", headers + "execution.hpp", headers + "group.hpp", headers + "launch.cuh",
+      headers + "storage.hpp"}},
     {"src/recurrence/",
      {"src/device/", headers + "array.hpp", headers + "cell.cuh", headers + "cell.hpp", headers + "cell_device.hpp",
       headers + "cell_kernels.hpp", headers + "cells.hpp", headers + "dense_cells.hpp", headers + "dense_chain.hpp",
       headers + "device.cuh", headers + "error.hpp", headers + "execution.hpp", headers + "launch.cuh",
       headers + "recurrence.hpp", headers + "scalar.hpp", headers + "storage.hpp"}},
-    {"src/newton/", {"src/reduce/", "src/recurrence/", "src/device/", headers}},
+    {"src/newton/", {"src/reduce/", "src/recurrence/", "src/distribute/", "src/device/", headers}},
     {"files/", {headers + "array.hpp", headers + "error.hpp"}},
     {"nn/", {headers, nn_headers, "files/"}},
     {"cli/", {headers, nn_headers, "files/"}},
@@ -55,6 +58,7 @@ const std::vector<Library> libraries = {
      std::regex("nn/.*|include/deeppcr/nn/.*|tests/nn_.*|benchmarks/nn_.*|examples/long_series.cpp")},
     {"Highway", std::regex("hwy/.*"), std::regex("src/.*")},
     {"CLI11", std::regex("CLI/.*"), std::regex("cli/.*|nn/.*|benchmarks/.*")},
+    {"MPI", std::regex("mpi.*\\.h"), std::regex("src/distribute/mpi.cpp|tests/group_failures.cpp")},
     {"CUDA", std::regex("cuda.*|cub/.*|nccl.h"), std::regex(".*\\.cuh?|tests/emulation/.*")},
     {"GoogleTest", std::regex("(gtest|gmock|rapidcheck)[/.].*"), std::regex("tests/.*")},
 };
@@ -196,6 +200,7 @@ TEST(Structure, ViolationsAreFound) {
                        {"include/deeppcr/nn/module.hpp", "#include <torch/torch.h>\n"},
                        {"src/device/threads.hpp", "#include <deeppcr/array.hpp>\n"},
                        {"src/reduce/solve.cpp", "#include \"device/threads.hpp\"\n#include <hwy/highway.h>\n"},
+                       {"src/distribute/mpi.cpp", "#include <mpi.h>\n"},
                        {"cli/main.cpp", "#include <deeppcr/nn/module.hpp>\n"}};
     EXPECT_TRUE(violations(good).empty());
     const std::vector<std::pair<std::string, std::string>> bad = {
@@ -204,6 +209,7 @@ TEST(Structure, ViolationsAreFound) {
         {"include/deeppcr/array.hpp", "#include <deeppcr/missing.hpp>\n"},
         {"src/device/threads.hpp", "  #  include \"../reduce/solve.cpp\"\n"},
         {"src/reduce/solve.cpp", "#include <deeppcr/recurrence.hpp>\n"},
+        {"src/reduce/solve.cpp", "#include <mpi.h>\n"},
         {"cli/main.cpp", "#include \"device/threads.hpp\"\n"},
         {"cli/main.cpp", "#include <ATen/ATen.h>\n"}};
     for (const auto& [file, contents] : bad) {

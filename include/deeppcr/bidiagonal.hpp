@@ -9,6 +9,8 @@
 
 namespace deeppcr {
 
+class Group;
+
 /// x_t = A_t x_{t-1} + b_t for t = 1..T, in each of `batch` sequences: identity on the diagonal, -A_t below it.
 template <class T>
 struct BidiagonalSystem {
@@ -50,6 +52,9 @@ struct SolveOptions {
     index chunk = 0;                 ///< steps per chunk of `scan`; 0: from the shape and the thread count or the GPU
     Workspace* workspace = nullptr;  ///< memory to reuse between calls, on the GPU for cuda; null: the call's own
     TensorCores tensor_cores = TensorCores::none;  ///< cuda; the other backends have none, and ignore it
+    /// Processes that hold consecutive parts of the steps, in the order of their ranks (group.hpp); null: this one
+    /// alone.
+    Group* group = nullptr;
 };
 
 /// Solves `system` for `solution`: x, [steps,batch,width], out. `solution` may be the very view `right_side` (solved
@@ -69,12 +74,18 @@ struct SolveOptions {
 /// thread count where `chunk` is given. cuda: the same inputs, options and GPU model give the same bits. Returns the
 /// method that was used, which `automatic` chooses. Throws InvalidArgument, OutOfMemory. Source: arXiv 2309.16318,
 /// Algorithm 1 (pcr); Blelloch (1990) (scan).
+/// With options.group all its ranks call together, each with its own part of the steps, at least one: `system` and
+/// `solution` hold these, and `initial` counts on the first rank. Every part is reduced to one long step, one exclusive
+/// scan tells each rank the state before its part, and `method` solves it from there: twice a scan's products, and
+/// ceil(log2(ranks)) messages per rank of B * D * (block + 1) numbers. For a number of ranks the bits are the same
+/// every time. Throws on all ranks what one throws (Group::agree); InvalidArgument with Backend::cuda.
 template <class T>
 Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                 const SolveOptions& options = {});
 
 /// Solves the transposed system: y_t = A_{t+1}^T y_{t+1} + b_t for t = T..1, with y_{T+1} = 0. A_1 and `initial` play
-/// no part (the gradient with respect to x_0 is A_1^T y_1: `multiply_transposed`). Otherwise as `solve`.
+/// no part (the gradient with respect to x_0 is A_1^T y_1: `multiply_transposed`). Otherwise as `solve`; with
+/// options.group A_1 plays no part on the first rank only, and y_{T+1} = 0 holds for the last.
 template <class T>
 Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                            const SolveOptions& options = {});

@@ -12,6 +12,7 @@
 #include <deeppcr/error.hpp>
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/execution.hpp>
+#include <deeppcr/group.hpp>
 #include <deeppcr/recurrence.hpp>
 #include <deeppcr/scalar.hpp>
 #include <deeppcr/storage.hpp>

@@ -104,6 +104,9 @@ struct Options {
     /// Called after each pass with (confirmed steps of the slowest sequence, all steps, passes); false stops the
     /// evaluation with Status::max_iterations.
     std::function<bool(index confirmed, index steps, index iterations)> progress = {};
+    /// Processes that hold consecutive parts of the steps, in the order of their ranks (group.hpp); null: this one
+    /// alone.
+    Group* group = nullptr;
 };
 
 /// What an evaluation did, and how far to trust its result.
@@ -182,6 +185,16 @@ struct Evaluation {
 /// where it is overlap or shooting with chunk 0: these choose by measured costs and by what earlier calls have shown,
 /// and may choose differently between calls, within the tolerance. Throws InvalidArgument, OutOfMemory, NotConverged,
 /// and what the recurrence's callbacks throw. Source: arXiv 2309.16318, eqs. 2-5.
+/// With options.group all its ranks call together, with the same options. Each has a recurrence of its own part of the
+/// steps, at least one (Group::part), whose sections count from there, and that part of the trajectory; `initial`
+/// counts on the first rank. A pass sends the state at a part's end on, solves across the ranks (see `solve`), and
+/// agrees on what is confirmed; the same promises hold, and the Report's status, passes, sequences, residuals and error
+/// are the same everywhere. Method::sequential runs rank after rank; overlap and shooting evaluate every part from a
+/// guessed state and again from the one that the part before has handed over, until these agree within the tolerance;
+/// automatic is newton, and overlap for cells. The bits are the same every time for a number of ranks; those of
+/// Method::sequential for all. Newton's method takes its part in one window, and goes on sequentially where that makes
+/// no progress; window, damping, anderson and Backend::cuda are refused (InvalidArgument), and Estimates::full is as
+/// quick. What one rank throws is thrown on all (Group::agree).
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
 
@@ -237,6 +250,9 @@ struct Adjoint {
 /// window after window from the end, exact. Of `options`, reduction, chunk, tensor_cores, window, memory_limit,
 /// execution and workspace count. Refuses (InvalidArgument) a trajectory whose `report` is not ok(). Deterministic as
 /// `evaluate`. With execution.backend cuda all arrays lie on the current GPU, the result's too.
+/// With options.group each rank passes its part, as to `evaluate`, and gets its part of the gradients: `initial` is
+/// that of the state before the part, so dL/dx_0 on the first rank, and the overloads below sum the gradients of
+/// parameters that all steps share over the ranks, in a fixed order.
 template <class T>
 Adjoint<T> adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                    const Report& report, View<const std::type_identity_t<T>> output_gradient,

@@ -10,6 +10,7 @@
 #include <deeppcr/evaluate.hpp>
 
 #include "device/cuda.hpp"
+#include "newton/across_ranks.hpp"
 #include "newton/automatic.hpp"
 #include "newton/options.hpp"
 #include "newton/overlap.hpp"
@@ -22,6 +23,12 @@ namespace newton {
 template <class T>
 void check_adjoint_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                              View<const T> output_gradient, const Options& options) {
+    if (is_shared(options)) {
+        Options alone = options;
+        alone.group = nullptr;
+        return options.group->agree(
+            caught([&] { check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, alone); }));
+    }
     check_options(options);
     const Shape& shape = recurrence.shape();
     const auto check = [&](const char* name, View<const T> states) {
@@ -55,6 +62,11 @@ using Visit = std::function<void(const Section& section, View<const T> before, V
 template <class T>
 Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
                         const Options& options, View<T> initial, const Visit<T>& visit) {
+    if (is_shared(options))
+        return sweep_across_ranks<T>(
+            recurrence,
+            {.trajectory = trajectory, .output_gradient = output_gradient, .initial = initial, .visit = visit}, options,
+            nullptr);
     const Clock::time_point begin = Clock::now();
     Report report;
     Options solving = options;
@@ -206,7 +218,7 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
 /// By the fused backward pass, in the workspace that it is given, or the transposed solve: as options.method says.
 template <class T, class Fused, class Solve>
 Report by_choice(const Recurrence<T>& recurrence, const Options& options, const Fused& fused, const Solve& solve) {
-    if (recurrence.shape().count() == 0) return solve();
+    if (recurrence.shape().count() == 0 || is_shared(options)) return solve();
     const bool open = leaves_backward_choice(options);
     Choice choice;
     if (open)
@@ -325,6 +337,9 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
                                                result.biases);
                                        });
         });
+    if (is_shared(options))
+        for (const Buffer<T>& shared : {std::cref(result.weights), std::cref(result.biases)})
+            options.group->sum(std::span(shared.data(), std::size_t(shared.size())));
     return result;
 }
 

@@ -332,6 +332,7 @@ const Trial& Analysis::fastest() const {
 template <class T>
 Analysis analyse(const Recurrence<T>& recurrence, const AnalysisOptions& options) {
     newton::check_options(options.evaluation);
+    newton::require_alone(options.evaluation);
     if (!(options.seconds > 0))
         throw InvalidArgument("options.seconds", "a number above 0", std::to_string(options.seconds));
     if (recurrence.shape().count() < 1)

@@ -15,6 +15,7 @@
 
 #include "device/cuda.hpp"
 #include "device/threads.hpp"
+#include "newton/across_ranks.hpp"
 #include "newton/anderson.hpp"
 #include "newton/automatic.hpp"
 #include "newton/estimate.hpp"
@@ -568,6 +569,7 @@ Report evaluate_by_choice(const Recurrence<T>& recurrence, View<T> trajectory, c
 
 template <class T>
 Report evaluate_checked(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
+    if (is_shared(options)) return evaluate_across_ranks(recurrence, trajectory, options);
     check_arguments<T>(recurrence, trajectory, options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
     if (options.method == Method::shooting && cell == nullptr)

@@ -562,6 +562,7 @@ namespace {
 template <class T>
 Report evaluate_stored(const Recurrence<T>& recurrence, View<T> trajectory, const Options& options) {
     check_options(options);
+    require_alone(options);
     const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
     if (cell == nullptr) throw InvalidArgument("recurrence", "a cell's, for numbers stored in 16 bits", "another");
     cell::require_gpu_for_16_bits<T>(options.execution.backend);

@@ -12,6 +12,7 @@
 
 #include "device/cuda.hpp"
 #include "device/threads.hpp"
+#include "newton/across_ranks.hpp"
 #include "newton/cost_model.hpp"
 #include "newton/fused_gpu.hpp"
 #include "newton/options.hpp"
@@ -263,6 +264,46 @@ Report no_steps(const ChannelwiseRecurrence<T>& recurrence, const CellGradientVi
 
 template <class T>
 Report cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                      View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options);
+
+/// Once what the other ranks hand to this one's part is known, the part is a recurrence like any other.
+template <class T>
+Report gradients_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                              const Report& report, View<const T> output_gradient,
+                              const CellGradientViews<T>& gradients, const Options& options) {
+    const auto [steps, batch, width] = recurrence.shape();
+    Buffer<T> before, handed, gradient;
+    std::exception_ptr problem = caught([&] {
+        if (index(recurrence.parts().size()) != batch)
+            throw InvalidArgument("recurrence", "one sequence in each row, with options.group",
+                                  std::to_string(recurrence.parts().size()) + " in " + std::to_string(batch) + " rows");
+        before = Buffer<T>({1, batch, width});
+        handed = Buffer<T>({1, batch, width});
+        gradient = Buffer<T>(recurrence.shape());
+    });
+    const Report sweep = sweep_across_ranks<T>(
+        recurrence, {.trajectory = trajectory, .output_gradient = output_gradient, .before = before, .handed = handed},
+        options, problem);
+    Report result;
+    problem = caught([&] {
+        copy_states<T>(output_gradient, gradient.view(), options.execution);
+        add_states<T>(handed, gradient.view().steps(steps - 1, steps), options.execution);
+        Options own = options;
+        own.group = nullptr;
+        result = cell_gradients<T>(*recurrence.segment(0, steps, before), trajectory, report, gradient, gradients, own);
+    });
+    options.group->agree(problem);
+    options.group->sum(std::span(gradients.parameters.data(), std::size_t(gradients.parameters.shape().count())));
+    result.method += ", on " + std::to_string(options.group->size()) + " ranks";
+    result.linearise.seconds += sweep.linearise.seconds;
+    result.linearise.bytes += sweep.linearise.bytes;
+    result.reduce = sweep.reduce;
+    result.seconds += sweep.seconds;
+    return result;
+}
+
+template <class T>
+Report cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
@@ -270,6 +311,10 @@ Report cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> 
     require_shape("gradients.parameters", gradients.parameters, recurrence.parameters().shape(), true);
     require_shape("gradients.initial", gradients.initial,
                   {1, index(recurrence.parts().size()), recurrence.shape().width}, false);
+    if constexpr (is_stored_in_16_bits<T>)
+        require_alone(options);
+    else if (is_shared(options))
+        return gradients_across_ranks<T>(recurrence, trajectory, report, output_gradient, gradients, options);
     if (recurrence.shape().count() == 0) return no_steps(recurrence, gradients, options);
     if (options.execution.backend == Backend::cuda)
         return adjoint_on_gpu<T>(recurrence, trajectory, output_gradient, gradients, options);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include <deeppcr/group.hpp>
+
 #include "device/cuda.hpp"
 
 namespace deeppcr {
@@ -56,6 +58,12 @@ void check_options(const Options& options) {
     check_count("options.execution.threads", options.execution.threads);
 }
 
+void require_alone(const Options& options) {
+    if (options.group != nullptr && options.group->size() > 1)
+        throw InvalidArgument("options.group", "null, or a group of one rank",
+                              "one of " + std::to_string(options.group->size()));
+}
+
 template <class T>
 void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Options& options) {
     check_options(options);
@@ -68,6 +76,7 @@ void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, 
 
 template <class T>
 void check_gpu_arguments(const Recurrence<T>& recurrence, const Options& options) {
+    require_alone(options);
     const Device here = device::current_gpu();
     if (!recurrence.runs_on(Backend::cuda))
         throw InvalidArgument("options.execution.backend", "one that the recurrence runs on (Recurrence::runs_on)",

@@ -15,6 +15,9 @@ constexpr index most_anderson = 16;
 /// Throws InvalidArgument for an option that is out of its range.
 void check_options(const Options& options);
 
+/// For what one process computes alone: throws InvalidArgument where options.group has other ranks.
+void require_alone(const Options& options);
+
 /// Throws InvalidArgument for arguments of `evaluate` that do not fit each other.
 template <class T>
 void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Options& options);

@@ -99,6 +99,7 @@ Report run_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, V
                     const Options& options, const std::function<void(index first, View<const T> states)>& visit) {
     const Clock::time_point begin = Clock::now();
     check_options(options);
+    require_alone(options);
     cell::require_gpu_for_16_bits<T>(options.execution.backend);
     check_segments<T>(recurrence, segment, boundaries);
     const auto [steps, batch, width] = recurrence.shape();
@@ -142,6 +143,7 @@ template <class T>
 CellGradients<T> adjoint_segments(const ChannelwiseRecurrence<T>& recurrence, index segment, View<const T> boundaries,
                                   const Report& report, View<const T> output_gradient, const Options& options) {
     const Clock::time_point begin = Clock::now();
+    require_alone(options);
     check_segments<T>(recurrence, segment, boundaries);
     check_adjoint_arguments<T>(recurrence, output_gradient, report, output_gradient, options);
     const auto [steps, batch, width] = recurrence.shape();

@@ -131,8 +131,9 @@ std::unique_ptr<ChannelwiseRecurrence<T>> ChannelwiseRecurrence<T>::segment(inde
     for (index p = 0; p < index(parts_.size()); ++p) {
         const SequencePart& part = parts_[std::size_t(p)];
         if (part.last <= first || part.first >= last) continue;
-        none_begins = none_begins && part.first < first;
-        states.push_back(part.first < first         ? before.sequences(part.sequence, part.sequence + 1)
+        const bool goes_on = part.first < first || part.first == 0;  // from `before`
+        none_begins = none_begins && goes_on;
+        states.push_back(goes_on                    ? before.sequences(part.sequence, part.sequence + 1)
                          : initial_states().empty() ? View<const T>()
                                                     : initial_.sequences(p, p + 1));
         if (part.first > first) starts.push_back({part.sequence, part.first - first});

@@ -2,11 +2,14 @@
 #include "reduce/reduce.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <exception>
 #include <optional>
 
 #include "device/cuda.hpp"
 #include "device/threads.hpp"
+#include "reduce/across_ranks.hpp"
 
 namespace deeppcr {
 namespace {
@@ -151,18 +154,6 @@ bool check(const BidiagonalSystem<T>& system, const View<T>& solution, const Sol
     if (!in_place)
         require_apart("solution", extent(solution), "system.right_side (or to be the same view)", extent(right_side));
     return true;
-}
-
-/// The transposed system, in the order in which it is solved: y_t = A_{t+1}^T y_{t+1} + b_t from the last step on.
-template <class T>
-OrderedSystem<T> reversed(const BidiagonalSystem<T>& system, const View<T>& solution) {
-    const auto& [factor, right_side, initial] = system;
-    const Shape& shape = solution.shape();
-    return {{factor.at(shape.steps, 0), shape, factor.block(), -factor.step_stride(), factor.batch_stride()},
-            {right_side.at(shape.steps - 1, 0), shape, -right_side.step_stride(), right_side.batch_stride()},
-            {},
-            {solution.at(shape.steps - 1, 0), shape, -solution.step_stride(), solution.batch_stride()},
-            true};
 }
 
 /// Bytes that `method` takes from the workspace; saturates where they exceed the address space.
@@ -312,8 +303,20 @@ Reduction nothing_to_solve(const SolveOptions& options) {
     return options.method == Reduction::automatic ? Reduction::sequential : options.method;
 }
 
+/// The threads that a summary is worth.
 template <class T>
-Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) {
+Execution summary_execution(const OrderedSystem<T>& merged_system, const Execution& execution) {
+    return {.backend = execution.backend,
+            .threads =
+                useful_threads(merged_system.solution.shape(), merged_system.block(), device::thread_count(execution))};
+}
+
+}  // namespace
+
+namespace reduce {
+
+template <class T>
+Reduction solve_ordered(const OrderedSystem<T>& system, const SolveOptions& options) {
     if (options.execution.backend == Backend::cuda) return run_on_gpu(system, options);
     if constexpr (!is_stored_in_16_bits<T>) {
         if (options.execution.backend == Backend::reference) return run<Backend::reference>(system, options);
@@ -322,20 +325,99 @@ Reduction dispatch(const OrderedSystem<T>& system, const SolveOptions& options) 
     throw InvalidArgument("options.execution.backend", "a Backend", std::to_string(int(options.execution.backend)));
 }
 
+template <class T>
+void summarise_ordered(const OrderedSystem<T>& given, const LongStep<T>& result, const SolveOptions& options) {
+    const OrderedSystem<T> system = merged(given);
+    const Execution execution = summary_execution(system, options.execution);
+    if (execution.backend == Backend::reference)
+        summarise<Backend::reference>(system, result, execution, *options.workspace);
+    else
+        summarise<Backend::cpu>(system, result, execution, *options.workspace);
+}
+
+template <class T>
+void compose_ordered(const LongStep<T>& earlier, const LongStep<T>& later, bool transposed, bool with_product,
+                     T* scratch, const Execution& execution) {
+    const Execution used{.backend = execution.backend, .threads = device::thread_count(execution)};
+    if (used.backend == Backend::reference)
+        compose<Backend::reference>(earlier, later, transposed, with_product, scratch, used);
+    else
+        compose<Backend::cpu>(earlier, later, transposed, with_product, scratch, used);
+}
+
+#define DEEPPCR_INSTANTIATE(T)                                                                         \
+    template Reduction solve_ordered(const OrderedSystem<T>&, const SolveOptions&);                    \
+    template void summarise_ordered(const OrderedSystem<T>&, const LongStep<T>&, const SolveOptions&); \
+    template void compose_ordered(const LongStep<T>&, const LongStep<T>&, bool, bool, T*, const Execution&);
+DEEPPCR_INSTANTIATE(float)
+DEEPPCR_INSTANTIATE(double)
+#undef DEEPPCR_INSTANTIATE
+
+}  // namespace reduce
+
+namespace {
+
+/// This rank's part of a system that a group shares. Nothing is sent before all ranks can go on.
+template <class T>
+Reduction solve_part(const BidiagonalSystem<T>& system, const View<T>& solution, bool transposed,
+                     const SolveOptions& options) {
+    Group& group = *options.group;
+    Workspace own;
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const Workspace::Scope scope(workspace);
+    const Shape& shape = solution.shape();
+    std::optional<reduce::Part<T>> part;
+    std::exception_ptr problem;
+    try {
+        if (options.execution.backend == Backend::cuda)
+            throw InvalidArgument("options.execution.backend", "a processor's, with options.group", "Backend::cuda");
+        if (shape.steps == 0) throw InvalidArgument("system", "at least one step on every rank", to_string(shape));
+        if (check<T>(system, solution, options)) {
+            const int first = transposed ? group.size() - 1 : 0;
+            const bool begins = group.rank() == first;
+            const OrderedSystem<T> ordered =
+                transposed ? reduce::reversed<T>(system, solution)
+                           : OrderedSystem<T>{system.subdiagonal, system.right_side,
+                                              begins ? system.initial : View<const T>(), solution, false};
+            part.emplace(ordered, begins, options, workspace);
+            part->summarise();
+        }
+    } catch (...) {
+        problem = std::current_exception();
+    }
+    // What all must share, and its negative: the maxima say whether it is the same.
+    const index block = system.subdiagonal.block();
+    std::array<index, 7> sizes = {shape.batch, shape.width, block, -shape.batch, -shape.width, -block, problem ? 1 : 0};
+    group.maximum(std::span<index>(sizes));
+    if (sizes[6] != 0) group.agree(problem);
+    if (sizes[0] != -sizes[3] || sizes[1] != -sizes[4] || sizes[2] != -sizes[5])
+        throw InvalidArgument("system", "the same batch, width and block on every rank",
+                              to_string(shape) + " with block " + std::to_string(block) + " on " + to_string(group));
+    if (!part) return nothing_to_solve(options);
+    part->scan();
+    return part->solve();
+}
+
 }  // namespace
 
 template <class T>
 Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                 const SolveOptions& options) {
+    if constexpr (!is_stored_in_16_bits<T>)
+        if (options.group != nullptr && options.group->size() > 1)
+            return solve_part<T>(system, solution, false, options);
     if (!check<T>(system, solution, options)) return nothing_to_solve(options);
-    return dispatch<T>({system.subdiagonal, system.right_side, system.initial, solution, false}, options);
+    return reduce::solve_ordered<T>({system.subdiagonal, system.right_side, system.initial, solution, false}, options);
 }
 
 template <class T>
 Reduction solve_transposed(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                            const SolveOptions& options) {
+    if constexpr (!is_stored_in_16_bits<T>)
+        if (options.group != nullptr && options.group->size() > 1)
+            return solve_part<T>(system, solution, true, options);
     if (!check<T>(system, solution, options)) return nothing_to_solve(options);
-    return dispatch<T>(reversed<T>(system, solution), options);
+    return reduce::solve_ordered<T>(reduce::reversed<T>(system, solution), options);
 }
 
 template <class T>

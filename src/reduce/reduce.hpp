@@ -25,6 +25,18 @@ struct OrderedSystem {
     bool in_place() const { return right_side.data() == solution.data(); }
 };
 
+/// The transposed system, in the order in which it is solved: y_t = A_{t+1}^T y_{t+1} + b_t from the last step on.
+template <class T>
+OrderedSystem<T> reversed(const BidiagonalSystem<T>& system, const View<T>& solution) {
+    const auto& [factor, right_side, initial] = system;
+    const Shape& shape = solution.shape();
+    return {{factor.at(shape.steps, 0), shape, factor.block(), -factor.step_stride(), factor.batch_stride()},
+            {right_side.at(shape.steps - 1, 0), shape, -right_side.step_stride(), right_side.batch_stride()},
+            {},
+            {solution.at(shape.steps - 1, 0), shape, -solution.step_stride(), solution.batch_stride()},
+            true};
+}
+
 /// Forward substitution.
 template <Backend backend, class T>
 void solve_sequential(const OrderedSystem<T>& system, const Execution& execution);
@@ -41,9 +53,38 @@ template <Backend backend, class T>
 void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, const Execution& execution,
                 Workspace& workspace);
 
+/// x_end = product x_before + end: what steps amount to, as one. Each has one step, contiguous; the product is kept
+/// the way the factors are stored.
+template <class T>
+struct LongStep {
+    Jacobian<T> product;
+    View<T> end;
+};
+
+/// The system as one long step; what `initial` holds counts for nothing. Contiguous sequences of a system may be
+/// `result`'s one wide one. Processors only.
+template <Backend backend, class T>
+void summarise(const OrderedSystem<T>& system, const LongStep<T>& result, const Execution& execution,
+               Workspace& workspace);
+
+/// later = later after earlier; the product only where asked for. scratch: as large as a product. Processors only.
+template <Backend backend, class T>
+void compose(const LongStep<T>& earlier, const LongStep<T>& later, bool transposed, bool with_product, T* scratch,
+             const Execution& execution);
+
 /// product = A^T y for the one step of `subdiagonal`.
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
                          const Execution& execution);
+
+/// By the backend, method and chunk of `options`, which a caller has checked: `solve`, `summarise` and `compose`.
+/// summarise and compose: float and double.
+template <class T>
+Reduction solve_ordered(const OrderedSystem<T>& system, const SolveOptions& options);
+template <class T>
+void summarise_ordered(const OrderedSystem<T>& system, const LongStep<T>& result, const SolveOptions& options);
+template <class T>
+void compose_ordered(const LongStep<T>& earlier, const LongStep<T>& later, bool transposed, bool with_product,
+                     T* scratch, const Execution& execution);
 
 }  // namespace deeppcr::reduce

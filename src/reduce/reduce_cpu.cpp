@@ -211,6 +211,55 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores /*tenso
     });
 }
 
+// Pieces of the sequences, enough to keep the threads busy, and then these in order.
+template <Backend backend, class T>
+void summarise(const OrderedSystem<T>& system, const LongStep<T>& result, const Execution& execution,
+               Workspace& workspace) {
+    const index steps = system.steps(), batch = system.batch(), width = system.width(), block = system.block();
+    const index pieces = batch >= execution.threads ? 1 : std::min<index>(steps, execution.threads);
+    const Kernels<T>& kernel = kernels<T>();
+    const Workspace::Scope scope(workspace);
+    const auto end = workspace.take_states<T>({pieces, batch, width});
+    const auto product = workspace.take_jacobian<T>({pieces, batch, width}, block);
+    const auto scratch = workspace.take_states<T>({pieces, batch, block * (block + 1)});
+    device::parallel_ranges(execution.threads, pieces * batch, 1, [&](index first, index last) {
+        for (index item = first; item < last; ++item) {
+            const index piece = item / batch, sequence = item % batch;
+            const auto here =
+                strip(system, steps * piece / pieces, steps * (piece + 1) / pieces, sequence, sequence + 1, 0, width);
+            kernel.summarise(here, product.at(piece, sequence), end.at(piece, sequence), scratch.at(piece, sequence));
+        }
+    });
+    const auto piece_at = [&](index piece) {
+        const Shape state{1, 1, batch * width};
+        return LongStep<T>{Jacobian<T>(product.at(piece, 0), state, block), View<T>(end.at(piece, 0), state)};
+    };
+    T* const other = workspace.take<T>(batch * width * block);
+    for (index piece = 1; piece < pieces; ++piece)
+        compose<backend, T>(piece_at(piece - 1), piece_at(piece), system.transposed, true, other, execution);
+    std::copy_n(product.at(pieces - 1, 0), batch * width * block, result.product.data());
+    std::copy_n(end.at(pieces - 1, 0), batch * width, result.end.data());
+}
+
+template <Backend backend, class T>
+void compose(const LongStep<T>& earlier, const LongStep<T>& later, bool transposed, bool with_product, T* scratch,
+             const Execution& execution) {
+    const Kernels<T>& kernel = kernels<T>();
+    const index block = later.product.block(), width = later.end.width();
+    // Below this a second thread costs more than it brings.
+    const index grain = std::max<index>(64 / index(sizeof(T)), (index(1) << 15) / (block * block * block));
+    device::parallel_ranges(execution.threads, width / block, grain, [&](index first, index last) {
+        const index begin = first * block, count = (last - first) * block;
+        T *const product = later.product.data() + begin * block, *const end = later.end.data() + begin;
+        kernel.substitute(one_step<T>(product, earlier.end.data() + begin, end, end, count, block, transposed));
+        if (!with_product) return;
+        const T* const before = earlier.product.data() + begin * block;
+        T* const multiplied = scratch + begin * block;
+        kernel.multiply(transposed ? before : product, transposed ? product : before, last - first, block, multiplied);
+        std::copy_n(multiplied, count * block, product);
+    });
+}
+
 template <Backend backend, class T>
 void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const T>& y, const View<T>& product,
                          const Execution& execution) {
@@ -230,6 +279,9 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
     template void solve_pcr<Backend::cpu, T>(const OrderedSystem<T>&, const Execution&, Workspace&);                   \
     template void solve_scan<Backend::cpu, T>(const OrderedSystem<T>&, index, TensorCores, const Execution&,           \
                                               Workspace&);                                                             \
+    template void summarise<Backend::cpu, T>(const OrderedSystem<T>&, const LongStep<T>&, const Execution&,            \
+                                             Workspace&);                                                              \
+    template void compose<Backend::cpu, T>(const LongStep<T>&, const LongStep<T>&, bool, bool, T*, const Execution&);  \
     template void multiply_transposed<Backend::cpu, T>(const Jacobian<const T>&, const View<const T>&, const View<T>&, \
                                                        const Execution&);
 DEEPPCR_INSTANTIATE(float)

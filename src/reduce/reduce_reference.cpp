@@ -49,6 +49,23 @@ void begin(const OrderedSystem<T>& system, index sequence, T* state) {
                 system.initial.at(0, sequence), right_side, state);
 }
 
+/// Steps [first, last) of a sequence as one long step: x_end = product x_before + end, where `end` is what they make of
+/// a zero state. scratch: width * block elements.
+template <class T>
+void summarise_steps(const OrderedSystem<T>& system, index sequence, index first, index last, T* product, T* end,
+                     T* scratch) {
+    const index width = system.width(), block = system.block();
+    std::copy_n(system.right_side.at(first, sequence), width, end);
+    std::copy_n(system.factor.at(first, sequence), width * block, product);
+    for (index step = first + 1; step < last; ++step) {
+        const T* now = system.factor.at(step, sequence);
+        std::copy_n(end, width, scratch);
+        advance<T>(now, width, block, system.transposed, scratch, system.right_side.at(step, sequence), end);
+        multiply<T>(system.transposed ? product : now, system.transposed ? now : product, width, block, scratch);
+        std::copy_n(scratch, width * block, product);
+    }
+}
+
 }  // namespace
 
 template <Backend backend, class T>
@@ -121,26 +138,18 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores /*tenso
     const auto end = workspace.take_states<T>({chunks, batch, width});
     T* scratch = workspace.take<T>(width * block);
 
-    // A chunk is one long step: x_end = product x_before + end, where `end` is what it makes of a zero state.
+    // The first chunk is solved, the others become one long step each.
     for (index sequence = 0; sequence < batch; ++sequence) {
-        for (index part = 0; part < chunks; ++part) {
-            const index first = part * chunk, last = std::min(first + chunk, steps);
-            T* state = end.at(part, sequence);
-            T* total = product.at(part, sequence);
-            if (part == 0)
-                begin(system, sequence, state);
-            else
-                std::copy_n(right_side.at(first, sequence), width, state);
-            std::copy_n(factor.at(first, sequence), part == 0 ? 0 : width * block, total);
-            for (index step = first + 1; step < last; ++step) {
-                const T* now = factor.at(step, sequence);
-                std::copy_n(state, width, scratch);
-                advance<T>(now, width, block, transposed, scratch, right_side.at(step, sequence), state);
-                if (part == 0) continue;
-                multiply<T>(transposed ? total : now, transposed ? now : total, width, block, scratch);
-                std::copy_n(scratch, width * block, total);
-            }
+        T* state = end.at(0, sequence);
+        begin(system, sequence, state);
+        for (index step = 1; step < std::min(chunk, steps); ++step) {
+            std::copy_n(state, width, scratch);
+            advance<T>(factor.at(step, sequence), width, block, transposed, scratch, right_side.at(step, sequence),
+                       state);
         }
+        for (index part = 1; part < chunks; ++part)
+            summarise_steps(system, sequence, part * chunk, std::min((part + 1) * chunk, steps),
+                            product.at(part, sequence), end.at(part, sequence), scratch);
     }
     solve_pcr<backend, T>({product, end, {}, end, transposed}, execution, workspace);
 
@@ -152,6 +161,29 @@ void solve_scan(const OrderedSystem<T>& system, index chunk, TensorCores /*tenso
                        step % chunk == 0 ? end.at(step / chunk - 1, sequence) : solution.at(step - 1, sequence),
                        right_side.at(step, sequence), solution.at(step, sequence));
     }
+}
+
+template <Backend backend, class T>
+void summarise(const OrderedSystem<T>& system, const LongStep<T>& result, const Execution& /*execution*/,
+               Workspace& workspace) {
+    const index width = system.width(), block = system.block();
+    const Workspace::Scope scope(workspace);
+    T* const scratch = workspace.take<T>(width * block);
+    for (index sequence = 0; sequence < system.batch(); ++sequence)
+        summarise_steps(system, sequence, 0, system.steps(), result.product.data() + sequence * width * block,
+                        result.end.data() + sequence * width, scratch);
+}
+
+template <Backend backend, class T>
+void compose(const LongStep<T>& earlier, const LongStep<T>& later, bool transposed, bool with_product, T* scratch,
+             const Execution& /*execution*/) {
+    const index width = later.end.width(), block = later.product.block();
+    T* const product = later.product.data();
+    advance<T>(product, width, block, transposed, earlier.end.data(), later.end.data(), later.end.data());
+    if (!with_product) return;
+    const T* const before = earlier.product.data();
+    multiply<T>(transposed ? before : product, transposed ? product : before, width, block, scratch);
+    std::copy_n(scratch, width * block, product);
 }
 
 template <Backend backend, class T>
@@ -169,6 +201,10 @@ void multiply_transposed(const Jacobian<const T>& subdiagonal, const View<const 
     template void solve_pcr<Backend::reference, T>(const OrderedSystem<T>&, const Execution&, Workspace&);         \
     template void solve_scan<Backend::reference, T>(const OrderedSystem<T>&, index, TensorCores, const Execution&, \
                                                     Workspace&);                                                   \
+    template void summarise<Backend::reference, T>(const OrderedSystem<T>&, const LongStep<T>&, const Execution&,  \
+                                                   Workspace&);                                                    \
+    template void compose<Backend::reference, T>(const LongStep<T>&, const LongStep<T>&, bool, bool, T*,           \
+                                                 const Execution&);                                                \
     template void multiply_transposed<Backend::reference, T>(const Jacobian<const T>&, const View<const T>&,       \
                                                              const View<T>&, const Execution&);
 DEEPPCR_INSTANTIATE(float)
