@@ -90,6 +90,23 @@ public:
             "Threads; 0: as many as there are processors");
     }
 
+    /// The options of evaluate for cells; access(Target&): the deeppcr::Options.
+    template <class Access>
+    void cells(Access access) {
+        const auto field = [access](auto member) {
+            return [=](Target & target) -> auto& { return access(target).*member; };
+        };
+        choice("--method", field(&Options::method), nn::cell_method_names,
+               "How the cells' steps are evaluated; automatic may give other bits in every run");
+        value("--chunk", field(&Options::chunk), "Steps per chunk of shooting or overlap; 0: chosen, by measuring");
+        value("--tolerance", field(&Options::tolerance), "Of the residual of each step; 0: 64 machine epsilons");
+        choice("--on-failure", field(&Options::on_failure), nn::on_failure_names,
+               "What to do where a parallel evaluation does not converge");
+        value(
+            "--threads", [access](Target& target) -> int& { return access(target).execution.threads; },
+            "Threads; 0: as many as there are processors");
+    }
+
     void apply(Target& target) const {
         for (const auto& change : changes_) change(target);
     }

@@ -5,10 +5,14 @@ int main(int argc, char** argv) {
     using namespace deeppcr::program;
     Program program;
     add_reproduce(program);
-    program.add_group("train", "Train a network on Fashion-MNIST");
+    program.add_group("train", "Train a network");
     add_train(program);
     add_train_diffusion(program);
+    add_train_language_model(program);
+    add_prepare(program);
+    add_plan(program);
     add_validate(program);
+    add_generate(program);
     add_sample(program);
     add_evaluate(program);
     add_analyse(program);

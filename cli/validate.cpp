@@ -1,7 +1,8 @@
-// deeppcr validate: a checkpoint on the test set.
+// deeppcr validate: a checkpoint on the test set, or on text.
 #include <memory>
 #include <optional>
 
+#include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/training.hpp>
 
 #include "command.hpp"
@@ -17,7 +18,39 @@ struct Arguments {
     std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
 };
 
+/// A language model's, on the validation part of a token file. Of the options that a ResNet's validation offers,
+/// --method, --threads, --tolerance, --batch and --device count.
+Exit run_validate_text(const Arguments& arguments, Output& output) {
+    nn::ValidationOptions given;
+    given.evaluation = nn::language_options(arguments.checkpoint).evaluation;
+    arguments.given->apply(given);
+    nn::LanguageValidationOptions options;
+    options.tokens = arguments.data;
+    options.device = given.device;
+    options.batch = given.batch;
+    options.evaluation = given.evaluation;
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar(std::in_place, "validating", 1.0);
+    options.progress = [&](double done) { bar->update(done); };
+    options.interrupted = interrupted;
+    const nn::LanguageValidation result = nn::validate_language_model(arguments.checkpoint, options);
+    bar.reset();
+    if (interrupted()) throw Interrupted();
+
+    output.line("validation loss " + number_text(result.loss, 4) + ", perplexity " + number_text(result.perplexity, 4) +
+                " on " + count_text(result.tokens) + " tokens in " + seconds_text(result.seconds));
+    output.result.update(Json{{"checkpoint", arguments.checkpoint},
+                              {"method", nn::name_of(nn::cell_method_names, options.evaluation.method)},
+                              {"tokens", result.tokens},
+                              {"loss", result.loss},
+                              {"perplexity", result.perplexity},
+                              {"seconds", result.seconds}});
+    return Exit::done;
+}
+
 Exit run_validate(const Arguments& arguments, Output& output) {
+    if (nn::is_language_model(arguments.checkpoint)) return run_validate_text(arguments, output);
     nn::ValidationOptions options;
     options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
     arguments.given->apply(options);
@@ -55,10 +88,12 @@ Exit run_validate(const Arguments& arguments, Output& output) {
 
 void add_validate(Program& program) {
     const auto arguments = std::make_shared<Arguments>();
-    CLI::App& command = program.add("validate", "Accuracy of a trained network on the test set",
-                                    "  deeppcr validate resnet.safetensors\n"
-                                    "  deeppcr validate resnet.safetensors --method sequential --json",
-                                    [arguments](Output& output) { return run_validate(*arguments, output); });
+    CLI::App& command =
+        program.add("validate", "Accuracy of a trained network on the test set, or perplexity of a language model",
+                    "  deeppcr validate resnet.safetensors\n"
+                    "  deeppcr validate resnet.safetensors --method sequential --json\n"
+                    "  deeppcr validate lm.safetensors --data other.tokens",
+                    [arguments](Output& output) { return run_validate(*arguments, output); });
     command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
     arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
     auto& given = *arguments->given;
@@ -69,7 +104,8 @@ void add_validate(Program& program) {
     given.value("--device", field(&nn::ValidationOptions::device), "Where: cpu, cuda or cuda:<number>");
     given.value("--batch", field(&nn::ValidationOptions::batch), "Images at once; 0: as in the training");
     command.add_option("--data", arguments->data,
-                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package); of a language model a "
+                       "token file (default: its training's)");
     command.add_flag("--held-out", arguments->held_out, "The images held out of the training, instead of the test set");
 }
 

@@ -1,5 +1,7 @@
 #include <files/safetensors.hpp>
 
+#include <zlib.h>
+
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
@@ -200,6 +202,25 @@ void write_safetensors(const std::filesystem::path& path, const Safetensors& con
         std::visit([&](const auto& values) { file.write(values.data(), values.size() * sizeof values[0]); },
                    tensor->values);
     file.commit();
+}
+
+std::uint32_t checksum(const Safetensors& contents, const std::string& besides) {
+    uLong result = 0;
+    const auto add = [&](const void* data, std::size_t bytes) {
+        if (bytes > 0) result = crc32_z(result, static_cast<const Bytef*>(data), bytes);
+    };
+    const auto add_text = [&](const std::string& text) { add(text.c_str(), text.size() + 1); };
+    for (const auto& [key, value] : contents.metadata) {
+        if (key == besides) continue;
+        add_text(key);
+        add_text(value);
+    }
+    for (const auto& [name, tensor] : contents.tensors) {
+        add_text(name);
+        add_text(to_string(tensor.shape));
+        std::visit([&](const auto& values) { add(values.data(), values.size() * sizeof values[0]); }, tensor.values);
+    }
+    return std::uint32_t(result);
 }
 
 }  // namespace deeppcr::files

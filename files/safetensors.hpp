@@ -1,6 +1,7 @@
 // safetensors files: named tensors and metadata, as Python's safetensors reads and writes them.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -20,6 +21,9 @@ struct Safetensors {
 /// or do not match their shapes; and for other element types, naming the one that came.
 /// Source: github.com/huggingface/safetensors, "Format".
 Safetensors read_safetensors(const std::filesystem::path& path);
+
+/// CRC-32 of names, shapes, values and metadata, but for the metadata `besides`.
+std::uint32_t checksum(const Safetensors& contents, const std::string& besides);
 
 /// Writes a file, atomically (see AtomicFile); the same contents give the same bytes. Names and metadata are UTF-8.
 /// Throws InvalidArgument, FileError.

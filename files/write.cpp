@@ -99,6 +99,10 @@ void AtomicFile::write(const void* data, std::size_t bytes) {
     }
 }
 
+void AtomicFile::rewrite_beginning(const void* data, std::size_t bytes) {
+    if (pwrite(descriptor_, data, bytes, 0) != ssize_t(bytes)) fail("written");
+}
+
 void AtomicFile::commit() {
     if (temporary_.empty()) {
         const int closed = close(descriptor_);

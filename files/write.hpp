@@ -22,6 +22,8 @@ public:
 
     void write(const void* data, std::size_t bytes);
     void write(std::string_view text) { write(text.data(), text.size()); }
+    /// Replaces what was written first, in place: for a header that counts what follows it. Not on a device or pipe.
+    void rewrite_beginning(const void* data, std::size_t bytes);
     void commit();
 
 private:

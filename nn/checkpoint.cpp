@@ -34,21 +34,7 @@ void visit_fields(C& checkpoint, const Visit& visit) {
     visit("gradient_clip", options.gradient_clip);
     visit("seed", options.seed);
     visit("checkpoint_interval", options.checkpoint_interval);
-    auto& evaluation = options.evaluation;
-    visit("method", evaluation.method, method_names);
-    visit("surrogate", evaluation.surrogate, surrogate_names);
-    visit("reduction", evaluation.reduction, reduction_names);
-    visit("chunk", evaluation.chunk);
-    visit("guess", evaluation.guess, guess_names);
-    visit("tolerance", evaluation.tolerance);
-    visit("absolute_tolerance", evaluation.absolute_tolerance);
-    visit("relative_tolerance", evaluation.relative_tolerance);
-    visit("window", evaluation.window);
-    visit("max_iterations", evaluation.max_iterations);
-    visit("on_failure", evaluation.on_failure, on_failure_names);
-    visit("memory_limit", evaluation.memory_limit);
-    visit("backend", evaluation.execution.backend, backend_names);
-    visit("threads", evaluation.execution.threads);
+    visit_evaluation(options.evaluation, method_names, visit);
 }
 
 }  // namespace

@@ -1,5 +1,8 @@
 #include "nn/device_scope.hpp"
 
+#include <ATen/Context.h>
+#include <torch/version.h>
+
 #include <algorithm>
 #include <string>
 
@@ -7,6 +10,20 @@
 #include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
+
+at::Device device_of(const std::string& name) {
+    at::Device device = at::kMeta;
+    try {
+        device = at::Device(name);
+    } catch (const c10::Error&) {  // no device has this name
+    }
+    if (!device.is_cpu() && !device.is_cuda()) throw InvalidArgument("device", "cpu, cuda or cuda:<number>", name);
+    if (device.is_cuda() && !at::hasCUDA())
+        throw NoDevice("device " + name + ": this LibTorch, " TORCH_VERSION ", has no GPU to use");
+    if (const std::string problem = cuda_problem(); device.is_cuda() && !problem.empty())
+        throw NoDevice("device " + name + ": there is no GPU to use: " + problem);
+    return device;
+}
 
 MemorySource::Allocate allocate_tensors(c10::Device device) {
     return [device](index bytes) -> std::shared_ptr<void> {

@@ -5,10 +5,14 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <optional>
+#include <string>
 
 #include <deeppcr/evaluate.hpp>
 
 namespace deeppcr::nn {
+
+/// The device of this name: cpu, cuda or cuda:<number>. Throws InvalidArgument, NoDevice.
+at::Device device_of(const std::string& name);
 
 /// What MemorySource takes: uninitialised tensors of LibTorch's allocator for this device, which `adopt` hands on.
 MemorySource::Allocate allocate_tensors(c10::Device device);

@@ -33,7 +33,11 @@ void check(const OptimisationOptions& options) {
 }
 
 Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions& options) : options_(options) {
+    using torch::optim::AdamWOptions, torch::optim::SGDOptions;
     check(options);
+    AdamWOptions adamw(options.learning_rate);
+    SGDOptions sgd(options.learning_rate);
+    sgd.momentum(options.momentum);
     std::vector<torch::optim::OptimizerParamGroup> torch_groups;
     for (Group& group : groups) {
         std::vector<Tensor> tensors;
@@ -41,16 +45,17 @@ Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions&
             tensors.push_back(named.second);
             parameters_.push_back(std::move(named));
         }
-        torch_groups.emplace_back(tensors);
+        const double decay = group.decays ? options.weight_decay : 0;
+        if (options.optimiser == Optimiser::adamw)
+            torch_groups.emplace_back(tensors, std::make_unique<AdamWOptions>(adamw.weight_decay(decay)));
+        else
+            torch_groups.emplace_back(tensors, std::make_unique<SGDOptions>(sgd.weight_decay(decay)));
         factors_.push_back(group.factor);
     }
-    const double rate = options.learning_rate, decay = options.weight_decay;
     if (options.optimiser == Optimiser::adamw)
-        optimiser_ =
-            std::make_unique<torch::optim::AdamW>(torch_groups, torch::optim::AdamWOptions(rate).weight_decay(decay));
+        optimiser_ = std::make_unique<torch::optim::AdamW>(torch_groups, adamw);
     else
-        optimiser_ = std::make_unique<torch::optim::SGD>(
-            torch_groups, torch::optim::SGDOptions(rate).momentum(options.momentum).weight_decay(decay));
+        optimiser_ = std::make_unique<torch::optim::SGD>(torch_groups, sgd);
 }
 
 double Optimisation::learning_rate(index step) const {

@@ -36,6 +36,7 @@ public:
     struct Group {
         NamedTensors parameters;
         double factor = 1;
+        bool decays = true;  ///< or the weight decay is not for them
     };
     Optimisation(std::vector<Group> groups, const OptimisationOptions& options);
 

@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include <deeppcr/evaluate.hpp>
 #include <deeppcr/nn/names.hpp>
 #include <files/error.hpp>
 
@@ -26,10 +27,17 @@ struct SavedState {
 const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& tensors, const std::string& name,
                        const at::Tensor& like);
 
-/// A safetensors file, atomically. Throws FileError.
+/// A safetensors file, atomically, with a checksum as metadata. Throws FileError.
 void write_state(const std::filesystem::path& path, const SavedState& state);
-/// Throws FileError where the file is corrupt or of another format.
+/// The same; what was at `path` is kept beside it as <name>.previous.
+void write_state_and_keep_previous(const std::filesystem::path& path, const SavedState& state);
+
+/// Throws FileError where the file is corrupt, by its checksum where it has one, or of another format.
 SavedState read_state(const std::filesystem::path& path, const std::string& format);
+/// The same; where the file is corrupt, <name>.previous is read, and `note` receives why.
+SavedState read_state_or_previous(const std::filesystem::path& path, const std::string& format, std::string& note);
+/// The metadata "format" of a safetensors file, empty where it has none. Throws FileError.
+std::string format_of(const std::filesystem::path& path);
 
 /// A number, or a choice by its name.
 template <class Value, class... Names>
@@ -61,6 +69,28 @@ void get_field(const std::filesystem::path& path, const Metadata& metadata, cons
         if (problem != std::errc() || end != written.data() + written.size())
             throw FileError(path, std::string("a number as metadata \"") + key + '"', '"' + written + '"');
     }
+}
+
+inline constexpr Names<bool, 2> yes_or_no{{{"no", false}, {"yes", true}}};
+
+/// Lists the fields of `evaluation` that a checkpoint keeps, once for writing and reading: visit(key, field), or
+/// visit(key, field, names) for choices.
+template <class Evaluation, std::size_t methods, class Visit>
+void visit_evaluation(Evaluation& evaluation, const Names<Method, methods>& names, const Visit& visit) {
+    visit("method", evaluation.method, names);
+    visit("surrogate", evaluation.surrogate, surrogate_names);
+    visit("reduction", evaluation.reduction, reduction_names);
+    visit("chunk", evaluation.chunk);
+    visit("guess", evaluation.guess, guess_names);
+    visit("tolerance", evaluation.tolerance);
+    visit("absolute_tolerance", evaluation.absolute_tolerance);
+    visit("relative_tolerance", evaluation.relative_tolerance);
+    visit("window", evaluation.window);
+    visit("max_iterations", evaluation.max_iterations);
+    visit("on_failure", evaluation.on_failure, on_failure_names);
+    visit("memory_limit", evaluation.memory_limit);
+    visit("backend", evaluation.execution.backend, backend_names);
+    visit("threads", evaluation.execution.threads);
 }
 
 }  // namespace deeppcr::nn

@@ -3,7 +3,6 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/cross_entropy_loss.h>
-#include <dlfcn.h>
 #include <torch/version.h>
 
 #include <chrono>
@@ -16,7 +15,9 @@
 #include <files/write.hpp>
 
 #include "nn/checkpoint.hpp"
+#include "nn/device_scope.hpp"
 #include "nn/optimisation.hpp"
+#include "nn/threads.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -77,36 +78,6 @@ void check_continues(const TrainingOptions& options, const TrainingOptions& save
     same("batch", options.batch, saved.batch);
     same("seed", options.seed, saved.seed);
     same_choice("optimiser", options.optimiser, saved.optimiser, optimiser_names);
-}
-
-/// How LibTorch computes here: see `libtorch`.
-struct Blas {
-    using Config = char*();
-    using SetThreads = void(int);
-    Config* config = reinterpret_cast<Config*>(dlsym(RTLD_DEFAULT, "openblas_get_config"));
-    SetThreads* set_threads = reinterpret_cast<SetThreads*>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
-};
-
-/// One thread for LibTorch: what it does here (the two ends, the loss, the optimiser) is too small for more, and its
-/// idle threads spin on the processors that the trunk needs.
-void limit_threads() {
-    at::set_num_threads(1);
-    if (const Blas blas; blas.set_threads) blas.set_threads(1);
-}
-
-/// The device of this name. Throws InvalidArgument, NoDevice.
-at::Device device_of(const std::string& name) {
-    at::Device device = at::kMeta;
-    try {
-        device = at::Device(name);
-    } catch (const c10::Error&) {  // no device has this name
-    }
-    if (!device.is_cpu() && !device.is_cuda()) throw InvalidArgument("device", "cpu, cuda or cuda:<number>", name);
-    if (device.is_cuda() && !at::hasCUDA())
-        throw NoDevice("device " + name + ": this LibTorch, " TORCH_VERSION ", has no GPU to use");
-    if (const std::string problem = cuda_problem(); device.is_cuda() && !problem.empty())
-        throw NoDevice("device " + name + ": there is no GPU to use: " + problem);
-    return device;
 }
 
 // ------------------------------------------------------------------------------------------------- network
@@ -214,7 +185,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
     check(options);
     const at::Device device = device_of(options.device);
     if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
-    limit_threads();
+    limit_threads(1);
 
     Checkpoint state;
     ResidualNetwork network = nullptr;
@@ -344,7 +315,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
 ValidationResult validate(const std::filesystem::path& checkpoint, const ValidationOptions& options) {
     require(options.batch >= 0, "batch", "at least 0", options.batch);
     const at::Device device = device_of(options.device);
-    limit_threads();
+    limit_threads(1);
     const Checkpoint saved = read_checkpoint(checkpoint);
     ResidualNetwork network = make_network(checkpoint, saved);
     network->options.evaluation(options.evaluation);
@@ -360,7 +331,7 @@ ValidationResult validate(const std::filesystem::path& checkpoint, const Validat
 MethodComparison compare_methods(const TrainingOptions& training, const std::filesystem::path& checkpoint,
                                  const Options& first, const Options& second) {
     check(training);
-    limit_threads();
+    limit_threads(1);
     ResidualNetwork network =
         checkpoint.empty() ? make_network(training) : make_network(checkpoint, read_checkpoint(checkpoint));
     const at::Device device = device_of(training.device);

@@ -22,6 +22,12 @@ inline constexpr Names<Activation, 5> activation_names{{{"tanh", Activation::tan
                                                         {"gelu", Activation::gelu},
                                                         {"identity", Activation::identity}}};
 inline constexpr Names<Method, 2> method_names{{{"newton", Method::newton}, {"sequential", Method::sequential}}};
+/// For cells there is more than for layers.
+inline constexpr Names<Method, 5> cell_method_names{{{"automatic", Method::automatic},
+                                                     {"newton", Method::newton},
+                                                     {"sequential", Method::sequential},
+                                                     {"overlap", Method::overlap},
+                                                     {"shooting", Method::shooting}}};
 inline constexpr Names<Surrogate, 4> surrogate_names{{{"full", Surrogate::full},
                                                       {"diagonal", Surrogate::diagonal},
                                                       {"identity", Surrogate::identity},

@@ -1,0 +1,69 @@
+// The module of a language model: see <deeppcr/nn/language_model.hpp> for what it computes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include <deeppcr/nn/language_model.hpp>
+#include <deeppcr/nn/recurrent.hpp>
+
+namespace deeppcr::nn {
+
+/// What a mixer carries from step to step; empty before the first.
+using MixerState = std::vector<at::Tensor>;
+
+/// One of a block's ways to mix over time. Inputs [steps,batch,width], outputs [steps,batch,hidden].
+class MixerModule : public torch::nn::Module {
+public:
+    /// state: read where not empty, and written, where not null.
+    virtual at::Tensor forward(const at::Tensor& input, MixerState* state) = 0;
+    /// Of the last call, where the mixer is a cell.
+    virtual const Report* report() const { return nullptr; }
+    virtual void set_evaluation(const Options&) {}
+    /// The parameters that the cell multiplies its states by; undefined where there are none.
+    virtual at::Tensor recurrent_parameters() { return {}; }
+};
+
+class LanguageBlock : public torch::nn::Module {
+public:
+    LanguageBlock(const LanguageModelOptions& options, at::Generator& generator);
+    at::Tensor forward(const at::Tensor& input, MixerState* state);
+
+    std::shared_ptr<MixerModule> mixer;
+
+private:
+    at::Tensor mixer_norm_, gate_, output_, mlp_norm_, up_, down_;
+};
+
+class LanguageModel : public torch::nn::Module {
+public:
+    using State = std::vector<MixerState>;  ///< of each block
+
+    /// Initial weights by a generator of options.seed alone.
+    explicit LanguageModel(const LanguageModelOptions& options);
+
+    /// tokens: [steps,batch], 64-bit. Returns logits [steps,batch,vocabulary]. state: where the sequences stand, or
+    /// null: they begin, and nothing is kept.
+    at::Tensor forward(const at::Tensor& tokens, State* state = nullptr);
+    /// Mean loss per token, nats. tokens: [steps + 1,batch]; each is predicted from those before it.
+    at::Tensor loss(const at::Tensor& tokens);
+
+    void set_evaluation(const Options& evaluation);
+    /// Of the cells of the last forward pass.
+    std::vector<const Report*> reports() const;
+    std::vector<at::Tensor> recurrent_parameters() const;
+    const LanguageModelOptions& options() const { return options_; }
+
+    bool recompute = false;
+
+private:
+    LanguageModelOptions options_;
+    at::Tensor embedding_, norm_, head_;
+    std::vector<std::shared_ptr<LanguageBlock>> blocks_;
+};
+
+}  // namespace deeppcr::nn

@@ -1,0 +1,614 @@
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <deque>
+#include <fstream>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <utility>
+
+#include <deeppcr/nn/fashion_mnist.hpp>
+#include <deeppcr/nn/language_model.hpp>
+#include <deeppcr/nn/tokens.hpp>
+#include <deeppcr/nn/training.hpp>
+#include <files/tokens.hpp>
+
+#include "nn/device_scope.hpp"
+#include "nn/language_model.hpp"
+#include "nn/optimisation.hpp"
+#include "nn/saved_state.hpp"
+#include "nn/threads.hpp"
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+using Clock = std::chrono::steady_clock;
+
+const std::string format = "deeppcr language model 1";
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+/// The most main memory that this process has had at a time, bytes; 0 where the system does not say.
+index peak_memory() {
+    std::ifstream status("/proc/self/status");
+    for (std::string word; status >> word;)
+        if (index kilobytes = 0; word == "VmHWM:" && status >> kilobytes) return 1024 * kilobytes;
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------------- the checkpoint
+
+struct State {
+    LanguageTrainingOptions options;
+    index step = 0, updates = 0;  // done; a step that was skipped is no update
+    std::uint64_t tokens_checksum = 0;
+    std::string vocabulary;  // its description
+    SavedTensors tensors;
+};
+
+/// What a resumed training must have in common with its checkpoint.
+template <class S, class Visit>
+void visit_fixed_fields(S& state, const Visit& visit) {
+    auto& model = state.options.model;
+    visit("mixer", model.mixer, mixer_names);
+    visit("vocabulary", model.vocabulary);
+    visit("width", model.width);
+    visit("layers", model.layers);
+    visit("hidden", model.hidden);
+    visit("heads", model.heads);
+    visit("mlp", model.mlp);
+    visit("tied", model.tied, yes_or_no);
+    visit("model_seed", model.seed);
+    auto& options = state.options;
+    visit("context", options.context);
+    visit("batch", options.batch);
+    visit("micro_batch", options.micro_batch);
+    visit("steps", options.steps);
+    visit("learning_rate", options.learning_rate);
+    visit("warm_up", options.warm_up);
+    visit("weight_decay", options.weight_decay);
+    visit("gradient_clip", options.gradient_clip);
+    visit("bound", options.bound);
+    visit("seed", options.seed);
+    visit("tokens_checksum", state.tokens_checksum);
+}
+
+template <class S, class Visit>
+void visit_fields(S& state, const Visit& visit) {
+    visit("step", state.step);
+    visit("updates", state.updates);
+    visit_fixed_fields(state, visit);
+    auto& options = state.options;
+    visit("recompute", options.recompute, yes_or_no);
+    visit("on_divergence", options.on_divergence, on_divergence_names);
+    visit("validation_interval", options.validation_interval);
+    visit("validation_tokens", options.validation_tokens);
+    visit("checkpoint_interval", options.checkpoint_interval);
+    visit_evaluation(options.evaluation, cell_method_names, visit);
+}
+
+void write(const std::filesystem::path& path, const State& state) {
+    SavedState saved{{{"format", format}, {"tokens", state.options.tokens.string()}}, state.tensors};
+    visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
+    if (!state.vocabulary.empty()) {
+        Tensor bytes = at::empty({index(state.vocabulary.size())}, at::kByte);
+        std::copy(state.vocabulary.begin(), state.vocabulary.end(), bytes.data_ptr<std::uint8_t>());
+        saved.tensors["vocabulary"] = bytes;
+    }
+    write_state_and_keep_previous(path, saved);
+}
+
+/// Throws InvalidArgument for numbers out of their ranges.
+void check(const LanguageTrainingOptions& options);
+
+/// note: receives why the file's predecessor is read, where the file is damaged; null: that is an error.
+State read(const std::filesystem::path& path, std::string* note = nullptr) {
+    SavedState saved = note != nullptr ? read_state_or_previous(path, format, *note) : read_state(path, format);
+    State state;
+    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    state.options.tokens = saved.metadata["tokens"];
+    try {
+        check(state.options);
+        if (const auto model = completed(state.options.model); model.mlp != state.options.model.mlp)
+            throw InvalidArgument("mlp", std::to_string(model.mlp), std::to_string(state.options.model.mlp));
+    } catch (const InvalidArgument& problem) {
+        throw FileError(path, problem.what());
+    }
+    if (state.updates < 0 || state.updates > state.step || state.step > state.options.steps)
+        throw FileError(path, "counts of steps as metadata \"step\" and \"updates\"",
+                        std::to_string(state.step) + " and " + std::to_string(state.updates));
+    if (const auto found = saved.tensors.find("vocabulary"); found != saved.tensors.end()) {
+        if (found->second.scalar_type() != at::kByte) throw FileError(path, "bytes as vocabulary", "another type");
+        const auto* const bytes = found->second.data_ptr<std::uint8_t>();
+        state.vocabulary.assign(bytes, bytes + found->second.numel());
+        saved.tensors.erase(found);
+    }
+    state.tensors = std::move(saved.tensors);
+    return state;
+}
+
+/// The model of a checkpoint. The file's own tensors are compared with its metadata before anything is built from it.
+std::shared_ptr<LanguageModel> make_model(const std::filesystem::path& path, const State& state) {
+    index numbers = 0;
+    for (const auto& [name, tensor] : state.tensors)
+        if (!name.starts_with("optimiser.")) numbers += tensor.numel();
+    LanguagePlanOptions planned;
+    planned.model = state.options.model;
+    if (const index expected = plan_language_model(planned).parameters; numbers != expected)
+        throw FileError(path, std::to_string(expected) + " parameters", std::to_string(numbers));
+    auto model = std::make_shared<LanguageModel>(state.options.model);
+    const at::NoGradGuard no_gradients;
+    for (auto& parameter : model->named_parameters())
+        parameter.value().copy_(find(path, state.tensors, parameter.key(), parameter.value()));
+    return model;
+}
+
+// ---------------------------------------------------------------------------------------------- the options
+
+template <class Number>
+void require(bool condition, const char* argument, const std::string& expected, Number actual) {
+    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
+}
+
+OptimisationOptions optimisation_options(const LanguageTrainingOptions& options) {
+    return {.learning_rate = options.learning_rate,
+            .warm_up = options.warm_up,
+            .steps = options.steps,
+            .weight_decay = options.weight_decay,
+            .gradient_clip = options.gradient_clip};
+}
+
+void check(const LanguageTrainingOptions& options) {
+    require(options.context >= 1, "context", "at least 1", options.context);
+    require(options.batch >= 1, "batch", "at least 1", options.batch);
+    require(options.micro_batch >= 0 && (options.micro_batch == 0 || options.batch % options.micro_batch == 0),
+            "micro_batch", "a divisor of batch = " + std::to_string(options.batch) + ", or 0", options.micro_batch);
+    require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
+    require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
+    require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
+    require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
+    require(options.evaluation.execution.threads >= 0, "threads", "at least 0", options.evaluation.execution.threads);
+    check(optimisation_options(options));
+}
+
+void check_continues(const State& wanted, const State& saved) {
+    Metadata ours, theirs;
+    visit_fixed_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
+    visit_fixed_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
+    for (const auto& [name, value] : theirs)
+        if (ours.at(name) != value) throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
+}
+
+// ------------------------------------------------------------------------------------------------- the data
+
+/// Sequences of `count` tokens, side by side: [count,sequences], 64-bit.
+Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device) {
+    Tensor rows = at::empty({index(begins.size()), count}, at::kLong);
+    auto* const numbers = rows.data_ptr<std::int64_t>();
+    for (std::size_t i = 0; i < begins.size(); ++i) file.read(begins[i], count, numbers + index(i) * count);
+    return rows.t().contiguous().to(device);
+}
+
+/// The sequences of the training part in the order of the epochs.
+class Order {
+public:
+    Order(const files::TokenFile& file, index context, std::uint64_t seed)
+        : context_(context), seed_(seed), count_((file.counts().training - 1) / context) {
+        if (count_ < 1)
+            throw InvalidArgument("context",
+                                  "less than the " + std::to_string(file.counts().training) + " tokens for training",
+                                  std::to_string(context));
+    }
+    /// Where the sequence begins that is `number` of all epochs.
+    index begin(index number) {
+        if (const index epoch = number / count_; !order_.defined() || epoch != epoch_) {
+            order_ = shuffled(count_, seed_, epoch);
+            epoch_ = epoch;
+        }
+        return order_.data_ptr<std::int64_t>()[number % count_] * context_;
+    }
+
+private:
+    index context_;
+    std::uint64_t seed_;
+    index count_, epoch_ = 0;
+    Tensor order_;
+};
+
+LanguageValidation measure(LanguageModel& model, const files::TokenFile& file, index first, index count, index context,
+                           index batch, at::Device device, const std::function<void(double)>& progress,
+                           const std::function<bool()>& interrupted) {
+    const at::NoGradGuard no_gradients;
+    const auto begin = Clock::now();
+    LanguageValidation result;
+    const index last = first + count - 1;  // the last token is only predicted
+    for (index at = first; at < last && !(interrupted && interrupted());) {
+        const index steps = std::min(context, last - at);
+        const index side_by_side = std::clamp<index>((last - at) / steps, 1, batch);
+        std::vector<index> begins;
+        for (index i = 0; i < side_by_side; ++i, at += steps) begins.push_back(at);
+        const Tensor tokens = sequences(file, begins, steps + 1, device);
+        result.loss += model.loss(tokens).item<double>() * double(steps * side_by_side);
+        result.tokens += steps * side_by_side;
+        if (progress) progress(double(result.tokens) / double(count - 1));
+    }
+    result.loss /= double(std::max<index>(1, result.tokens));
+    result.perplexity = std::exp(result.loss);
+    result.seconds = seconds_since(begin);
+    return result;
+}
+
+// --------------------------------------------------------------------------------------------- the training
+
+class Training {
+public:
+    Training(const LanguageTrainingOptions& options, const LanguageCallbacks& callbacks)
+        : options_(options),
+          callbacks_(callbacks),
+          device_(device_of(options.device)),
+          file_(options.tokens),
+          order_(file_, options.context, options.seed) {
+        state_.options = options;
+        state_.options.model.vocabulary = file_.counts().vocabulary_size;
+        state_.options.model = completed(state_.options.model);
+        state_.tokens_checksum = file_.counts().checksum;
+        state_.vocabulary = file_.vocabulary();
+        if (options.resume.empty()) {
+            model_ = std::make_shared<LanguageModel>(state_.options.model);
+            model_->to(device_);
+            make_optimisation();
+        } else {
+            resume();
+        }
+        model_->set_evaluation(options.evaluation);
+        model_->recompute = options.recompute;
+    }
+
+    LanguageTraining run() {
+        for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
+        const index first = state_.step;
+        while (state_.step < options_.steps && !result_.interrupted) {
+            LanguageStep record = one_step();
+            record.elapsed = seconds_since(begin_);
+            record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
+            result_.steps.push_back(record);
+            if (callbacks_.step) callbacks_.step(record);
+            result_.interrupted = callbacks_.interrupted && callbacks_.interrupted();
+            const auto due = [&](index interval) {
+                return interval > 0 && state_.step % interval == 0 && state_.step < options_.steps;
+            };
+            if (!result_.interrupted && due(options_.validation_interval)) validate();
+            if (!result_.interrupted && due(options_.checkpoint_interval)) save();
+        }
+        save();
+        if (!result_.interrupted) validate();
+        result_.peak_memory = peak_memory();
+        result_.seconds = seconds_since(begin_);
+        return std::move(result_);
+    }
+
+private:
+    void make_optimisation() {
+        Optimisation::Group matrices, others;
+        others.decays = false;
+        for (const auto& parameter : model_->named_parameters())
+            (parameter.value().dim() == 2 && !parameter.key().ends_with("parameters_l0") ? matrices : others)
+                .parameters.emplace_back(parameter.key(), parameter.value());
+        optimisation_.emplace(std::vector<Optimisation::Group>{matrices, others}, optimisation_options(options_));
+    }
+
+    void resume() {
+        std::string note;
+        const State saved = read(options_.resume, &note);
+        if (!note.empty()) tell(note);
+        check_continues(state_, saved);
+        model_ = make_model(options_.resume, saved);
+        model_->to(device_);
+        make_optimisation();
+        if (saved.updates > 0)
+            optimisation_->restore_state(saved.updates, [&](const std::string& name, const Tensor& like) {
+                return find(options_.resume, saved.tensors, name, like.cpu())
+                    .to(device_, like.scalar_type(), false, true);
+            });
+        state_.step = saved.step;
+        state_.updates = saved.updates;
+    }
+
+    void save() {
+        if (options_.checkpoint.empty()) return;
+        state_.tensors.clear();
+        const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
+        for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
+        optimisation_->visit_state(keep);
+        write(options_.checkpoint, state_);
+        state_.tensors.clear();
+    }
+
+    LanguageStep one_step() {
+        const auto begin = Clock::now();
+        LanguageStep record;
+        record.step = state_.step + 1;
+        record.steps = options_.steps;
+        record.tokens = record.step * options_.batch * options_.context;
+        record.learning_rate = optimisation_->learning_rate(state_.step);
+        optimisation_->clear_gradients();
+        const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
+        index cells = 0;
+        for (index done = 0; done < options_.batch && std::isfinite(record.loss); done += at_once) {
+            std::vector<index> begins;
+            for (index i = 0; i < at_once; ++i) begins.push_back(order_.begin(state_.step * options_.batch + done + i));
+            const Tensor loss = model_->loss(sequences(file_, begins, options_.context + 1, device_)) *
+                                (double(at_once) / double(options_.batch));
+            for (const Report* const report : model_->reports()) add(record, *report, cells++);
+            record.loss += loss.item<double>();
+            if (std::isfinite(record.loss)) loss.backward();
+        }
+        record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
+        if (std::isfinite(record.loss)) record.gradient_norm = optimisation_->step(state_.step);
+        record.skipped = !std::isfinite(record.gradient_norm);
+        if (record.skipped) {
+            const std::string what = std::string(std::isfinite(record.loss) ? "the gradient" : "the loss") +
+                                     " of step " + std::to_string(record.step) + " is not finite";
+            if (options_.on_divergence == OnDivergence::stop)
+                throw TrainingDiverged(what + "; a smaller learning rate may help");
+            tell(what + ": it is skipped");
+        } else {
+            ++state_.updates;
+            limit_parameters();
+        }
+        ++state_.step;
+        record.seconds = seconds_since(begin);
+        record.tokens_per_second = double(options_.batch * options_.context) / record.seconds;
+        return record;
+    }
+
+    /// The `number`th cell's report of a step.
+    static void add(LanguageStep& record, const Report& report, index number) {
+        record.iterations = std::max(record.iterations, report.iterations);
+        record.mean_iterations += (double(report.iterations) - record.mean_iterations) / double(number + 1);
+        record.residual = std::max(record.residual, report.residual);
+        record.lyapunov = std::fmax(record.lyapunov, report.lyapunov);
+        record.status = std::max(record.status, report.status);
+        if (report.status == Status::finished_sequentially) record.sequential_steps += report.sequential_steps;
+    }
+
+    void limit_parameters() {
+        if (options_.bound == 0) return;
+        const at::NoGradGuard no_gradients;
+        for (Tensor& parameters : model_->recurrent_parameters()) parameters.clamp_(-options_.bound, options_.bound);
+    }
+
+    void validate() {
+        const files::TokenCounts& counts = file_.counts();
+        const index tokens = options_.validation_tokens > 0
+                                 ? std::min(options_.validation_tokens + 1, counts.validation)
+                                 : counts.validation;
+        if (tokens < 2) return;
+        const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
+        LanguageValidation found = measure(*model_, file_, counts.training, tokens, options_.context, at_once, device_,
+                                           callbacks_.validating, callbacks_.interrupted);
+        result_.interrupted = found.tokens < tokens - 1;
+        if (result_.interrupted) return;
+        found.step = state_.step;
+        result_.validations.push_back(found);
+        if (callbacks_.validation) callbacks_.validation(found);
+    }
+
+    void tell(const std::string& note) {
+        if (callbacks_.note) callbacks_.note(note);
+    }
+
+    const LanguageTrainingOptions& options_;
+    const LanguageCallbacks& callbacks_;
+    at::Device device_;
+    files::TokenFile file_;
+    Order order_;
+    State state_;
+    std::shared_ptr<LanguageModel> model_;
+    std::optional<Optimisation> optimisation_;
+    LanguageTraining result_;
+    Clock::time_point begin_ = Clock::now();
+};
+
+void set_threads(const Options& evaluation) {
+    limit_threads(evaluation.execution.threads > 0 ? evaluation.execution.threads : default_threads());
+}
+
+}  // namespace
+
+LanguageTrainingOptions::LanguageTrainingOptions() : device("cpu") {
+    evaluation.method = Method::shooting;
+    evaluation.chunk = 64;
+}
+
+LanguageTraining train_language_model(const LanguageTrainingOptions& options, const LanguageCallbacks& callbacks) {
+    check(options);
+    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
+    set_threads(options.evaluation);
+    return Training(options, callbacks).run();
+}
+
+bool is_language_model(const std::filesystem::path& checkpoint) { return format_of(checkpoint) == format; }
+
+LanguageTrainingOptions language_options(const std::filesystem::path& checkpoint) {
+    std::string note;
+    return read(checkpoint, &note).options;
+}
+
+LanguageValidation validate_language_model(const std::filesystem::path& checkpoint,
+                                           const LanguageValidationOptions& options) {
+    require(options.batch >= 0, "batch", "at least 0", options.batch);
+    require(options.at_most >= 0, "at_most", "at least 0", options.at_most);
+    const at::Device device = device_of(options.device);
+    set_threads(options.evaluation);
+    const State state = read(checkpoint);
+    const files::TokenFile file(options.tokens.empty() ? state.options.tokens : options.tokens);
+    if (file.vocabulary() != state.vocabulary || file.counts().vocabulary_size != state.options.model.vocabulary)
+        throw InvalidArgument("tokens", "the vocabulary of the checkpoint, " + Vocabulary(state.vocabulary).name(),
+                              Vocabulary(file.vocabulary()).name());
+    const auto model = make_model(checkpoint, state);
+    model->to(device);
+    model->set_evaluation(options.evaluation);
+    const index first = options.whole ? 0 : file.counts().training;
+    index tokens = file.tokens() - first;
+    if (options.at_most > 0) tokens = std::min(tokens, options.at_most + 1);
+    if (tokens < 2) throw InvalidArgument("tokens", "a file with at least 2 for validation", std::to_string(tokens));
+    LanguageValidation result =
+        measure(*model, file, first, tokens, state.options.context,
+                options.batch > 0 ? options.batch : state.options.batch, device, options.progress, options.interrupted);
+    result.step = state.step;
+    return result;
+}
+
+// ----------------------------------------------------------------------------------------------- generation
+
+namespace {
+
+/// Draws tokens by their logits.
+class Sampler {
+public:
+    explicit Sampler(const TextOptions& options) : options_(options), random_(options.seed) {
+        require(options.tokens >= 0, "tokens", "at least 0", options.tokens);
+        require(std::isfinite(options.temperature) && options.temperature >= 0, "temperature",
+                "a finite number, at least 0", options.temperature);
+        require(options.top_k >= 0, "top_k", "at least 0", options.top_k);
+        require(options.top_p > 0 && options.top_p <= 1, "top_p", "above 0 to 1", options.top_p);
+    }
+
+    /// logits: [vocabulary], float.
+    index draw(const Tensor& logits) {
+        const Tensor numbers = logits.cpu().contiguous();
+        const float* const values = numbers.data_ptr<float>();
+        const index count = numbers.numel();
+        const index likeliest = std::max_element(values, values + count) - values;
+        if (!std::isfinite(values[likeliest])) throw NotConverged("the logits of the next token are not finite");
+        if (options_.temperature == 0) return likeliest;
+        tokens_.resize(std::size_t(count));
+        std::iota(tokens_.begin(), tokens_.end(), index(0));
+        index kept = count;
+        if (options_.top_k > 0 || options_.top_p < 1) {
+            if (options_.top_k > 0) kept = std::min(kept, options_.top_k);
+            std::partial_sort(tokens_.begin(), tokens_.begin() + kept, tokens_.end(),
+                              [&](index a, index b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
+        }
+        sums_.resize(std::size_t(kept));
+        double sum = 0;
+        for (std::size_t i = 0; i < sums_.size(); ++i)
+            sums_[i] = sum += std::exp(double(values[tokens_[i]] - values[likeliest]) / options_.temperature);
+        const auto end = std::lower_bound(sums_.begin(), sums_.end(), options_.top_p * sum);
+        const double all = end == sums_.end() ? sum : *end;
+        const double drawn = double(random_() >> 11) * 0x1p-53 * all;  // [0, all)
+        const auto found = std::upper_bound(sums_.begin(), sums_.end(), drawn);
+        return tokens_[std::size_t(std::min(found, sums_.end() - 1) - sums_.begin())];
+    }
+
+private:
+    const TextOptions& options_;
+    std::mt19937_64 random_;
+    std::vector<index> tokens_;
+    std::vector<double> sums_;
+};
+
+/// Seconds per token at some positions, from the times of the last tokens.
+class Pacer {
+public:
+    void add(GeneratedText& result, double seconds) {
+        last_.push_back(seconds);
+        if (last_.size() > 100) last_.pop_front();
+        if (result.tokens < next_) return;
+        keep(result);
+        next_ *= 10;
+    }
+    void keep(GeneratedText& result) const {
+        if (last_.empty() || (!result.paces.empty() && result.paces.back().position == result.tokens)) return;
+        std::vector<double> sorted(last_.begin(), last_.end());
+        std::nth_element(sorted.begin(), sorted.begin() + index(sorted.size() / 2), sorted.end());
+        result.paces.push_back({result.tokens, sorted[sorted.size() / 2]});
+    }
+
+private:
+    std::deque<double> last_;
+    index next_ = 100;
+};
+
+}  // namespace
+
+struct TextGenerator::Implementation {
+    Implementation(const std::filesystem::path& checkpoint, const std::string& device_name)
+        : device(device_of(device_name)) {
+        const State state = read(checkpoint);
+        try {
+            vocabulary = Vocabulary(state.vocabulary);
+        } catch (const InvalidArgument& problem) {
+            throw FileError(checkpoint, problem.what());
+        }
+        if (vocabulary.size() != state.options.model.vocabulary)
+            throw FileError(checkpoint, std::to_string(state.options.model.vocabulary) + " tokens in the vocabulary",
+                            std::to_string(vocabulary.size()));
+        set_threads(state.options.evaluation);
+        model = make_model(checkpoint, state);
+        model->to(device);
+        model->eval();
+        evaluation = state.options.evaluation;
+        evaluation.estimates = Estimates::none;
+    }
+
+    Tensor logits(const std::vector<std::int64_t>& tokens, LanguageModel::State& state) const {
+        const Tensor all = model->forward(at::tensor(tokens, at::kLong).unsqueeze(1).to(device), &state);
+        return all[index(tokens.size()) - 1][0];
+    }
+
+    at::Device device;
+    Vocabulary vocabulary;
+    std::shared_ptr<LanguageModel> model;
+    Options evaluation;
+};
+
+TextGenerator::TextGenerator(const std::filesystem::path& checkpoint, const std::string& device)
+    : implementation_(std::make_unique<Implementation>(checkpoint, device)) {}
+TextGenerator::~TextGenerator() = default;
+TextGenerator::TextGenerator(TextGenerator&&) noexcept = default;
+
+GeneratedText TextGenerator::generate(const TextOptions& options) const {
+    const at::NoGradGuard no_gradients;
+    const Implementation& it = *implementation_;
+    Sampler sampler(options);
+    const auto encoded = it.vocabulary.encode(options.prompt.empty() ? "\n" : options.prompt);
+    if (encoded.empty()) throw InvalidArgument("prompt", "text with at least one token", options.prompt);
+    GeneratedText result;
+    result.prompt_tokens = index(encoded.size());
+    auto begin = Clock::now();
+    LanguageModel::State state;
+    it.model->set_evaluation(it.evaluation);
+    Tensor logits = it.logits({encoded.begin(), encoded.end()}, state);
+    result.prompt_seconds = seconds_since(begin);
+
+    Options one_step = it.evaluation;
+    one_step.method = Method::sequential;
+    one_step.execution.threads = 1;
+    it.model->set_evaluation(one_step);
+    begin = Clock::now();
+    Pacer pacer;
+    while (result.tokens < options.tokens && !result.interrupted) {
+        const auto token_begin = Clock::now();
+        const index token = sampler.draw(logits);
+        const std::string piece = it.vocabulary.text(token);
+        result.text += piece;
+        if (options.write) options.write(piece);
+        if (++result.tokens < options.tokens) logits = it.logits({token}, state);
+        pacer.add(result, seconds_since(token_begin));
+        result.interrupted = options.interrupted && options.interrupted();
+    }
+    pacer.keep(result);
+    result.seconds = seconds_since(begin);
+    for (const MixerState& mixer : state)
+        for (const Tensor& tensor : mixer) result.state_bytes += tensor.numel() * index(tensor.element_size());
+    return result;
+}
+
+}  // namespace deeppcr::nn
