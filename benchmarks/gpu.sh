@@ -29,7 +29,7 @@ build() {
     tools/install-packages build test
     local tree=build/gpu-tree
     cmake -S . -B "$tree" -G Ninja --log-level=WARNING -DCMAKE_BUILD_TYPE=Release -DDEEPPCR_BUILD_NN=OFF \
-        -DDEEPPCR_BUILD_CLI=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF -DDEEPPCR_BUILD_TESTS=ON \
+        -DDEEPPCR_BUILD_CLI=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF -DDEEPPCR_BUILD_MPI=OFF -DDEEPPCR_BUILD_TESTS=ON \
         -DBUILD_SHARED_LIBS=ON -DCMAKE_CUDA_ARCHITECTURES="${GPUS:-90-real}"
     cmake --build "$tree" --parallel "${JOBS:-$(nproc)}" --target gpu_programs
     rm -rf "$programs"
