@@ -75,7 +75,6 @@ template <class T>
 index test_rows(const Window<T>& window, const Progress* progress, Tolerance tolerance, index first, index last,
                 RangeResult* results) {
     const index sequences = window.after.batch(), width = window.after.width();
-    const bool alone = window.after.steps() == 1;  // f of a confirmed state: exact, as sequential evaluation has it
     index resets = 0;
     for (index i = first; i < last; ++i)
         for (index j = 0; j < sequences; ++j) {
@@ -87,7 +86,6 @@ index test_rows(const Window<T>& window, const Progress* progress, Tolerance tol
                 continue;
             }
             T* state = window.states.at(i + 1, j);
-            if (alone) std::copy_n(window.after.at(i, j), width, state);
             const RowNorms<T> norms = difference(state, window.after.at(i, j), update, width);
             const double allowed = tolerance.absolute + tolerance.relative * double(norms.state);
             const double relative =
