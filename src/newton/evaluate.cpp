@@ -152,7 +152,9 @@ private:
             const Stopwatch watch(report_.update.seconds);
             for (std::size_t j = 0; j < progress_.size(); ++j) confirmed_before[j] = progress_[j].confirmed;
             // One step from confirmed states: f is exact, as sequential evaluation has it.
-            if (rows() == 1) std::copy_n(after_memory_, batch() * width_, states_memory_ + batch() * width_);
+            for (index j = 0; j < batch() && rows() == 1; ++j)
+                if (confirmed_before[std::size_t(j)] == 0)
+                    std::copy_n(window().after.at(0, j), width_, window().states.at(1, j));
             report_.non_finite_resets += test_residual(window(), progress_, tolerance_, options_.execution);
             report_.update.bytes += 3 * rows() * batch() * width_ * index(sizeof(T));
         }
