@@ -76,9 +76,9 @@ struct SolveOptions {
 /// Algorithm 1 (pcr); Blelloch (1990) (scan).
 /// With options.group all its ranks call together, each with its own part of the steps, at least one: `system` and
 /// `solution` hold these, and `initial` counts on the first rank. Every part is reduced to one long step, one exclusive
-/// scan tells each rank the state before its part, and `method` solves it from there: twice a scan's products, and
-/// ceil(log2(ranks)) messages per rank of B * D * (block + 1) numbers. For a number of ranks the bits are the same
-/// every time. Throws on all ranks what one throws (Group::agree); InvalidArgument with Backend::cuda.
+/// scan tells each rank the state before its part, and `method` solves it from there: at most twice a scan's products,
+/// ceil(log2(ranks)) messages per rank of B * D * (block + 1) numbers. The same bits every time for a number of
+/// ranks. Throws on all ranks what one throws (Group::agree); InvalidArgument with Backend::cuda.
 template <class T>
 Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                 const SolveOptions& options = {});

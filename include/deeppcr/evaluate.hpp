@@ -191,10 +191,10 @@ struct Evaluation {
 /// agrees on what is confirmed; the same promises hold, and the Report's status, passes, sequences, residuals and error
 /// are the same everywhere. Method::sequential runs rank after rank; overlap and shooting evaluate every part from a
 /// guessed state and again from the one that the part before has handed over, until these agree within the tolerance;
-/// automatic is newton, and overlap for cells. The bits are the same every time for a number of ranks; those of
-/// Method::sequential for all. Newton's method takes its part in one window, and goes on sequentially where that makes
-/// no progress; window, damping, anderson and Backend::cuda are refused (InvalidArgument), and Estimates::full is as
-/// quick. What one rank throws is thrown on all (Group::agree).
+/// automatic is newton, and overlap for cells. For a number of ranks the bits are the same as above, those of
+/// Method::sequential for every number. Newton's method takes its part in one window, and goes on sequentially where it
+/// makes no progress; window, positive damping, anderson and Backend::cuda are refused (InvalidArgument),
+/// Estimates::full is as quick. What one rank throws is thrown on all (Group::agree).
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
 

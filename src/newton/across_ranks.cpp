@@ -486,7 +486,9 @@ private:
         std::map<index, std::vector<index>> starts;  // by the row of this part where they begin
         for (index j = 0; j < batch_; ++j)
             if (const index begin = confirmed_here(j); begin < steps_) starts[begin].push_back(j);
-        for (const auto& [begin, sequences] : starts) {
+        for (const auto& start : starts) {
+            const index begin = start.first;
+            const std::vector<index>& sequences = start.second;
             const View<const T> from =
                 begin == 0 ? View<const T>(handed()) : View<const T>(trajectory_.steps(begin - 1, begin));
             run_pieces(begin, sequences, from, [&](index row, View<const T> states) {
@@ -685,7 +687,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
                           std::exception_ptr problem) {
     const Clock::time_point begin = Clock::now();
     Group& group = *options.group;
-    const auto [steps, batch, width] = recurrence.shape();
+    const index steps = recurrence.shape().steps, batch = recurrence.shape().batch, width = recurrence.shape().width;
     const index block = recurrence.block(), row = batch * width;
     Options solving = options;
     solving.surrogate = Surrogate::full;

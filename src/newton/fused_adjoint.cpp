@@ -271,7 +271,7 @@ template <class T>
 Report gradients_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                               const Report& report, View<const T> output_gradient,
                               const CellGradientViews<T>& gradients, const Options& options) {
-    const auto [steps, batch, width] = recurrence.shape();
+    const index steps = recurrence.shape().steps, batch = recurrence.shape().batch, width = recurrence.shape().width;
     Buffer<T> before, handed, gradient;
     std::exception_ptr problem = caught([&] {
         if (index(recurrence.parts().size()) != batch)
