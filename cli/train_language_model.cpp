@@ -208,6 +208,8 @@ void add_train_language_model(Program& program) {
     given.value("--gradient-clip", field(&Training::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--bound", field(&Training::bound),
                 "Limit the cells' recurrent parameters to +-this, and so their Jacobians; 0: not");
+    given.value("--estimate-interval", field(&Training::estimate_interval),
+                "Estimate the Lyapunov exponent every so many steps; 0: never");
     given.value("--recompute", field(&Training::recompute),
                 "Keep each block's input alone, and compute the rest again in the backward pass");
     given.choice("--on-divergence", field(&Training::on_divergence), nn::on_divergence_names,

@@ -272,7 +272,9 @@ LanguageBlock::LanguageBlock(const LanguageModelOptions& options, at::Generator&
     const double depth = 1 / std::sqrt(double(2 * options.layers));  // so that the sum over blocks does not grow
     if (has_gate(options.mixer)) gate_ = register_parameter("gate", uniform({hidden, width}, width, generator));
     output_ = register_parameter("output", uniform({width, hidden}, hidden, generator, depth));
-    up_ = register_parameter("up", uniform({2 * mlp, width}, width, generator));
+    const std::vector<Tensor> up = uniform({2 * mlp, width}, width, generator).chunk(2);
+    up_ = register_parameter("up", up[0].clone());
+    value_ = register_parameter("value", up[1].clone());
     down_ = register_parameter("down", uniform({width, mlp}, mlp, generator, depth));
 }
 
@@ -281,8 +283,8 @@ Tensor LanguageBlock::forward(const Tensor& input, MixerState* state) {
     Tensor mixed = mixer->forward(normed, state);
     if (gate_.defined()) mixed = mixed * at::silu(at::linear(normed, gate_));
     const Tensor between = input + at::linear(mixed, output_);
-    const auto parts = at::linear(rms_norm(between, mlp_norm_), up_).chunk(2, -1);
-    return between + at::linear(at::silu(parts[0]) * parts[1], down_);
+    const Tensor again = rms_norm(between, mlp_norm_);
+    return between + at::linear(at::silu(at::linear(again, up_)) * at::linear(again, value_), down_);
 }
 
 LanguageModel::LanguageModel(const LanguageModelOptions& options) : options_(completed(options)) {

@@ -36,7 +36,7 @@ public:
     std::shared_ptr<MixerModule> mixer;
 
 private:
-    at::Tensor mixer_norm_, gate_, output_, mlp_norm_, up_, down_;
+    at::Tensor mixer_norm_, gate_, output_, mlp_norm_, up_, value_, down_;
 };
 
 class LanguageModel : public torch::nn::Module {

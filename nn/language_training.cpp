@@ -84,6 +84,7 @@ void visit_fields(S& state, const Visit& visit) {
     visit("updates", state.updates);
     visit_fixed_fields(state, visit);
     auto& options = state.options;
+    visit("estimate_interval", options.estimate_interval);
     visit("recompute", options.recompute, yes_or_no);
     visit("on_divergence", options.on_divergence, on_divergence_names);
     visit("validation_interval", options.validation_interval);
@@ -169,6 +170,7 @@ void check(const LanguageTrainingOptions& options) {
     require(options.micro_batch >= 0 && (options.micro_batch == 0 || options.batch % options.micro_batch == 0),
             "micro_batch", "a divisor of batch = " + std::to_string(options.batch) + ", or 0", options.micro_batch);
     require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
+    require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
     require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
@@ -265,7 +267,6 @@ public:
         } else {
             resume();
         }
-        model_->set_evaluation(options.evaluation);
         model_->recompute = options.recompute;
     }
 
@@ -337,6 +338,10 @@ private:
         record.tokens = record.step * options_.batch * options_.context;
         record.learning_rate = optimisation_->learning_rate(state_.step);
         optimisation_->clear_gradients();
+        const index interval = options_.estimate_interval;
+        set_estimates(interval == 0 || state_.step % interval != 0 ? Estimates::none
+                      : device_.is_cuda()                          ? Estimates::quick
+                                                                   : Estimates::full);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         index cells = 0;
         for (index done = 0; done < options_.batch && std::isfinite(record.loss); done += at_once) {
@@ -377,6 +382,12 @@ private:
         if (report.status == Status::finished_sequentially) record.sequential_steps += report.sequential_steps;
     }
 
+    void set_estimates(Estimates estimates) {
+        Options evaluation = options_.evaluation;
+        evaluation.estimates = estimates;
+        model_->set_evaluation(evaluation);
+    }
+
     void limit_parameters() {
         if (options_.bound == 0) return;
         const at::NoGradGuard no_gradients;
@@ -389,6 +400,7 @@ private:
                                  ? std::min(options_.validation_tokens + 1, counts.validation)
                                  : counts.validation;
         if (tokens < 2) return;
+        set_estimates(Estimates::none);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         LanguageValidation found = measure(*model_, file_, counts.training, tokens, options_.context, at_once, device_,
                                            callbacks_.validating, callbacks_.interrupted);

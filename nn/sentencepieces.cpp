@@ -49,24 +49,30 @@ private:
 
 class Lines : public sentencepiece::SentenceIterator {
 public:
-    explicit Lines(std::vector<std::string> lines) : lines_(std::move(lines)) {}
+    explicit Lines(const std::vector<std::string>& lines) : lines_(lines) {}
     bool done() const override { return at_ == lines_.size(); }
     void Next() override { ++at_; }
     const std::string& value() const override { return lines_[at_]; }
     sentencepiece::util::Status status() const override { return {}; }
 
 private:
-    std::vector<std::string> lines_;
+    const std::vector<std::string>& lines_;
     std::size_t at_ = 0;
 };
 
 }  // namespace
+}  // namespace deeppcr::nn
 
-std::shared_ptr<const SentencePieces> load_sentencepieces(const std::string& model) {
-    return std::make_shared<Model>(model);
+extern "C" {
+
+extern deeppcr::nn::LoadSentencePieces deeppcr_load_sentencepieces;
+extern deeppcr::nn::LearnSentencePieces deeppcr_learn_sentencepieces;
+
+deeppcr::nn::SentencePieces* deeppcr_load_sentencepieces(const std::string& model) {
+    return new deeppcr::nn::Model(model);
 }
 
-std::string learn_sentencepieces(std::vector<std::string> lines, index pieces) {
+std::string deeppcr_learn_sentencepieces(const std::vector<std::string>& lines, deeppcr::index pieces) {
     // Nothing of a text is normalised away, and a byte that is in no piece has one of its own: it comes back as it was.
     const std::unordered_map<std::string, std::string> options = {{"vocab_size", std::to_string(pieces)},
                                                                   {"model_type", "bpe"},
@@ -77,13 +83,13 @@ std::string learn_sentencepieces(std::vector<std::string> lines, index pieces) {
                                                                   {"max_sentence_length", "1048576"},
                                                                   {"num_threads", "1"},
                                                                   {"minloglevel", "2"}};
-    Lines all(std::move(lines));
+    deeppcr::nn::Lines all(lines);
     std::string model;
     if (const auto status = sentencepiece::SentencePieceTrainer::Train(options, &all, &model); !status.ok())
-        throw InvalidArgument(
+        throw deeppcr::InvalidArgument(
             "pieces", "a number that SentencePiece can learn from this text (" + std::string(status.message()) + ")",
             std::to_string(pieces));
     return model;
 }
 
-}  // namespace deeppcr::nn
+}  // extern "C"

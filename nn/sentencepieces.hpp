@@ -1,8 +1,8 @@
-// SentencePiece behind a name: sentencepieces.cpp, or no_sentencepieces.cpp where a build has none.
+// SentencePiece in a library of its own, which is loaded where it is needed: Debian's libsentencepiece brings a
+// protobuf that must not meet LibTorch's in one name space.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,10 +19,10 @@ public:
     virtual std::string text(index token) const = 0;
 };
 
-/// Throws InvalidArgument.
-std::shared_ptr<const SentencePieces> load_sentencepieces(const std::string& model);
+/// deeppcr_load_sentencepieces: a model, as its file holds it; the caller deletes it. Throws InvalidArgument.
+using LoadSentencePieces = SentencePieces*(const std::string& model);
 
-/// A model of so many pieces, learned from lines of text. Throws InvalidArgument.
-std::string learn_sentencepieces(std::vector<std::string> lines, index pieces);
+/// deeppcr_learn_sentencepieces: a model of so many pieces, learned from lines of text. Throws InvalidArgument.
+using LearnSentencePieces = std::string(const std::vector<std::string>& lines, index pieces);
 
 }  // namespace deeppcr::nn

@@ -1,5 +1,6 @@
 #include <deeppcr/nn/tokens.hpp>
 
+#include <dlfcn.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -32,6 +33,17 @@ std::string contents_of(const std::filesystem::path& path) {
     std::string contents(std::size_t(file.size()), '\0');
     file.read(contents.data(), file.size(), "the model");
     return contents;
+}
+
+/// A function of the library that holds SentencePiece, by its name.
+template <class Function>
+Function* sentencepiece_function(const char* name) {
+    // Its names for itself come first, and nobody else sees them: see sentencepieces.hpp.
+    static void* const library = dlopen("libdeeppcr_sentencepiece.so", RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND);
+    if (library == nullptr)
+        throw InvalidArgument("vocabulary", "bytes, as SentencePiece cannot be loaded",
+                              std::string("pieces: ") + dlerror());
+    return reinterpret_cast<Function*>(dlsym(library, name));
 }
 
 /// A text in parts: of a file, or of standard input.
@@ -175,7 +187,7 @@ private:
             read_ahead_.push_back(std::move(part));
         }
         reader.finish(keep);
-        return learn_sentencepieces(std::move(lines), options_.pieces);
+        return sentencepiece_function<LearnSentencePieces>("deeppcr_learn_sentencepieces")(lines, options_.pieces);
     }
 
     const PrepareOptions& options_;
@@ -191,7 +203,8 @@ private:
 }  // namespace
 
 Vocabulary::Vocabulary(const std::string& description) : description_(description) {
-    if (!description.empty()) pieces_ = load_sentencepieces(description);
+    if (!description.empty())
+        pieces_.reset(sentencepiece_function<LoadSentencePieces>("deeppcr_load_sentencepieces")(description));
 }
 
 index Vocabulary::size() const { return pieces_ ? pieces_->size() : 256; }

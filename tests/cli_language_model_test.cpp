@@ -23,8 +23,8 @@ protected:
     }
     void prepare() const { ASSERT_EQ(run({"prepare", "text"}).exit_code, 0); }
     static std::vector<std::string> small(const std::vector<std::string>& more = {}) {
-        std::vector<std::string> arguments = {"train",     "lm", "--width", "16", "--layers", "2", "--batch", "4",
-                                              "--context", "32", "--chunk", "8",  "--steps",  "5"};
+        std::vector<std::string> arguments = {"train",     "lm", "--width", "16", "--layers", "2", "--batch",   "4",
+                                              "--context", "32", "--chunk", "8",  "--steps",  "5", "--threads", "1"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }

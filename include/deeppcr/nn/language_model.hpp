@@ -124,6 +124,8 @@ struct LanguageTrainingOptions {
     /// After each step the cells' recurrent parameters are limited to +-this, which bounds their Jacobians and so keeps
     /// an evaluation in parallel fast (docs/language-models.md); 0: not.
     double bound = 0;
+    /// Steps between those whose Lyapunov exponent is estimated, along all sequences (on a GPU along some); 0: none.
+    index estimate_interval = 10;
     bool recompute = false;  ///< keep each block's input alone, and compute the rest again in the backward pass
     OnDivergence on_divergence = OnDivergence::stop;  ///< where a loss or gradient is not finite
     std::uint64_t seed = 1;                           ///< of the order of the data; model.seed: of the weights
