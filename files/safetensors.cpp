@@ -1,10 +1,13 @@
 #include <files/safetensors.hpp>
 
+#include <zlib.h>
+
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <type_traits>
+#include <variant>
 
 #include <files/read.hpp>
 #include <files/write.hpp>
@@ -200,6 +203,25 @@ void write_safetensors(const std::filesystem::path& path, const Safetensors& con
         std::visit([&](const auto& values) { file.write(values.data(), values.size() * sizeof values[0]); },
                    tensor->values);
     file.commit();
+}
+
+std::uint32_t checksum(const Safetensors& contents) {
+    uLong sum = 0;
+    const auto add = [&](const void* data, std::size_t bytes) {
+        if (bytes > 0) sum = crc32_z(sum, static_cast<const Bytef*>(data), bytes);
+    };
+    const auto add_text = [&](const std::string& text) { add(text.c_str(), text.size() + 1); };
+    for (const auto& [name, value] : contents.metadata) {
+        if (name == "checksum") continue;
+        add_text(name);
+        add_text(value);
+    }
+    for (const auto& [name, tensor] : contents.tensors) {
+        add_text(name);
+        add_text(element_type(tensor) + to_string(tensor.shape));
+        std::visit([&](const auto& values) { add(values.data(), values.size() * sizeof values[0]); }, tensor.values);
+    }
+    return std::uint32_t(sum);
 }
 
 }  // namespace deeppcr::files

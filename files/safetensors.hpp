@@ -1,6 +1,7 @@
 // safetensors files: named tensors and metadata, as Python's safetensors reads and writes them.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <string>
@@ -24,5 +25,8 @@ Safetensors read_safetensors(const std::filesystem::path& path);
 /// Writes a file, atomically (see AtomicFile); the same contents give the same bytes. Names and metadata are UTF-8.
 /// Throws InvalidArgument, FileError.
 void write_safetensors(const std::filesystem::path& path, const Safetensors& contents);
+
+/// CRC-32 of everything in it but the metadata "checksum", where such a number can be kept.
+std::uint32_t checksum(const Safetensors& contents);
 
 }  // namespace deeppcr::files

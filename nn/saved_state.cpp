@@ -49,6 +49,34 @@ at::Tensor from_file(const files::Tensor& tensor) {
         tensor.values);
 }
 
+files::Safetensors to_file(const SavedState& state) {
+    files::Safetensors contents;
+    contents.metadata = state.metadata;
+    for (const auto& [name, tensor] : state.tensors) contents.tensors.emplace(name, to_file(tensor));
+    return contents;
+}
+
+SavedState from_file(const std::filesystem::path& path, const files::Safetensors& contents, const std::string& format) {
+    SavedState state;
+    state.metadata = {contents.metadata.begin(), contents.metadata.end()};
+    const auto found = state.metadata.find("format");
+    if (found == state.metadata.end())
+        throw FileError(path, "metadata \"format\"", "none: not a checkpoint of deeppcr train");
+    if (found->second != format) throw FileError(path, "format \"" + format + "\"", '"' + found->second + '"');
+    for (const auto& [name, tensor] : contents.tensors) state.tensors.emplace(name, from_file(tensor));
+    return state;
+}
+
+/// Throws FileError also where the checksum does not match.
+files::Safetensors read_checked(const std::filesystem::path& path) {
+    files::Safetensors contents = files::read_safetensors(path);
+    const auto written = contents.metadata.find("checksum");
+    if (written == contents.metadata.end()) throw FileError(path, "metadata \"checksum\"", "none");
+    if (const std::string found = std::to_string(files::checksum(contents)); found != written->second)
+        throw FileError(path, "contents with the checksum " + written->second, found + ": the file is corrupt");
+    return contents;
+}
+
 }  // namespace
 
 const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& tensors, const std::string& name,
@@ -62,22 +90,48 @@ const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& te
 }
 
 void write_state(const std::filesystem::path& path, const SavedState& state) {
-    files::Safetensors contents;
-    contents.metadata = state.metadata;
-    for (const auto& [name, tensor] : state.tensors) contents.tensors.emplace(name, to_file(tensor));
-    files::write_safetensors(path, contents);
+    files::write_safetensors(path, to_file(state));
 }
 
 SavedState read_state(const std::filesystem::path& path, const std::string& format) {
-    const files::Safetensors contents = files::read_safetensors(path);
-    SavedState state;
-    state.metadata = {contents.metadata.begin(), contents.metadata.end()};
-    const auto found = state.metadata.find("format");
-    if (found == state.metadata.end())
-        throw FileError(path, "metadata \"format\"", "none: not a checkpoint of deeppcr train");
-    if (found->second != format) throw FileError(path, "format \"" + format + "\"", '"' + found->second + '"');
-    for (const auto& [name, tensor] : contents.tensors) state.tensors.emplace(name, from_file(tensor));
-    return state;
+    return from_file(path, files::read_safetensors(path), format);
+}
+
+void SavedStates::save(const SavedState& state) {
+    const std::filesystem::path next = path_.string() + ".next", previous = path_.string() + ".previous";
+    files::Safetensors contents = to_file(state);
+    contents.metadata["checksum"] = std::to_string(files::checksum(contents));
+    std::error_code error;
+    if (whole_) {
+        files::write_safetensors(next, contents);
+        std::filesystem::rename(path_, previous, error);
+        if (!error) std::filesystem::rename(next, path_, error);
+        if (error) throw FileError(path_, "cannot be replaced: " + error.message());
+    } else {
+        files::write_safetensors(path_, contents);
+        std::filesystem::remove(previous, error);  // of another training, or what this one went on from
+    }
+    whole_ = true;
+}
+
+SavedState SavedStates::load(const std::string& format, const std::function<void(const std::string&)>& warning) {
+    try {
+        SavedState state = from_file(path_, read_checked(path_), format);
+        whole_ = true;
+        return state;
+    } catch (const FileError& problem) {
+        const std::filesystem::path previous = path_.string() + ".previous";
+        std::error_code error;
+        if (!std::filesystem::exists(previous, error)) throw;
+        SavedState state;
+        try {
+            state = from_file(previous, read_checked(previous), format);
+        } catch (const FileError&) {
+            throw problem;
+        }
+        if (warning) warning(std::string(problem.what()) + "; " + previous.string() + " is used in its place");
+        return state;
+    }
 }
 
 }  // namespace deeppcr::nn

@@ -5,8 +5,10 @@
 
 #include <charconv>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 
 #include <deeppcr/nn/names.hpp>
 #include <files/error.hpp>
@@ -30,6 +32,23 @@ const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& te
 void write_state(const std::filesystem::path& path, const SavedState& state);
 /// Throws FileError where the file is corrupt or of another format.
 SavedState read_state(const std::filesystem::path& path, const std::string& format);
+
+/// A file with the latest state, and <path>.previous with the one before, each with a checksum of all that is in it.
+class SavedStates {
+public:
+    explicit SavedStates(std::filesystem::path path) : path_(std::move(path)) {}
+
+    /// The state that this object has saved or loaded last becomes the one before; another file is replaced. At any
+    /// moment a whole state is there. Throws FileError.
+    void save(const SavedState& state);
+    /// The latest state that is whole; warning(text) says when that is not the latest. Throws FileError, about the
+    /// latest, where neither is.
+    SavedState load(const std::string& format, const std::function<void(const std::string&)>& warning);
+
+private:
+    std::filesystem::path path_;
+    bool whole_ = false;  ///< the latest is known to be
+};
 
 /// A number, or a choice by its name.
 template <class Value, class... Names>
