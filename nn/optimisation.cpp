@@ -49,13 +49,17 @@ Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions&
         optimiser_ =
             std::make_unique<torch::optim::AdamW>(torch_groups, torch::optim::AdamWOptions(rate).weight_decay(decay));
     else
-        optimiser_ = std::make_unique<torch::optim::SGD>(
-            torch_groups, torch::optim::SGDOptions(rate).momentum(options.momentum).weight_decay(decay));
+        optimiser_ =
+            std::make_unique<torch::optim::SGD>(torch_groups, torch::optim::SGDOptions(rate)
+                                                                  .momentum(options.momentum)
+                                                                  .weight_decay(decay)
+                                                                  .nesterov(options.nesterov && options.momentum > 0));
 }
 
 double Optimisation::learning_rate(index step) const {
     const index warm_up = std::min(options_.warm_up, options_.steps);
     if (step < warm_up) return options_.learning_rate * double(step + 1) / double(warm_up);
+    if (options_.schedule == RateSchedule::constant) return options_.learning_rate;
     const double done = double(step - warm_up) / double(std::max<index>(1, options_.steps - warm_up));
     return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * done));
 }

@@ -87,13 +87,6 @@ struct Blas {
     SetThreads* set_threads = reinterpret_cast<SetThreads*>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
 };
 
-/// One thread for LibTorch: what it does here (the two ends, the loss, the optimiser) is too small for more, and its
-/// idle threads spin on the processors that the trunk needs.
-void limit_threads() {
-    at::set_num_threads(1);
-    if (const Blas blas; blas.set_threads) blas.set_threads(1);
-}
-
 /// The device of this name. Throws InvalidArgument, NoDevice.
 at::Device device_of(const std::string& name) {
     at::Device device = at::kMeta;
@@ -207,6 +200,11 @@ Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor&
 }
 
 }  // namespace
+
+void limit_threads() {
+    at::set_num_threads(1);
+    if (const Blas blas; blas.set_threads) blas.set_threads(1);
+}
 
 // ------------------------------------------------------------------------------------------------ training
 
