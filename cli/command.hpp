@@ -117,6 +117,7 @@ void warn_about_slow_blas(Output& output);
 void add_reproduce(Program& program);
 void add_train(Program& program);
 void add_train_diffusion(Program& program);
+void add_train_swap(Program& program);
 void add_validate(Program& program);
 void add_sample(Program& program);
 void add_evaluate(Program& program);

@@ -8,6 +8,7 @@ int main(int argc, char** argv) {
     program.add_group("train", "Train a network on Fashion-MNIST");
     add_train(program);
     add_train_diffusion(program);
+    add_train_swap(program);
     add_validate(program);
     add_sample(program);
     add_evaluate(program);

@@ -19,6 +19,7 @@ void add(Program& program, const std::string& name, const std::string& example) 
 void add_reproduce(Program& program) { add(program, "reproduce", "  deeppcr reproduce"); }
 void add_train(Program& program) { add(program, "train resnet", "  deeppcr train resnet"); }
 void add_train_diffusion(Program& program) { add(program, "train diffusion", "  deeppcr train diffusion"); }
+void add_train_swap(Program& program) { add(program, "train swap", "  deeppcr train swap"); }
 void add_validate(Program& program) { add(program, "validate", "  deeppcr validate resnet.safetensors"); }
 void add_sample(Program& program) { add(program, "sample", "  deeppcr sample diffusion.safetensors"); }
 void add_evaluate(Program& program) { add(program, "evaluate", "  deeppcr evaluate --model step.pt --inputs u.npy"); }

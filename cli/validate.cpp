@@ -2,7 +2,9 @@
 #include <memory>
 #include <optional>
 
+#include <deeppcr/nn/swap.hpp>
 #include <deeppcr/nn/training.hpp>
+#include <files/safetensors.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
@@ -17,7 +19,24 @@ struct Arguments {
     std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
 };
 
+Exit validate_swap(const Arguments& arguments, Output& output) {
+    const nn::SwapMeasure result = nn::validate_swap(arguments.checkpoint, arguments.data, arguments.held_out,
+                                                     [&](const std::string& text) { output.warn(text); });
+    output.line(std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
+                percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
+                count_text(result.images) + " images");
+    output.result.update(Json{{"checkpoint", arguments.checkpoint},
+                              {"set", arguments.held_out ? "held_out" : "test"},
+                              {"images", result.images},
+                              {"accuracy", result.accuracy},
+                              {"loss", result.loss}});
+    return Exit::done;
+}
+
 Exit run_validate(const Arguments& arguments, Output& output) {
+    const auto metadata = files::read_safetensors(arguments.checkpoint).metadata;
+    if (const auto format = metadata.find("format"); format != metadata.end() && format->second == nn::swap_format)
+        return validate_swap(arguments, output);
     nn::ValidationOptions options;
     options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
     arguments.given->apply(options);
