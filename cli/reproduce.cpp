@@ -1,5 +1,4 @@
-// deeppcr reproduce: the paper's three experiments and recurrent cells on this machine, as a summary, a page to read
-// and a file of numbers.
+// deeppcr reproduce: the papers' experiments on this machine, as a summary, a page to read and a file of numbers.
 #include "reproduce.hpp"
 
 #include <sys/utsname.h>
@@ -30,7 +29,7 @@ struct Arguments {
                std::to_string(experiment.seed) + " --tolerance " + scientific_text(experiment.tolerance) +
                (experiment.data.empty() ? "" : " --data " + experiment.data.string()) +
                (experiment.model.empty() ? "" : " --model " + experiment.model.string()) +
-               (experiment.quick ? " --quick" : "");
+               (experiment.quick ? " --quick" : "") + (experiment.full ? " --full" : "");
     }
 };
 
@@ -134,7 +133,16 @@ Json schema() {
          "Fréchet distances of parallel from sequential images of the same noise; noise_floor: between two sequential "
          "sets of different noise"},
         {"diffusion.in_flight[]", "the same by the number of images, and the method that automatic takes"},
-        {"diffusion.picture", "PNG in base64: sequential images above parallel ones"}};
+        {"diffusion.picture", "PNG in base64: sequential images above parallel ones"},
+        {"swap.search[]",
+         "arm, learning_rate (of swap and swa: of phase 2), stopping_accuracy of phase 1 and how many epochs it took; "
+         "held_out_accuracy: null where the training diverged; chosen: taken for the trials"},
+        {"swap.trials[]",
+         "seed; arms: accuracy and loss on the test set, and of those that were trained images (by all workers), "
+         "seconds "
+         "(wall clock, workers one after the other), processor_seconds, modelled_seconds (not measured: the slowest "
+         "worker of each phase); workers: the mean before averaging; line: between the weights of two workers; "
+         "barrier: the most that the line's loss exceeds the straight line between its ends"}};
 }
 
 constexpr const char* disagreement =
@@ -184,6 +192,7 @@ std::string report_page(const Json& results) {
     if (results.contains("resnet")) describe_resnet(results["resnet"], page);
     if (results.contains("rnn")) describe_rnn(results["rnn"], page);
     if (results.contains("diffusion")) describe_diffusion(results["diffusion"], page);
+    if (results.contains("swap")) describe_swap(results["swap"], page);
     return page.html();
 }
 
@@ -213,6 +222,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
         warn_about_slow_blas(output);
     }
     if (arguments.wants("diffusion")) check_diffusion_data(arguments.experiment);
+    if (arguments.wants("swap")) check_swap_data(arguments.experiment);
     prepare_folder(arguments);
 
     const auto begin = std::chrono::steady_clock::now();
@@ -245,6 +255,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
     if (arguments.wants("resnet")) parts.push_back({"resnet", "ResNet", run_resnet, summarise_resnet});
     if (arguments.wants("rnn")) parts.push_back({"rnn", "RNN", run_rnn, summarise_rnn});
     if (arguments.wants("diffusion")) parts.push_back({"diffusion", "Diffusion", run_diffusion, summarise_diffusion});
+    if (arguments.wants("swap")) parts.push_back({"swap", "SWAP", run_swap, summarise_swap});
 
     bool complete = true, agreement = true;
     for (std::size_t i = 0; i < parts.size() && complete; ++i) {
@@ -287,9 +298,10 @@ void add_reproduce(Program& program) {
                     "  deeppcr reproduce mlp --output report",
                     [arguments](Output& output) { return reproduce(*arguments, output); });
     command
-        .add_option("part", arguments->part,
-                    "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 6), or all")
-        ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "all"}))
+        .add_option(
+            "part", arguments->part,
+            "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 6), swap (about 3), or all")
+        ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "swap", "all"}))
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
         ->capture_default_str();
@@ -303,6 +315,7 @@ void add_reproduce(Program& program) {
     command.add_option("--data", arguments->experiment.data, "Folder of Fashion-MNIST's four files");
     command.add_option("--model", arguments->experiment.model,
                        "A model of `deeppcr train diffusion`, in place of a small one that is trained here");
+    command.add_flag("--full", arguments->experiment.full, "More images and seeds, of swap: about 10 minutes");
     command.add_flag("--quick", arguments->experiment.quick,
                      "Tiny sizes, seconds in all: shows only that everything works");
 }

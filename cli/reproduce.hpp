@@ -1,4 +1,4 @@
-// What the four experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
+// What the experiments of `deeppcr reproduce` share. Each has a part that measures and fills JSON, and parts that
 // read nothing but that JSON: a section of the report, a summary for the terminal.
 #pragma once
 
@@ -22,6 +22,7 @@ namespace deeppcr::program {
 
 struct Experiment {
     bool quick = false;  ///< tiny sizes, which show only that everything works
+    bool full = false;   ///< more data and seeds, where an experiment has them
     std::uint64_t seed = 1;
     double tolerance = 1e-4;           ///< of states and logits, relative to the largest; of gradients ten times that
     std::filesystem::path data = {};   ///< folder of Fashion-MNIST; empty: where it usually is
@@ -58,6 +59,13 @@ void check_diffusion_data(const Experiment& experiment);
 Json run_diffusion(const Experiment& experiment);
 void describe_diffusion(const Json& diffusion, Page& page);
 std::string summarise_diffusion(const Json& diffusion);
+
+/// A classifier of Fashion-MNIST by SWAP against small and large batches, SWA and the ensemble of the workers, paired
+/// by seed, after a search for learning rates on held-out images.
+void check_swap_data(const Experiment& experiment);
+Json run_swap(const Experiment& experiment);
+void describe_swap(const Json& swap, Page& page);
+std::string summarise_swap(const Json& swap);
 
 /// For what an experiment trains, as long as it needs it.
 class TemporaryFolder {

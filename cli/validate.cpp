@@ -3,6 +3,7 @@
 #include <optional>
 
 #include <deeppcr/nn/language_model.hpp>
+#include <deeppcr/nn/swap.hpp>
 #include <deeppcr/nn/training.hpp>
 
 #include "command.hpp"
@@ -49,8 +50,23 @@ Exit run_validate_text(const Arguments& arguments, Output& output) {
     return Exit::done;
 }
 
+Exit validate_swap(const Arguments& arguments, Output& output) {
+    const nn::SwapMeasure result = nn::validate_swap(arguments.checkpoint, arguments.data, arguments.held_out,
+                                                     [&](const std::string& text) { output.warn(text); });
+    output.line(std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
+                percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
+                count_text(result.images) + " images");
+    output.result.update(Json{{"checkpoint", arguments.checkpoint},
+                              {"set", arguments.held_out ? "held_out" : "test"},
+                              {"images", result.images},
+                              {"accuracy", result.accuracy},
+                              {"loss", result.loss}});
+    return Exit::done;
+}
+
 Exit run_validate(const Arguments& arguments, Output& output) {
     if (nn::is_language_model(arguments.checkpoint)) return run_validate_text(arguments, output);
+    if (nn::is_swap(arguments.checkpoint)) return validate_swap(arguments, output);
     nn::ValidationOptions options;
     options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
     arguments.given->apply(options);

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <type_traits>
+#include <variant>
 
 #include <files/read.hpp>
 #include <files/write.hpp>
@@ -204,20 +205,20 @@ void write_safetensors(const std::filesystem::path& path, const Safetensors& con
     file.commit();
 }
 
-std::uint32_t checksum(const Safetensors& contents, const std::string& besides) {
+std::uint32_t checksum(const Safetensors& contents) {
     uLong result = 0;
     const auto add = [&](const void* data, std::size_t bytes) {
         if (bytes > 0) result = crc32_z(result, static_cast<const Bytef*>(data), bytes);
     };
     const auto add_text = [&](const std::string& text) { add(text.c_str(), text.size() + 1); };
     for (const auto& [key, value] : contents.metadata) {
-        if (key == besides) continue;
+        if (key == "checksum") continue;
         add_text(key);
         add_text(value);
     }
     for (const auto& [name, tensor] : contents.tensors) {
         add_text(name);
-        add_text(to_string(tensor.shape));
+        add_text(element_type(tensor) + to_string(tensor.shape));
         std::visit([&](const auto& values) { add(values.data(), values.size() * sizeof values[0]); }, tensor.values);
     }
     return std::uint32_t(result);

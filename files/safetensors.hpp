@@ -22,11 +22,11 @@ struct Safetensors {
 /// Source: github.com/huggingface/safetensors, "Format".
 Safetensors read_safetensors(const std::filesystem::path& path);
 
-/// CRC-32 of names, shapes, values and metadata, but for the metadata `besides`.
-std::uint32_t checksum(const Safetensors& contents, const std::string& besides);
-
 /// Writes a file, atomically (see AtomicFile); the same contents give the same bytes. Names and metadata are UTF-8.
 /// Throws InvalidArgument, FileError.
 void write_safetensors(const std::filesystem::path& path, const Safetensors& contents);
+
+/// CRC-32 of everything in it but the metadata "checksum", where such a number can be kept.
+std::uint32_t checksum(const Safetensors& contents);
 
 }  // namespace deeppcr::files

@@ -93,7 +93,7 @@ void visit_fields(S& state, const Visit& visit) {
     visit_evaluation(options.evaluation, cell_method_names, visit);
 }
 
-void write(const std::filesystem::path& path, const State& state) {
+void write(SavedStates& file, const State& state) {
     SavedState saved{{{"format", format}, {"tokens", state.options.tokens.string()}}, state.tensors};
     visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
     if (!state.vocabulary.empty()) {
@@ -101,15 +101,13 @@ void write(const std::filesystem::path& path, const State& state) {
         std::copy(state.vocabulary.begin(), state.vocabulary.end(), bytes.data_ptr<std::uint8_t>());
         saved.tensors["vocabulary"] = bytes;
     }
-    write_state_and_keep_previous(path, saved);
+    file.save(saved);
 }
 
 /// Throws InvalidArgument for numbers out of their ranges.
 void check(const LanguageTrainingOptions& options);
 
-/// note: receives why the file's predecessor is read, where the file is damaged; null: that is an error.
-State read(const std::filesystem::path& path, std::string* note = nullptr) {
-    SavedState saved = note != nullptr ? read_state_or_previous(path, format, *note) : read_state(path, format);
+State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
     visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
     state.options.tokens = saved.metadata["tokens"];
@@ -253,6 +251,7 @@ public:
         : options_(options),
           callbacks_(callbacks),
           device_(device_of(options.device)),
+          checkpoint_(options.checkpoint),
           file_(options.tokens),
           order_(file_, options.context, options.seed) {
         state_.options = options;
@@ -304,9 +303,12 @@ private:
     }
 
     void resume() {
-        std::string note;
-        const State saved = read(options_.resume, &note);
-        if (!note.empty()) tell(note);
+        SavedStates other(options_.resume);
+        std::error_code error;
+        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
+        const State saved = from_saved(
+            options_.resume,
+            (same ? checkpoint_ : other).load(format, [this](const std::string& warning) { tell(warning); }));
         check_continues(state_, saved);
         model_ = make_model(options_.resume, saved);
         model_->to(device_);
@@ -326,7 +328,7 @@ private:
         const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
         for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
         optimisation_->visit_state(keep);
-        write(options_.checkpoint, state_);
+        write(checkpoint_, state_);
         state_.tensors.clear();
     }
 
@@ -418,6 +420,7 @@ private:
     const LanguageTrainingOptions& options_;
     const LanguageCallbacks& callbacks_;
     at::Device device_;
+    SavedStates checkpoint_;
     files::TokenFile file_;
     Order order_;
     State state_;
@@ -448,8 +451,7 @@ LanguageTraining train_language_model(const LanguageTrainingOptions& options, co
 bool is_language_model(const std::filesystem::path& checkpoint) { return format_of(checkpoint) == format; }
 
 LanguageTrainingOptions language_options(const std::filesystem::path& checkpoint) {
-    std::string note;
-    return read(checkpoint, &note).options;
+    return from_saved(checkpoint, SavedStates(checkpoint).load(format, {})).options;
 }
 
 LanguageValidation validate_language_model(const std::filesystem::path& checkpoint,
@@ -458,7 +460,7 @@ LanguageValidation validate_language_model(const std::filesystem::path& checkpoi
     require(options.at_most >= 0, "at_most", "at least 0", options.at_most);
     const at::Device device = device_of(options.device);
     set_threads(options.evaluation);
-    const State state = read(checkpoint);
+    const State state = from_saved(checkpoint, read_state(checkpoint, format));
     const files::TokenFile file(options.tokens.empty() ? state.options.tokens : options.tokens);
     if (file.vocabulary() != state.vocabulary || file.counts().vocabulary_size != state.options.model.vocabulary)
         throw InvalidArgument("tokens", "the vocabulary of the checkpoint, " + Vocabulary(state.vocabulary).name(),
@@ -553,7 +555,7 @@ private:
 struct TextGenerator::Implementation {
     Implementation(const std::filesystem::path& checkpoint, const std::string& device_name)
         : device(device_of(device_name)) {
-        const State state = read(checkpoint);
+        const State state = from_saved(checkpoint, read_state(checkpoint, format));
         try {
             vocabulary = Vocabulary(state.vocabulary);
         } catch (const InvalidArgument& problem) {

@@ -37,7 +37,7 @@ Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions&
     check(options);
     AdamWOptions adamw(options.learning_rate);
     SGDOptions sgd(options.learning_rate);
-    sgd.momentum(options.momentum);
+    sgd.momentum(options.momentum).nesterov(options.nesterov && options.momentum > 0);
     std::vector<torch::optim::OptimizerParamGroup> torch_groups;
     for (Group& group : groups) {
         std::vector<Tensor> tensors;
@@ -61,6 +61,7 @@ Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions&
 double Optimisation::learning_rate(index step) const {
     const index warm_up = std::min(options_.warm_up, options_.steps);
     if (step < warm_up) return options_.learning_rate * double(step + 1) / double(warm_up);
+    if (options_.schedule == RateSchedule::constant) return options_.learning_rate;
     const double done = double(step - warm_up) / double(std::max<index>(1, options_.steps - warm_up));
     return options_.learning_rate * 0.5 * (1 + std::cos(std::numbers::pi * done));
 }

@@ -20,11 +20,13 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 struct OptimisationOptions {
     Optimiser optimiser = Optimiser::adamw;
     double learning_rate = 1e-3;  ///< at its highest
-    index warm_up = 0;            ///< steps of linear growth; a cosine leads from there to 0
+    index warm_up = 0;            ///< steps of linear growth; the schedule leads on from there
     index steps = 1;
     double weight_decay = 0;
-    double momentum = 0.9;     ///< of sgd
-    double gradient_clip = 0;  ///< the norm of all gradients is limited to this; 0: not
+    double momentum = 0.9;                         ///< of sgd
+    double gradient_clip = 0;                      ///< the norm of all gradients is limited to this; 0: not
+    RateSchedule schedule = RateSchedule::cosine;  ///< after the warm-up
+    bool nesterov = false;                         ///< of sgd
 };
 
 /// Throws InvalidArgument for a number that is out of its range.

@@ -50,23 +50,39 @@ at::Tensor from_file(const files::Tensor& tensor) {
         tensor.values);
 }
 
-const std::string checksum_key = "checksum";
-
-std::string checksum_text(const files::Safetensors& contents) {
-    char text[16];
-    std::snprintf(text, sizeof text, "%08x", unsigned(files::checksum(contents, checksum_key)));
-    return text;
-}
-
-files::Safetensors read_whole(const std::filesystem::path& path) {
-    files::Safetensors contents = files::read_safetensors(path);
-    const auto found = contents.metadata.find(checksum_key);
-    if (found != contents.metadata.end() && found->second != checksum_text(contents))
-        throw FileError(path, "checksum " + found->second, checksum_text(contents) + ": it is damaged");
+files::Safetensors to_file(const SavedState& state) {
+    files::Safetensors contents;
+    contents.metadata = state.metadata;
+    for (const auto& [name, tensor] : state.tensors) contents.tensors.emplace(name, to_file(tensor));
     return contents;
 }
 
-std::filesystem::path previous(const std::filesystem::path& path) { return path.string() + ".previous"; }
+SavedState from_file(const std::filesystem::path& path, const files::Safetensors& contents, const std::string& format) {
+    SavedState state;
+    state.metadata = {contents.metadata.begin(), contents.metadata.end()};
+    const auto found = state.metadata.find("format");
+    if (found == state.metadata.end())
+        throw FileError(path, "metadata \"format\"", "none: not a checkpoint of deeppcr train");
+    if (found->second != format) throw FileError(path, "format \"" + format + "\"", '"' + found->second + '"');
+    for (const auto& [name, tensor] : contents.tensors) state.tensors.emplace(name, from_file(tensor));
+    return state;
+}
+
+std::string checksum_text(const files::Safetensors& contents) {
+    char text[16];
+    std::snprintf(text, sizeof text, "%08x", unsigned(files::checksum(contents)));
+    return text;
+}
+
+/// Throws FileError also where there is a checksum that does not match.
+files::Safetensors read_whole(const std::filesystem::path& path) {
+    files::Safetensors contents = files::read_safetensors(path);
+    const auto written = contents.metadata.find("checksum");
+    if (const std::string found = checksum_text(contents);
+        written != contents.metadata.end() && written->second != found)
+        throw FileError(path, "checksum " + written->second, found + ": the file is corrupt");
+    return contents;
+}
 
 }  // namespace
 
@@ -81,44 +97,46 @@ const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& te
 }
 
 void write_state(const std::filesystem::path& path, const SavedState& state) {
-    files::Safetensors contents;
-    contents.metadata = state.metadata;
-    for (const auto& [name, tensor] : state.tensors) contents.tensors.emplace(name, to_file(tensor));
-    contents.metadata[checksum_key] = checksum_text(contents);
+    files::Safetensors contents = to_file(state);
+    contents.metadata["checksum"] = checksum_text(contents);
     files::write_safetensors(path, contents);
 }
 
-void write_state_and_keep_previous(const std::filesystem::path& path, const SavedState& state) {
-    std::error_code error;
-    if (std::filesystem::is_regular_file(path, error)) {
-        // A second name for the old file: at no time is there neither an old nor a new one.
-        std::filesystem::remove(previous(path), error);
-        std::filesystem::create_hard_link(path, previous(path), error);
-        if (error) std::filesystem::copy_file(path, previous(path), error);
-    }
-    write_state(path, state);
-}
-
 SavedState read_state(const std::filesystem::path& path, const std::string& format) {
-    const files::Safetensors contents = read_whole(path);
-    SavedState state;
-    state.metadata = {contents.metadata.begin(), contents.metadata.end()};
-    const auto found = state.metadata.find("format");
-    if (found == state.metadata.end())
-        throw FileError(path, "metadata \"format\"", "none: not a checkpoint of deeppcr train");
-    if (found->second != format) throw FileError(path, "format \"" + format + "\"", '"' + found->second + '"');
-    for (const auto& [name, tensor] : contents.tensors) state.tensors.emplace(name, from_file(tensor));
-    return state;
+    return from_file(path, read_whole(path), format);
 }
 
-SavedState read_state_or_previous(const std::filesystem::path& path, const std::string& format, std::string& note) {
+void SavedStates::save(const SavedState& state) {
+    const std::filesystem::path next = path_.string() + ".next", previous = path_.string() + ".previous";
+    std::error_code error;
+    if (whole_) {
+        write_state(next, state);
+        std::filesystem::rename(path_, previous, error);
+        if (!error) std::filesystem::rename(next, path_, error);
+        if (error) throw FileError(path_, "cannot be replaced: " + error.message());
+    } else {
+        write_state(path_, state);
+        std::filesystem::remove(previous, error);  // of another training, or what this one went on from
+    }
+    whole_ = true;
+}
+
+SavedState SavedStates::load(const std::string& format, const std::function<void(const std::string&)>& warning) {
     try {
-        return read_state(path, format);
-    } catch (const FileError& damage) {
+        SavedState state = read_state(path_, format);
+        whole_ = true;
+        return state;
+    } catch (const FileError& problem) {
+        const std::filesystem::path previous = path_.string() + ".previous";
         std::error_code error;
-        if (!std::filesystem::exists(path, error) || !std::filesystem::exists(previous(path), error)) throw;
-        SavedState state = read_state(previous(path), format);
-        note = std::string(damage.what()) + "; " + previous(path).string() + " is used instead";
+        if (!std::filesystem::exists(previous, error)) throw;
+        SavedState state;
+        try {
+            state = read_state(previous, format);
+        } catch (const FileError&) {
+            throw problem;
+        }
+        if (warning) warning(std::string(problem.what()) + "; " + previous.string() + " is used in its place");
         return state;
     }
 }

@@ -5,8 +5,10 @@
 
 #include <charconv>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
+#include <utility>
 
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/nn/names.hpp>
@@ -29,15 +31,28 @@ const at::Tensor& find(const std::filesystem::path& path, const SavedTensors& te
 
 /// A safetensors file, atomically, with a checksum as metadata. Throws FileError.
 void write_state(const std::filesystem::path& path, const SavedState& state);
-/// The same; what was at `path` is kept beside it as <name>.previous.
-void write_state_and_keep_previous(const std::filesystem::path& path, const SavedState& state);
 
 /// Throws FileError where the file is corrupt, by its checksum where it has one, or of another format.
 SavedState read_state(const std::filesystem::path& path, const std::string& format);
-/// The same; where the file is corrupt, <name>.previous is read, and `note` receives why.
-SavedState read_state_or_previous(const std::filesystem::path& path, const std::string& format, std::string& note);
 /// The metadata "format" of a safetensors file, empty where it has none. Throws FileError.
 std::string format_of(const std::filesystem::path& path);
+
+/// A file with the latest state, and <path>.previous with the one before, each with a checksum of all that is in it.
+class SavedStates {
+public:
+    explicit SavedStates(std::filesystem::path path) : path_(std::move(path)) {}
+
+    /// The state that this object has saved or loaded last becomes the one before; another file is replaced. At any
+    /// moment a whole state is there. Throws FileError.
+    void save(const SavedState& state);
+    /// The latest state that is whole; warning(text) says when that is not the latest. Throws FileError, about the
+    /// latest, where neither is.
+    SavedState load(const std::string& format, const std::function<void(const std::string&)>& warning);
+
+private:
+    std::filesystem::path path_;
+    bool whole_ = false;  ///< the latest is known to be
+};
 
 /// A number, or a choice by its name.
 template <class Value, class... Names>

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <regex>
 #include <sstream>
@@ -276,6 +277,55 @@ TEST_F(ReproduceTest, Diffusion) {
     expect_page(contents(folder / "deeppcr-report" / "report.html"), diffusion_plots, 1);
 }
 
+/// What is said of SWAP follows from its parts; it has no tolerance to agree within.
+void expect_swap(const Json& swap) {
+    EXPECT_EQ(swap["complete"], true);
+    EXPECT_EQ(swap["agreement"], nullptr);
+    std::map<std::string, double> best, chosen;
+    for (const Json& entry : swap["search"]) {
+        const auto accuracy = entry["held_out_accuracy"].get<double>();
+        EXPECT_GT(accuracy, 0.1);
+        double& most = best[entry["arm"]];
+        most = std::max(most, accuracy);
+        if (entry["chosen"]) EXPECT_TRUE(chosen.emplace(entry["arm"], accuracy).second) << "two are chosen";
+    }
+    EXPECT_EQ(best.size(), 5U);
+    EXPECT_EQ(chosen, best);
+    ASSERT_EQ(swap["trials"].size(), 1U);
+    const Json &trial = swap["trials"][0], &arms = trial["arms"];
+    ASSERT_EQ(arms.size(), 9U);
+    for (const auto& [name, arm] : arms.items()) {
+        EXPECT_GT(arm["accuracy"], 0.05) << name;
+        EXPECT_TRUE(std::isfinite(arm["loss"].get<double>())) << name;
+    }
+    EXPECT_EQ(arms["small_batch"]["images"], 256);
+    EXPECT_EQ(arms["large_batch"]["images"], 256);
+    EXPECT_EQ(arms["longer_large_batch"]["images"], 3 * 256);
+    EXPECT_EQ(arms["swap"]["images"], 3 * 256) << "one epoch together, one of each of two workers";
+    EXPECT_LT(arms["swap"]["modelled_seconds"], arms["swap"]["processor_seconds"]);
+    EXPECT_NE(arms["swap"]["loss"], arms["stale_statistics"]["loss"]);
+    const Json& line = trial["line"];
+    ASSERT_EQ(line.size(), 5U);
+    double barrier = 0;
+    for (const Json& point : line) {
+        const double weight = point["weight"], straight = (1 - weight) * line.front()["loss"].get<double>() +
+                                                          weight * line.back()["loss"].get<double>();
+        barrier = std::max(barrier, point["loss"].get<double>() - straight);
+    }
+    EXPECT_NEAR(trial["barrier"].get<double>(), barrier, 1e-12);
+}
+
+constexpr std::size_t swap_plots = 2;
+
+TEST_F(ReproduceTest, Swap) {
+    const Outcome outcome = reproduce("swap --quick");
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    for (const char* expected : {"Chosen on held-out", "paired by seed", "Loss barrier", "Modelled, not measured"})
+        EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
+    expect_swap(results()["swap"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), swap_plots);
+}
+
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
@@ -285,8 +335,9 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_resnet(found["resnet"]);
     expect_rnn(found["rnn"]);
     expect_diffusion(found["diffusion"]);
+    expect_swap(found["swap"]);
     expect_page(contents(folder / "deeppcr-report" / "report.html"),
-                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots, 1);
+                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots, 1);
 }
 
 TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {

@@ -15,6 +15,8 @@ template <class Choice, std::size_t count>
 using Names = std::array<std::pair<const char*, Choice>, count>;
 
 enum class Optimiser { adamw, sgd };
+/// Learning rates after the warm-up: half a cosine to 0, or the same to the end.
+enum class RateSchedule { cosine, constant };
 
 inline constexpr Names<Activation, 5> activation_names{{{"tanh", Activation::tanh},
                                                         {"relu", Activation::relu},
@@ -42,6 +44,8 @@ inline constexpr Names<OnFailure, 3> on_failure_names{
     {{"finish", OnFailure::finish}, {"report", OnFailure::report}, {"raise", OnFailure::raise}}};
 inline constexpr Names<Backend, 2> backend_names{{{"cpu", Backend::cpu}, {"reference", Backend::reference}}};
 inline constexpr Names<Optimiser, 2> optimiser_names{{{"adamw", Optimiser::adamw}, {"sgd", Optimiser::sgd}}};
+inline constexpr Names<RateSchedule, 2> rate_schedule_names{
+    {{"cosine", RateSchedule::cosine}, {"constant", RateSchedule::constant}}};
 
 template <class Choice, std::size_t count>
 std::string name_of(const Names<Choice, count>& names, Choice choice) {

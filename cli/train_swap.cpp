@@ -1,0 +1,263 @@
+// deeppcr train swap: a classifier of Fashion-MNIST by workers whose gradients or weights are averaged.
+#include <cmath>
+#include <fstream>
+#include <memory>
+#include <optional>
+
+#include <deeppcr/nn/swap.hpp>
+#include <files/error.hpp>
+
+#include "command.hpp"
+#include "given_options.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+using nn::SwapOptions;
+
+struct Arguments {
+    std::string checkpoint, resume, log, data;
+    bool overwrite = false, compare = false;
+    std::unique_ptr<GivenOptions<SwapOptions>> given;
+};
+
+Json to_json(const nn::SwapMeasure& measure) {
+    return measure.images > 0 ? Json{{"images", measure.images}, {"loss", measure.loss}, {"accuracy", measure.accuracy}}
+                              : Json();
+}
+
+Json to_json(const nn::SwapStep& step) {
+    return {{"phase", step.phase},
+            {"worker", step.worker},
+            {"step", step.step},
+            {"epoch", step.epoch},
+            {"loss", step.loss},
+            {"accuracy", step.accuracy},
+            {"learning_rate", step.learning_rate},
+            {"gradient_norm", step.gradient_norm},
+            {"seconds", step.seconds},
+            {"skipped", step.skipped}};
+}
+
+Json to_json(const nn::SwapEpoch& epoch) {
+    return {{"phase", epoch.phase},
+            {"epoch", epoch.epoch},
+            {"loss", epoch.loss},
+            {"accuracy", epoch.accuracy},
+            {"held_out", to_json(epoch.held_out)}};
+}
+
+/// One JSON object per line: of a step, or of an epoch, which has no "step".
+class Log {
+public:
+    explicit Log(const std::string& path) : path_(path) {
+        if (path.empty()) return;
+        file_.open(path, std::ios::app);
+        if (!file_) throw FileError(path, "cannot be opened for writing");
+    }
+    template <class Record>
+    void write(const Record& record) {
+        if (path_.empty()) return;
+        file_ << to_json(record).dump() << std::endl;
+        if (!file_) throw FileError(path_, "cannot be written to");
+    }
+
+private:
+    std::string path_;
+    std::ofstream file_;
+};
+
+SwapOptions gather(const Arguments& arguments) {
+    SwapOptions options = arguments.resume.empty() ? SwapOptions{} : nn::swap_options(arguments.resume);
+    arguments.given->apply(options);
+    options.resume = arguments.resume;
+    options.data = arguments.data;
+    options.compare = arguments.compare;
+    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
+                         : !arguments.resume.empty()   ? arguments.resume
+                                                       : "swap.safetensors";
+    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    return options;
+}
+
+std::string describe(const SwapOptions& options) {
+    std::string text = "Fashion-MNIST, " + std::string(nn::name_of(nn::network_names, options.network)) + " network, " +
+                       count_text(options.workers) + (options.workers == 1 ? " worker" : " workers");
+    if (options.large_epochs > 0)
+        text += "; together with batches of " + count_text(options.large_batch) + ", at most " +
+                count_text(options.large_epochs) + " epochs";
+    if (options.small_epochs > 0) {
+        text += "; then batches of " + count_text(options.small_batch) + ", " + count_text(options.small_epochs) +
+                " epochs, averaged ";
+        text += options.period == 0   ? "at the end"
+                : options.period == 1 ? "in every step"
+                                      : "every " + count_text(options.period) + " steps";
+    }
+    return text;
+}
+
+std::string describe(const nn::SwapMeasure& measure) {
+    return percent_text(measure.accuracy, 2) + ", loss " + number_text(measure.loss);
+}
+
+std::string describe(const nn::SwapEpoch& epoch) {
+    std::string text = "phase " + std::to_string(epoch.phase) + ", epoch " + std::to_string(epoch.epoch) + "/" +
+                       std::to_string(epoch.epochs) + ": loss " + number_text(epoch.loss) + ", accuracy " +
+                       percent_text(epoch.accuracy);
+    return epoch.held_out.images > 0 ? text + "; held out " + describe(epoch.held_out) : text;
+}
+
+Json to_json(const nn::SwapComparison& comparison) {
+    Json json{{"workers", Json::array()},
+              {"ensemble", to_json(comparison.ensemble)},
+              {"stale_statistics", to_json(comparison.stale)},
+              {"averaged_statistics", to_json(comparison.averaged_statistics)},
+              {"line", Json::array()}};
+    for (const nn::SwapMeasure& worker : comparison.workers) json["workers"].push_back(to_json(worker));
+    for (std::size_t i = 0; i < comparison.line.size(); ++i)
+        json["line"].push_back({{"weight", comparison.line_weights[i]},
+                                {"loss", comparison.line[i].loss},
+                                {"accuracy", comparison.line[i].accuracy}});
+    return json;
+}
+
+void print(const nn::SwapComparison& comparison, const Output& output) {
+    for (std::size_t i = 0; i < comparison.workers.size(); ++i)
+        output.line("worker " + std::to_string(i) + ": test accuracy " + describe(comparison.workers[i]));
+    output.line("ensemble of the workers: test accuracy " + describe(comparison.ensemble));
+    output.line("averaged, with the statistics of worker 0: test accuracy " + describe(comparison.stale));
+    output.line("averaged, statistics too: test accuracy " + describe(comparison.averaged_statistics));
+}
+
+Exit run_train_swap(const Arguments& arguments, Output& output) {
+    const SwapOptions options = gather(arguments);
+    Log log(arguments.log);
+    output.line(describe(options));
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar;
+    index phase = 0;
+    double recent = 0;
+    nn::SwapCallbacks callbacks;
+    callbacks.interrupted = interrupted;
+    callbacks.step = [&](const nn::SwapStep& step) { log.write(step); };
+    callbacks.progress = [&](index number, double done, double loss) {
+        if (!bar) {
+            bar.emplace("phase " + std::to_string(number), 1.0);
+            if (number != phase) recent = loss;
+            phase = number;
+        }
+        if (std::isfinite(loss)) recent += (loss - recent) / 50;
+        bar->update(done, "loss " + number_text(recent));
+    };
+    callbacks.epoch = [&](const nn::SwapEpoch& epoch) {
+        log.write(epoch);
+        bar.reset();
+        output.line(describe(epoch));
+    };
+    callbacks.warning = [&](const std::string& text) {
+        bar.reset();
+        output.warn(text);
+    };
+    const nn::SwapResult result = nn::train_swap(options, callbacks);
+    bar.reset();
+
+    output.line(count_text(result.images) + " images trained on in " + seconds_text(result.seconds) + ", " +
+                seconds_text(result.processor_seconds) +
+                " of processors; modelled with a processor for each worker: " + seconds_text(result.modelled_seconds));
+    if (!result.comparison.workers.empty()) print(result.comparison, output);
+    if (result.test.images > 0)
+        output.line("test accuracy " + describe(result.test) + " on " + count_text(result.test.images) + " images");
+    output.line(result.interrupted
+                    ? "interrupted; go on with: deeppcr train swap --resume " + options.checkpoint.string()
+                    : "checkpoint: " + options.checkpoint.string());
+
+    Json& json = output.result;
+    json["checkpoint"] = options.checkpoint.string();
+    json["interrupted"] = result.interrupted;
+    json["parameters"] = result.parameters;
+    json["images"] = result.images;
+    json["seconds"] = result.seconds;
+    json["processor_seconds"] = result.processor_seconds;
+    json["modelled_seconds"] = result.modelled_seconds;
+    json["steps"] = Json::array();
+    for (const nn::SwapStep& step : result.steps) json["steps"].push_back(to_json(step));
+    json["epochs"] = Json::array();
+    for (const nn::SwapEpoch& epoch : result.epochs) json["epochs"].push_back(to_json(epoch));
+    json["held_out"] = to_json(result.held_out);
+    json["test"] = to_json(result.test);
+    json["comparison"] = result.comparison.workers.empty() ? Json() : to_json(result.comparison);
+    return result.interrupted ? Exit::interrupted : Exit::done;
+}
+
+}  // namespace
+
+void add_train_swap(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add(
+        "train swap", "Train a classifier by workers whose weights are averaged",
+        "  deeppcr train swap --workers 8 --compare\n"
+        "  deeppcr train swap --large-epochs 0 --period 100 --outer-learning-rate 0.7 --outer-momentum 0.9\n"
+        "  deeppcr train swap --workers 1 --small-schedule constant --trajectory swa\n"
+        "  deeppcr train swap --resume swap.safetensors",
+        [arguments](Output& output) { return run_train_swap(*arguments, output); });
+    arguments->given = std::make_unique<GivenOptions<SwapOptions>>(command);
+    auto& given = *arguments->given;
+    const auto field = [](auto member) {
+        return [=](SwapOptions & options) -> auto& { return options.*member; };
+    };
+    given.choice("--network", field(&SwapOptions::network), nn::network_names,
+                 "Three convolutions with batch norm, or a deep residual trunk");
+    given.value("--layers", field(&SwapOptions::layers), "Of the residual network");
+    given.value("--width", field(&SwapOptions::width), "Of the residual network's layers");
+    given.value("--workers", field(&SwapOptions::workers), "Workers, simulated in this process");
+    given.value("--threads", field(&SwapOptions::threads), "Workers that compute side by side");
+    given.value("--large-batch", field(&SwapOptions::large_batch), "Phase 1: images per step, of all workers together");
+    given.value("--large-epochs", field(&SwapOptions::large_epochs), "Phase 1: passes at most; 0: no phase 1");
+    given.value("--large-learning-rate", field(&SwapOptions::large_learning_rate), "Phase 1: at its highest");
+    given.value("--large-warm-up", field(&SwapOptions::large_warm_up),
+                "Phase 1: steps until the learning rate is at its highest");
+    given.value("--stopping-accuracy", field(&SwapOptions::stopping_accuracy),
+                "Phase 1: ends after an epoch of this training accuracy, a part of 1; above 1: never");
+    given.value("--small-batch", field(&SwapOptions::small_batch), "Phase 2: images per step of each worker");
+    given.value("--small-epochs", field(&SwapOptions::small_epochs), "Phase 2: passes of each worker; 0: no phase 2");
+    given.value("--small-learning-rate", field(&SwapOptions::small_learning_rate), "Phase 2: at its highest");
+    given.value("--small-warm-up", field(&SwapOptions::small_warm_up),
+                "Phase 2: steps until the learning rate is at its highest");
+    given.choice("--small-schedule", field(&SwapOptions::small_schedule), nn::rate_schedule_names,
+                 "Phase 2: the learning rate after the warm-up");
+    given.value("--period", field(&SwapOptions::period),
+                "Phase 2: steps between averages; 0: only at the end (SWAP), 1: gradients (data-parallel)");
+    given.value("--outer-learning-rate", field(&SwapOptions::outer_learning_rate),
+                "Phase 2: of the outer optimiser at each average (DiLoCo); 1: plain averages");
+    given.value("--outer-momentum", field(&SwapOptions::outer_momentum), "Phase 2: Nesterov's, of the outer optimiser");
+    given.choice("--trajectory", field(&SwapOptions::trajectory), nn::trajectory_names,
+                 "Phase 2: what each worker gives, its last weights or their mean over its epochs' ends");
+    given.value("--trajectory-from", field(&SwapOptions::trajectory_from), "The first epoch that counts in that mean");
+    given.value("--trajectory-window", field(&SwapOptions::trajectory_window), "Of lawa: the latest so many epochs");
+    given.choice("--optimiser", field(&SwapOptions::optimiser), nn::optimiser_names, "How parameters are updated");
+    given.value("--momentum", field(&SwapOptions::momentum), "Of sgd");
+    given.value("--weight-decay", field(&SwapOptions::weight_decay), "Decay of the parameters");
+    given.value("--gradient-clip", field(&SwapOptions::gradient_clip), "Largest norm of the gradient; 0: any");
+    given.value("--micro-batch", field(&SwapOptions::micro_batch),
+                "Images that pass through the network at once; larger batches are accumulated");
+    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_not_finite_names,
+                 "What to do about a loss or gradient that is not finite");
+    given.value("--seed", field(&SwapOptions::seed), "Of initial weights, split and orders");
+    given.value("--train-images", field(&SwapOptions::train_images), "Train on so many images only; 0: all 54,000");
+    given.value("--held-out", field(&SwapOptions::held_out),
+                "Keep so many of the 60,000 training images for validation");
+    command.add_flag("--compare", arguments->compare,
+                     "Measure also the workers before averaging, their ensemble and the line between two of them");
+    command.add_option("--data", arguments->data,
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+    command.add_option("--resume", arguments->resume,
+                       "Continue this checkpoint, or the one before where it is not whole, with its options");
+    command.add_option("--checkpoint", arguments->checkpoint,
+                       "Where the training is saved (default: --resume's, else swap.safetensors)");
+    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
+    command.add_option("--log", arguments->log, "Append a JSON object per step and epoch to this file");
+}
+
+}  // namespace deeppcr::program

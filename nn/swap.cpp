@@ -1,0 +1,525 @@
+#include <deeppcr/nn/swap.hpp>
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include <deeppcr/nn/denoisers.hpp>
+#include <deeppcr/nn/fashion_mnist.hpp>
+#include <deeppcr/nn/residual_network.hpp>
+#include <files/write.hpp>
+
+#include "nn/averaging.hpp"
+#include "nn/optimisation.hpp"
+#include "nn/saved_state.hpp"
+#include "nn/threads.hpp"
+
+namespace deeppcr::nn {
+namespace {
+
+const std::string format = "deeppcr swap 1";
+
+using at::Tensor;
+
+constexpr index rows_at_once = 1000;  // of images that are classified
+constexpr index all_images = 60'000;  // that Fashion-MNIST has for training
+constexpr index line_intervals = 4;   // of the line between two workers
+
+// ------------------------------------------------------------------------------------------------- networks
+
+struct Classifier : torch::nn::Module {
+    virtual Tensor forward(const Tensor& images) = 0;  ///< [batch,784] -> logits [batch,10]
+};
+
+/// Three convolutions of stride 2, each with batch norm and relu, and a linear layer.
+struct ConvolutionalNetwork : Classifier {
+    explicit ConvolutionalNetwork(std::uint64_t seed) {
+        index from = 1;
+        for (const index to : {16, 32, 64}) {
+            const std::string name = std::to_string(to);
+            const auto options = torch::nn::Conv2dOptions(from, to, 3).stride(2).padding(1).bias(false);
+            convolutions.push_back(register_module("convolution" + name, torch::nn::Conv2d(options)));
+            norms.push_back(register_module("norm" + name, torch::nn::BatchNorm2d(to)));
+            from = to;
+        }
+        constexpr index last_side = 4;
+        last = register_module("last", torch::nn::Linear(from * last_side * last_side, 10));
+        initialise(*this, seed);
+    }
+    Tensor forward(const Tensor& images) override {
+        Tensor x = images.reshape({images.size(0), 1, image_side, image_side});
+        for (std::size_t i = 0; i < norms.size(); ++i) x = torch::relu(norms[i](convolutions[i](x)));
+        return last(x.flatten(1));
+    }
+
+    std::vector<torch::nn::Conv2d> convolutions;
+    std::vector<torch::nn::BatchNorm2d> norms;
+    torch::nn::Linear last = nullptr;
+};
+
+struct ResidualClassifier : Classifier {
+    explicit ResidualClassifier(const SwapOptions& options) {
+        const Options sequential{.method = Method::sequential, .execution = {.threads = 1}};
+        network = register_module(
+            "network",
+            ResidualNetwork(
+                ResidualNetworkOptions(options.layers, options.width).seed(options.seed).evaluation(sequential)));
+    }
+    Tensor forward(const Tensor& images) override { return network->forward(images); }
+
+    ResidualNetwork network = nullptr;
+};
+
+class ImageTask : public Task {
+public:
+    ImageTask(const SwapOptions& options, ImageSet set) : options_(options), set_(std::move(set)) {}
+    std::shared_ptr<torch::nn::Module> make_model() const override {
+        if (options_.network == Network::residual) return std::make_shared<ResidualClassifier>(options_);
+        return std::make_shared<ConvolutionalNetwork>(options_.seed);
+    }
+    index examples() const override { return set_.size(); }
+    Loss loss(torch::nn::Module& model, const Tensor& rows) const override {
+        const ImageSet::Batch batch = set_.batch(rows);
+        const Tensor logits = dynamic_cast<Classifier&>(model).forward(batch.images);
+        return {torch::nn::functional::cross_entropy(logits, batch.labels),
+                logits.detach().argmax(1).eq(batch.labels).to(at::kDouble).mean().item<double>()};
+    }
+
+private:
+    const SwapOptions& options_;
+    ImageSet set_;
+};
+
+/// Probabilities of all classes, [images,10].
+Tensor classify(torch::nn::Module& model, const ImageSet& set) {
+    const at::NoGradGuard no_gradients;
+    const bool was_training = model.is_training();
+    model.eval();
+    std::vector<Tensor> parts;
+    for (index first = 0; first < set.size(); first += rows_at_once) {
+        const auto batch = set.batch(first, std::min(first + rows_at_once, set.size()));
+        parts.push_back(dynamic_cast<Classifier&>(model).forward(batch.images).log_softmax(1));
+    }
+    model.train(was_training);
+    return at::cat(parts).exp_();
+}
+
+SwapMeasure measure(const Tensor& probabilities, const ImageSet& set) {
+    const Tensor right = probabilities.gather(1, set.labels.unsqueeze(1)).to(at::kDouble);
+    return {set.size(), -right.clamp_min(1e-30).log().mean().item<double>(),
+            probabilities.argmax(1).eq(set.labels).to(at::kDouble).mean().item<double>()};
+}
+
+SwapMeasure measure(torch::nn::Module& model, const ImageSet& set) {
+    return set.size() > 0 ? measure(classify(model, set), set) : SwapMeasure();
+}
+
+// -------------------------------------------------------------------------------------------------- options
+
+template <class Number>
+void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
+    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
+}
+
+PhaseOptions phase_options(const SwapOptions& options, index number) {
+    const bool large = number == 1;
+    PhaseOptions phase;
+    phase.number = number;
+    phase.seed = options.seed;
+    phase.micro_batch = options.micro_batch;
+    phase.on_not_finite = options.on_not_finite;
+    phase.optimisation.optimiser = options.optimiser;
+    phase.optimisation.weight_decay = options.weight_decay;
+    phase.optimisation.momentum = options.momentum;
+    phase.optimisation.gradient_clip = options.gradient_clip;
+    phase.optimisation.learning_rate = large ? options.large_learning_rate : options.small_learning_rate;
+    phase.optimisation.warm_up = large ? options.large_warm_up : options.small_warm_up;
+    if (large) {
+        phase.period = 1;
+        phase.shared_order = true;
+        phase.batch = options.large_batch / options.workers;
+        phase.epochs = options.large_epochs;
+        phase.stopping_accuracy = options.stopping_accuracy;
+    } else {
+        phase.period = options.period;
+        phase.batch = options.small_batch;
+        phase.epochs = options.small_epochs;
+        phase.optimisation.schedule = options.small_schedule;
+        phase.outer_learning_rate = options.outer_learning_rate;
+        phase.outer_momentum = options.outer_momentum;
+        phase.trajectory = options.trajectory;
+        phase.trajectory_from = options.trajectory_from;
+        phase.trajectory_window = options.trajectory_window;
+    }
+    return phase;
+}
+
+void check(const SwapOptions& options) {
+    const auto at_least = [](const char* name, index value, index least) {
+        require(value >= least, name, "at least " + std::to_string(least), value);
+    };
+    at_least("workers", options.workers, 1);
+    at_least("threads", options.threads, 1);
+    at_least("large_epochs", options.large_epochs, 0);
+    at_least("small_epochs", options.small_epochs, 0);
+    require(options.large_epochs + options.small_epochs > 0, "small_epochs", "at least 1, as there is no phase 1",
+            options.small_epochs);
+    at_least("large_batch", options.large_batch, 1);
+    require(options.large_batch % options.workers == 0, "large_batch",
+            "a multiple of the " + std::to_string(options.workers) + " workers", options.large_batch);
+    at_least("small_batch", options.small_batch, 1);
+    at_least("large_warm_up", options.large_warm_up, 0);
+    at_least("small_warm_up", options.small_warm_up, 0);
+    for (const auto& [name, rate] : {std::pair{"large_learning_rate", options.large_learning_rate},
+                                     std::pair{"small_learning_rate", options.small_learning_rate}})
+        require(std::isfinite(rate) && rate > 0, name, "a finite number above 0", rate);
+    const bool holds_out = options.held_out > 0 && options.held_out < all_images;  // else reading the data refuses
+    const index examples =
+        options.train_images > 0 ? options.train_images : all_images - (holds_out ? options.held_out : 0);
+    const std::string most = "at most the number of training images, " + std::to_string(examples);
+    if (options.large_epochs > 0) {
+        require(options.large_batch <= examples, "large_batch", most, options.large_batch);
+        nn::check(phase_options(options, 1), examples, options.workers);
+    }
+    if (options.small_epochs > 0) {
+        require(options.small_batch <= examples, "small_batch", most, options.small_batch);
+        nn::check(phase_options(options, 2), examples, options.workers);
+    }
+}
+
+// ----------------------------------------------------------------------------------------------- checkpoints
+
+struct State {
+    SwapOptions options;
+    index phase = 1;  // 1 and 2: under way or at its end; 3: the trained network
+    /// Of phases 1 and 2: each worker's Phase::state under "worker.<rank>." (where all are equal, of worker 0 only); of
+    /// phase 3 the network's parameters and buffers.
+    SavedTensors tensors;
+};
+
+template <class S, class Visit>
+void visit_fields(S& state, const Visit& visit) {
+    auto& options = state.options;
+    visit("phase", state.phase);
+    visit("network", options.network, network_names);
+    visit("layers", options.layers);
+    visit("width", options.width);
+    visit("train_images", options.train_images);
+    visit("held_out", options.held_out);
+    visit("seed", options.seed);
+    visit("workers", options.workers);
+    visit("large_batch", options.large_batch);
+    visit("large_epochs", options.large_epochs);
+    visit("large_learning_rate", options.large_learning_rate);
+    visit("large_warm_up", options.large_warm_up);
+    visit("stopping_accuracy", options.stopping_accuracy);
+    visit("small_batch", options.small_batch);
+    visit("small_epochs", options.small_epochs);
+    visit("small_learning_rate", options.small_learning_rate);
+    visit("small_warm_up", options.small_warm_up);
+    visit("small_schedule", options.small_schedule, rate_schedule_names);
+    visit("period", options.period);
+    visit("outer_learning_rate", options.outer_learning_rate);
+    visit("outer_momentum", options.outer_momentum);
+    visit("trajectory", options.trajectory, trajectory_names);
+    visit("trajectory_from", options.trajectory_from);
+    visit("trajectory_window", options.trajectory_window);
+    visit("optimiser", options.optimiser, optimiser_names);
+    visit("momentum", options.momentum);
+    visit("weight_decay", options.weight_decay);
+    visit("gradient_clip", options.gradient_clip);
+    visit("micro_batch", options.micro_batch);
+    visit("on_not_finite", options.on_not_finite, on_not_finite_names);
+}
+
+State read(const std::filesystem::path& path, SavedStates& file, const std::function<void(const std::string&)>& warn) {
+    SavedState saved = file.load(format, warn);
+    State state;
+    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    try {
+        check(state.options);
+        require(state.phase >= 1 && state.phase <= 3, "phase", "1 to 3", state.phase);
+    } catch (const InvalidArgument& problem) {
+        throw FileError(path, problem.what());
+    }
+    state.tensors = std::move(saved.tensors);
+    return state;
+}
+
+/// Throws unless `options` continue the training of the checkpoint.
+void check_continues(const SwapOptions& options, const State& saved) {
+    const State wanted{options, saved.phase, {}};
+    Metadata ours, theirs;
+    visit_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
+    visit_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
+    for (const auto& [name, value] : theirs)
+        if (name != "on_not_finite" && ours.at(name) != value)
+            throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
+}
+
+std::string prefix_of(index worker) { return "worker." + std::to_string(worker) + "."; }
+
+void copy_to(torch::nn::Module& model, const std::filesystem::path& path, const State& saved) {
+    const at::NoGradGuard no_gradients;
+    const std::string prefix = saved.phase == 3 ? "" : prefix_of(0);
+    for (const auto& [name, tensor] : state_of(model))
+        Tensor(tensor).copy_(find(path, saved.tensors, prefix + name, tensor));
+}
+
+// ----------------------------------------------------------------------------------------------- the training
+
+class Training {
+public:
+    Training(const SwapOptions& options, const SwapCallbacks& callbacks)
+        : options_(options),
+          callbacks_(callbacks),
+          file_(options.checkpoint),
+          data_(load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images)),
+          task_(options_, data_.training),
+          done_(std::size_t(options.workers)) {
+        if (options_.resume.empty()) return;
+        SavedStates other(options_.resume);
+        std::error_code error;
+        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
+        saved_ = read(options_.resume, same ? file_ : other, callbacks_.warning);
+        check_continues(options_, *saved_);
+    }
+
+    SwapResult run() {
+        const auto begin = std::chrono::steady_clock::now();
+        run_team(options_.workers, options_.threads, [this](Team& team) { work(team); });
+        result_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        return std::move(result_);
+    }
+
+private:
+    using Model = torch::nn::Module;
+
+    /// One worker's whole training.
+    void work(Team& team) {
+        const std::shared_ptr<Model> model = task_.make_model();
+        if (team.rank() == 0)
+            for (const Tensor& parameter : model->parameters()) result_.parameters += parameter.numel();
+        const index first = saved_ ? saved_->phase : 1;
+        bool stale = false;
+        for (index number = first; number <= 2; ++number)
+            if (has_phase(number) && !work_on_phase(number, model, team, stale)) return;
+        if (first == 3)
+            copy_to(*model, options_.resume, *saved_);
+        else
+            finish(*model, team, stale);
+        if (team.rank() != 0) return;
+        result_.held_out = measure(*model, data_.held_out);
+        if (options_.test) result_.test = measure(*model, data_.test);
+    }
+
+    /// False: interrupted. stale: the weights are a mean over a trajectory, with other weights' running statistics.
+    bool work_on_phase(index number, const std::shared_ptr<Model>& model, Team& team, bool& stale) {
+        Phase phase(model, task_, phase_options(options_, number), team);
+        if (saved_ && saved_->phase == number) {
+            const std::string prefix = prefix_of(all_are_equal(number) ? 0 : team.rank());
+            phase.restore([&](const std::string& name, const Tensor& like) -> Tensor {
+                return find(options_.resume, saved_->tensors, prefix + name, like);
+            });
+        }
+        const index steps_before = phase.step();
+        const double seconds_before = phase.processor_seconds();
+        bool interrupted = false;
+        while (!phase.finished() && !interrupted) {
+            const Phase::Outcome outcome = phase.advance(callbacks_of(number, team.rank()));
+            interrupted = outcome == Phase::Outcome::interrupted;
+            if (outcome == Phase::Outcome::epoch_ended) report_epoch(number, phase, *model, team);
+            if (outcome != Phase::Outcome::met) save(number, phase, team);
+        }
+        count(number, phase.step() - steps_before, phase.processor_seconds() - seconds_before, team);
+        if (interrupted) {
+            if (team.rank() == 0) result_.interrupted = true;
+            return false;
+        }
+        stale = phase.take_trajectory();
+        return true;
+    }
+
+    bool has_phase(index number) const { return (number == 1 ? options_.large_epochs : options_.small_epochs) > 0; }
+    bool all_are_equal(index number) const { return number == 1 || options_.period == 1 || options_.workers == 1; }
+
+    Phase::Callbacks callbacks_of(index number, index rank) {
+        Phase::Callbacks callbacks;
+        callbacks.step = [this](const SwapStep& step) {
+            result_.steps.push_back(step);
+            const std::lock_guard lock(mutex_);
+            if (step.skipped) warn(step);
+            if (callbacks_.step) callbacks_.step(step);
+        };
+        callbacks.progress = [this, number, rank](double done, double loss) {
+            const std::lock_guard lock(mutex_);
+            done_[std::size_t(rank)] = done;
+            double sum = 0;
+            for (const double part : done_) sum += part;
+            if (callbacks_.progress) callbacks_.progress(number, sum / double(done_.size()), loss);
+        };
+        callbacks.interrupted = [this] {
+            const std::lock_guard lock(mutex_);
+            return callbacks_.interrupted && callbacks_.interrupted();
+        };
+        return callbacks;
+    }
+
+    void warn(const SwapStep& step) const {
+        if (callbacks_.warning)
+            callbacks_.warning("phase " + std::to_string(step.phase) + ", step " + std::to_string(step.step) +
+                               (all_are_equal(step.phase) ? "" : " of worker " + std::to_string(step.worker)) +
+                               " is left out: its " + (std::isfinite(step.loss) ? "gradient" : "loss") +
+                               " is not finite");
+    }
+
+    void report_epoch(index number, const Phase& phase, Model& model, Team& team) {
+        const bool alone = !all_are_equal(number);
+        SwapMeasure mean;
+        if (alone || team.rank() == 0) mean = measure(model, data_.held_out);
+        if (alone) {
+            const auto all = team.gather({mean.loss, mean.accuracy});
+            mean.loss = mean.accuracy = 0;
+            for (const auto& one : all) {
+                mean.loss += one[0] / double(team.size());
+                mean.accuracy += one[1] / double(team.size());
+            }
+        }
+        if (team.rank() != 0) return;
+        const index epochs = number == 1 ? options_.large_epochs : options_.small_epochs;
+        result_.epochs.push_back({number, phase.epoch(), epochs, phase.epoch_loss(), phase.epoch_accuracy(), mean});
+        const std::lock_guard lock(mutex_);
+        if (phase.finished()) done_.assign(done_.size(), 0);
+        if (callbacks_.epoch) callbacks_.epoch(result_.epochs.back());
+    }
+
+    void save(index number, const Phase& phase, Team& team) {
+        if (options_.checkpoint.empty()) return;
+        const std::vector<SavedTensors> all = team.collect(phase.state());
+        if (team.rank() != 0) return;
+        SavedTensors tensors;
+        for (std::size_t worker = 0; worker < (all_are_equal(number) ? 1 : all.size()); ++worker)
+            for (const auto& [name, tensor] : all[worker]) tensors[prefix_of(index(worker)) + name] = tensor;
+        write({options_, number, std::move(tensors)});
+    }
+    void write(const State& state) {
+        SavedState saved{{{"format", format}}, state.tensors};
+        visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
+        file_.save(saved);
+    }
+
+    void count(index number, index steps, double seconds, Team& team) {
+        const index batch = number == 1 ? options_.large_batch / options_.workers : options_.small_batch;
+        const auto all = team.gather({double(steps * batch), seconds});
+        if (team.rank() != 0) return;
+        double slowest = 0;
+        for (const auto& one : all) {
+            result_.images += index(one[0]);
+            result_.processor_seconds += one[1];
+            slowest = std::max(slowest, one[1]);
+        }
+        result_.modelled_seconds += slowest;
+    }
+
+    /// Phase 3, where there is something to average.
+    void finish(Model& model, Team& team, bool stale) {
+        const bool averages = has_phase(2) && !all_are_equal(2);
+        const bool compares = averages && options_.compare && options_.test;
+        if (compares) {
+            if (stale) recompute_statistics(model, task_, options_.micro_batch);
+            compare_workers(model, team);
+        }
+        SavedTensors own;
+        for (const auto& buffer : model.named_buffers()) own[buffer.key()] = buffer.value().clone();
+        if (averages) average_models(model, team);
+        if (team.rank() != 0) return;
+        if (compares) {
+            const at::NoGradGuard no_gradients;
+            result_.comparison.averaged_statistics = measure(model, data_.test);
+            for (auto& buffer : model.named_buffers()) buffer.value().copy_(own.at(buffer.key()));
+            result_.comparison.stale = measure(model, data_.test);
+        }
+        const double begin = thread_seconds();
+        if (averages || stale) recompute_statistics(model, task_, options_.micro_batch);
+        const double seconds = thread_seconds() - begin;
+        result_.processor_seconds += seconds;
+        result_.modelled_seconds += seconds;
+        if (options_.checkpoint.empty()) return;
+        State state{options_, 3, {}};
+        for (const auto& [name, tensor] : state_of(model)) state.tensors[name] = tensor;
+        write(state);
+    }
+
+    void compare_workers(Model& model, Team& team) {
+        SavedTensors tensors;
+        for (const auto& [name, tensor] : state_of(model)) tensors[name] = tensor;
+        tensors["probabilities"] = classify(model, data_.test);
+        const std::vector<SavedTensors> all = team.collect(tensors);
+        if (team.rank() != 0) return;
+        SwapComparison& comparison = result_.comparison;
+        Tensor sum = at::zeros_like(tensors.at("probabilities"));
+        for (const SavedTensors& worker : all) {
+            comparison.workers.push_back(measure(worker.at("probabilities"), data_.test));
+            sum.add_(worker.at("probabilities"));
+        }
+        comparison.ensemble = measure(sum.div_(double(all.size())), data_.test);
+
+        const std::shared_ptr<Model> between = task_.make_model();
+        const at::NoGradGuard no_gradients;
+        for (index i = 0; i <= line_intervals; ++i) {
+            const double weight = double(i) / double(line_intervals);
+            for (auto& parameter : between->named_parameters())
+                parameter.value().copy_(at::lerp(all[0].at(parameter.key()), all[1].at(parameter.key()), weight));
+            recompute_statistics(*between, task_, options_.micro_batch);
+            comparison.line_weights.push_back(weight);
+            comparison.line.push_back(measure(*between, data_.test));
+        }
+    }
+
+    const SwapOptions& options_;
+    const SwapCallbacks& callbacks_;
+    SavedStates file_;
+    const FashionMnist data_;
+    const ImageTask task_;
+    std::optional<State> saved_;
+    SwapResult result_;  // worker 0's
+    std::mutex mutex_;   // of the callbacks
+    std::vector<double> done_;
+};
+
+}  // namespace
+
+SwapResult train_swap(const SwapOptions& options, const SwapCallbacks& callbacks) {
+    check(options);
+    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
+    limit_threads(1);
+    return Training(options, callbacks).run();
+}
+
+bool is_swap(const std::filesystem::path& checkpoint) { return format_of(checkpoint) == format; }
+
+SwapOptions swap_options(const std::filesystem::path& checkpoint) {
+    SavedStates file(checkpoint);
+    return read(checkpoint, file, {}).options;
+}
+
+SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
+                          const std::function<void(const std::string&)>& warning) {
+    limit_threads(1);
+    SavedStates file(checkpoint);
+    const State saved = read(checkpoint, file, warning);
+    const FashionMnist images =
+        load_fashion_mnist(data, saved.options.seed, saved.options.held_out, saved.options.train_images);
+    const auto model = ImageTask(saved.options, images.training).make_model();
+    copy_to(*model, checkpoint, saved);
+    return measure(*model, held_out ? images.held_out : images.test);
+}
+
+}  // namespace deeppcr::nn
