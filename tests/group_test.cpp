@@ -457,6 +457,15 @@ TEST_P(OnRanks, NewtonsMethodConvergesAsOnOneRank) {
     });
 }
 
+TEST_P(OnRanks, ARankTakesMemoryForItsPartOnly) {
+    run([](Group& group) {
+        const Options options{.method = Method::newton, .reduction = Reduction::sequential};
+        const auto both = evaluate_both<double>(group, {8'000, 2, 4}, 0.5, options);
+        const double whole = double(both.alone.report.workspace_bytes), part = double(both.part.report.workspace_bytes);
+        EXPECT_LT(part, 1.1 * whole / group.size() + 20'000);
+    });
+}
+
 TEST_P(OnRanks, AnAffineRecurrenceTakesOneUpdate) {
     run([](Group& group) {
         const auto both = evaluate_both<double>(group, {200, 2, 3}, 1.0, {.method = Method::newton}, {}, true);
