@@ -1,5 +1,6 @@
-# Whether Group::world is built over MPI: sets DEEPPCR_BUILD_MPI to OFF where there is none. Only MPI's C functions are used,
-# and the library is named by its file, which its run-time package has: who uses an installed deeppcr needs no MPI headers.
+# Whether Group::world is built over MPI: sets DEEPPCR_BUILD_MPI to OFF where there is none. Only MPI's C functions are
+# used, and the library is named by its file, which its run-time package has: who uses an installed deeppcr needs no
+# headers of MPI.
 if(DEEPPCR_SANITIZE)  # MPI's own leaks are none of ours
   set(DEEPPCR_BUILD_MPI OFF)
 endif()
@@ -9,6 +10,12 @@ if(DEEPPCR_BUILD_MPI)
     set(DEEPPCR_BUILD_MPI OFF)
   endif()
 endif()
+if(DEEPPCR_BUILD_MPI)
+  list(TRANSFORM MPI_CXX_INCLUDE_DIRS PREPEND "-isystem" OUTPUT_VARIABLE mpi_compile_options)
+  file(REAL_PATH "${MPI_mpi_LIBRARY}" mpi_library)
+  string(REGEX REPLACE "(\\.so\\.[0-9]+)\\..*" "\\1" mpi_library "${mpi_library}")  # without the minor version
+endif()
+
 # A test that mpirun runs with so many ranks, one thread each, here whoever one is and however many processors there are.
 set(mpirun_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
                        OMPI_MCA_btl_vader_single_copy_mechanism=none DEEPPCR_THREADS=1)
@@ -19,8 +26,3 @@ function(add_test_on_ranks name ranks label)
                          ENVIRONMENT "${mpirun_environment}")
   endif()
 endfunction()
-
-if(DEEPPCR_BUILD_MPI)
-  list(TRANSFORM MPI_CXX_INCLUDE_DIRS PREPEND "-isystem" OUTPUT_VARIABLE mpi_compile_options)
-  file(REAL_PATH "${MPI_mpi_LIBRARY}" mpi_library)
-endif()

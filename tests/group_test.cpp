@@ -332,6 +332,9 @@ TEST_P(OnRanks, WhatOneRankCannotSolveIsAnErrorOnAll) {
         Buffer<double> solution({40, 1, 2});
         EXPECT_THROW(solve<double>(system.part(first, last), solution.view().steps(first, last), {.group = &group}),
                      Error);
+        EXPECT_THROW(solve<double>(system.part(0, 4), solution.view().steps(0, 4),
+                                   {.execution = {.backend = Backend::cuda}, .group = &group}),
+                     Error);
         const System<double> wider({{40, 1, 4}, 2});
         Buffer<double> wide({40, 1, 4});
         const bool odd = group.rank() % 2 == 1;
@@ -454,6 +457,15 @@ TEST_P(OnRanks, NewtonsMethodConvergesAsOnOneRank) {
                     EXPECT_LT(part.report.lyapunov, 0);
                 }
             }
+    });
+}
+
+TEST_P(OnRanks, ARankTakesMemoryForItsPartOnly) {
+    run([](Group& group) {
+        const Options options{.method = Method::newton, .reduction = Reduction::sequential};
+        const auto both = evaluate_both<double>(group, {8'000, 2, 4}, 0.5, options);
+        const double whole = double(both.alone.report.workspace_bytes), part = double(both.part.report.workspace_bytes);
+        EXPECT_LT(part, 1.1 * whole / group.size() + 20'000);
     });
 }
 
@@ -679,6 +691,17 @@ TEST_P(OnRanks, CellsAndTheirGradientsAreThoseOfOneRank) {
                 EXPECT_TRUE(near(own.initial, gradients.initial, 1e-11));
             }
         }
+    });
+}
+
+TEST_P(OnRanks, WhatOneProcessComputesAloneRefusesAGroup) {
+    run([](Group& group) {
+        if (group.size() == 1) return;
+        const auto inputs = Buffer<double>::random({40, 1, 2}, 1), parameters = Buffer<double>::random({1, 1, 2}, 2);
+        const CellRecurrence<DiagonalElman, double> part(inputs, parameters);
+        const Buffer<double> boundaries({4, 1, 2});
+        EXPECT_THROW(evaluate_boundaries<double>(part, 10, boundaries, {.group = &group}), InvalidArgument);
+        EXPECT_THROW(analyse(part, {.evaluation = {.group = &group}}), InvalidArgument);
     });
 }
 

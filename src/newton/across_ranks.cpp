@@ -274,7 +274,7 @@ private:
     }
 
     /// What a pass tells the other ranks of a sequence: how far it goes, and the largest residual beyond. The first
-    /// entry is of the pass itself: a problem, or a caller who asks to stop.
+    /// entry is of the pass itself: a problem, or that a caller has asked to stop after the last one.
     struct Entry {
         /// 2 * the first step that did not pass + 1; without the 1 where f is not finite there, or where all did
         index reach;
@@ -369,14 +369,12 @@ private:
         const View<T> update = now.update.steps(shift_, steps_);
         // Where rows are confirmed here, those of all ranks before are: nothing comes from them.
         const bool begins = group_.rank() == 0 || shift_ > 0;
-        solve_across<T>({idle() ? Jacobian<const T>() : now.jacobian.steps(shift_, steps_), update, {}, update},
-                        begins);
+        solve_across({idle() ? Jacobian<const T>() : now.jacobian.steps(shift_, steps_), update, {}, update}, begins);
         report_.reduce.bytes += (steps_ - shift_) * batch_ * width_ * (block_ + 2) * index(sizeof(T));
     }
 
     /// This rank's part of a system that all of them share.
-    template <class U>
-    void solve_across(const reduce::OrderedSystem<U>& system, bool begins) {
+    void solve_across(const reduce::OrderedSystem<T>& system, bool begins) {
         const Workspace::Scope scope(workspace_);
         auto part = system.steps() == 0 ? reduce::Part<T>(recurrence_.shape(), block_, solve_options(), workspace_)
                                         : reduce::Part<T>(system, begins, solve_options(), workspace_);
@@ -434,7 +432,7 @@ private:
             error_sources<T>(states().steps(1, steps_ + 1), now.after, first_, block_, confirmed, now.update,
                              device::thread_count(options_.execution));
         });
-        solve_across<T>({now.jacobian, now.update, {}, now.update}, group_.rank() == 0);
+        solve_across({now.jacobian, now.update, {}, now.update}, group_.rank() == 0);
         for (index j = 0; j < batch_; ++j) {
             double& largest = report_.sequences[std::size_t(j)].error;
             largest = 0;
