@@ -22,9 +22,9 @@ protected:
         for (int i = 0; i < 500; ++i) text << "line " << i * i % 97 << " of a text.\n";
     }
     void prepare() const { ASSERT_EQ(run({"prepare", "text"}).exit_code, 0); }
-    static std::vector<std::string> small(const std::vector<std::string>& more = {}) {
-        std::vector<std::string> arguments = {"train",     "lm", "--width", "16", "--layers", "2", "--batch",   "4",
-                                              "--context", "32", "--chunk", "8",  "--steps",  "5", "--threads", "1"};
+    static std::vector<std::string> small(const std::vector<std::string>& more = {}, const std::string& steps = "5") {
+        std::vector<std::string> arguments = {"train",     "lm", "--width", "16", "--layers",  "2", "--batch", "4",
+                                              "--context", "32", "--chunk", "8",  "--threads", "1", "--steps", steps};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
@@ -89,9 +89,9 @@ TEST_F(Language, ReadsStandardInputAndPieces) {
 
 TEST_F(Language, GoesOnAfterSigterm) {
     prepare();
-    const Outcome whole = run(small({"--steps", "300", "--checkpoint", "whole.safetensors", "--log", "whole.log"}));
+    const Outcome whole = run(small({"--checkpoint", "whole.safetensors", "--log", "whole.log"}, "300"));
     ASSERT_EQ(whole.exit_code, 0) << whole.errors;
-    const pid_t child = start(small({"--steps", "300", "--log", "log"}));
+    const pid_t child = start(small({"--log", "log"}, "300"));
     for (int wait = 0; wait < 6000 && log("log").size() < 3; ++wait)
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     kill(child, SIGTERM);
@@ -122,12 +122,10 @@ TEST_F(Language, UsesThePreviousCheckpointAndSaysSo) {
 
 TEST_F(Language, SaysWhatIsWrong) {
     expect_error(small(), HasSubstr("text.tokens"));
-    expect_error({"prepare"}, HasSubstr("texts"));
     expect_error({"prepare", "nowhere"}, HasSubstr("nowhere"));
     expect_error({"prepare", "text", "--validation", "1"}, HasSubstr("validation: expected 0 to below 1"));
     expect_error({"prepare", "text", "--pieces", "100000000"}, HasSubstr("pieces"));
     expect_error({"prepare", "text", "--sentencepiece", "text"}, HasSubstr("vocabulary: expected a model"));
-    expect_error({"prepare", "text", "-o", "nowhere/file"}, HasSubstr("nowhere"));
     EXPECT_FALSE(std::filesystem::exists(folder / "text.tokens"));
     std::ofstream(folder / "empty").flush();
     expect_error({"prepare", "empty"}, HasSubstr("0 tokens"));
@@ -135,11 +133,8 @@ TEST_F(Language, SaysWhatIsWrong) {
     prepare();
     expect_error({"prepare", "text"}, AllOf(HasSubstr("text.tokens"), HasSubstr("--overwrite")));
     expect_error(small({"--mixer", "toaster"}), HasSubstr("--mixer"));
-    expect_error(small({"--configuration", "8B"}), HasSubstr("--configuration"));
     expect_error(small({"--context", "1000000"}), HasSubstr("context"));
-    expect_error(small({"--learning-rate", "nan"}), HasSubstr("learning_rate"));
     expect_error(small({"--tokens", "text"}), HasSubstr("token file"));
-    expect_error(small({"--resume", "text"}), HasSubstr("text"));
     expect_error({"plan", "--batch", "8", "--devices", "3"}, HasSubstr("batch: expected a multiple of devices = 3"));
     expect_error({"generate", "text"}, HasSubstr("text"));
     const Outcome diverged = run(small({"--learning-rate", "1e30", "--gradient-clip", "0"}));

@@ -286,7 +286,9 @@ TEST_F(LanguageTrainings, InParallelAndSequentiallyHaveTheSameLosses) {
             EXPECT_LE(first.steps[i].residual, 1e-4);
             for (const auto& step : {first.steps[i], second.steps[i]})
                 EXPECT_EQ(std::isfinite(step.lyapunov), i % 10 == 0) << i;
-            if (i % 10 == 0) EXPECT_NEAR(first.steps[i].lyapunov, second.steps[i].lyapunov, 1e-2);
+            if (i % 10 == 0) {
+                EXPECT_NEAR(first.steps[i].lyapunov, second.steps[i].lyapunov, 1e-2);
+            }
         }
     }
 }
