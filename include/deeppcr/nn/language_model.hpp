@@ -88,7 +88,7 @@ struct LanguagePlan {
     index weights = 0, gradients = 0, optimiser = 0;
     index activations_per_token = 0;  ///< kept for the backward pass; what that holds for moments comes on top
     index activations = 0;            ///< of a micro-batch
-    index bytes = 0;            ///< the sum
+    index bytes = 0;                  ///< the sum
     double forward_flops = 0;   ///< per token: two per multiplication and addition of a matrix or attention product
     double training_flops = 0;  ///< per token: three times as many, four with recomputation
     double step_flops = 0;      ///< per device and optimiser step
