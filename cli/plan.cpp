@@ -62,7 +62,7 @@ void print_plan(const nn::LanguagePlan& plan, const nn::LanguagePlanOptions& opt
                 (options.recompute ? ", blocks recomputed" : "") + "; this machine has " + bytes_text(machine));
     output.line("operations: " + scientific_text(plan.forward_flops) + " per token forward, " +
                 scientific_text(plan.training_flops) + " in training; " + scientific_text(plan.step_flops) +
-                " per step of " + count_text(plan.tokens_per_step) + " tokens and device");
+                " per device in a step of " + count_text(plan.tokens_per_step) + " tokens");
 
     Json& json = output.result;
     json["mixer"] = nn::name_of(nn::mixer_names, model.mixer);

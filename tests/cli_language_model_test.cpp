@@ -89,16 +89,16 @@ TEST_F(Language, ReadsStandardInputAndPieces) {
 
 TEST_F(Language, GoesOnAfterSigterm) {
     prepare();
-    const Outcome whole = run(small({"--checkpoint", "whole.safetensors", "--log", "whole.log"}, "300"));
+    const Outcome whole = run(small({"--checkpoint", "whole.safetensors", "--log", "whole.log"}, "150"));
     ASSERT_EQ(whole.exit_code, 0) << whole.errors;
-    const pid_t child = start(small({"--log", "log"}, "300"));
+    const pid_t child = start(small({"--log", "log"}, "150"));
     for (int wait = 0; wait < 6000 && log("log").size() < 3; ++wait)
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     kill(child, SIGTERM);
     const Outcome interrupted = wait_for(child);
     EXPECT_EQ(interrupted.exit_code, 130) << interrupted.errors;
     EXPECT_THAT(interrupted.output, HasSubstr("go on with: deeppcr train lm --resume lm.safetensors"));
-    ASSERT_LT(log("log").size(), 300u);
+    ASSERT_LT(log("log").size(), 150u);
     const Outcome resumed = run({"train", "lm", "--resume", "lm.safetensors", "--log", "log"});
     ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
     const auto found = log("log"), expected = log("whole.log");

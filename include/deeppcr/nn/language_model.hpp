@@ -86,8 +86,8 @@ struct LanguagePlan {
     index parameters = 0;
     /// Bytes on each device.
     index weights = 0, gradients = 0, optimiser = 0;
-    index activations_per_token = 0;  ///< that are kept for the backward pass, all blocks and logits
-    index activations = 0;            ///< at the most, of a micro-batch
+    index activations_per_token = 0;  ///< kept for the backward pass; what that holds for moments comes on top
+    index activations = 0;            ///< of a micro-batch
     index bytes = 0;                  ///< the sum
     double forward_flops = 0;   ///< per token: two per multiplication and addition of a matrix or attention product
     double training_flops = 0;  ///< per token: three times as many, four with recomputation
