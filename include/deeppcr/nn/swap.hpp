@@ -112,7 +112,7 @@ struct SwapMeasure {
 struct SwapEpoch {
     index phase = 0, epoch = 0, epochs = 0;
     double loss = 0, accuracy = 0;  ///< of the training, means over its steps and workers
-    SwapMeasure held_out;           ///< mean of the workers
+    SwapMeasure held_out;           ///< of worker 0
 };
 
 /// What averaging did, on the test set.
@@ -163,8 +163,8 @@ SwapOptions swap_options(const std::filesystem::path& checkpoint);
 /// Metadata "format" of a checkpoint.
 inline constexpr const char* swap_format = "deeppcr swap 1";
 
-/// Loss and accuracy of a checkpoint's network, before its third phase of worker 0's, on the test set or the images held
-/// out of the training. data: as in TrainingOptions; warning: as in SwapCallbacks. Throws FileError.
+/// Loss and accuracy of a checkpoint's network, before its third phase of worker 0's, on the test set or the images
+/// held out of the training. data: as in TrainingOptions; warning: as in SwapCallbacks. Throws FileError.
 SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
                           const std::function<void(const std::string&)>& warning = {});
 
