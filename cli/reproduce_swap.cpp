@@ -22,15 +22,16 @@ struct Sizes {
     index epochs;         ///< of the small batch, and of the large batch and phase 1 at most
     index worker_epochs;  ///< of each worker in phase 2
     index seeds;
-    std::vector<double> small_rates, large_rates, worker_rates, stopping_accuracies;
+    std::vector<double> rates, worker_rates;  ///< learning rates that are tried; worker: of SWAP's phase 2
+    std::vector<double> stopping_accuracies;
 
     /// As many as SWAP's workers see together, at most.
     index long_epochs() const { return epochs + workers * worker_epochs; }
 };
 
 Sizes sizes_of(const Experiment& experiment) {
-    if (experiment.quick) return {256, 128, 2, 16, 64, 1, 1, 1, {0.05, 0.1}, {0.1}, {0.05}, {0.5}};
-    Sizes sizes{5120, 4000, 4, 64, 512, 10, 4, 2, {0.05, 0.1, 0.2}, {0.1, 0.2, 0.4}, {0.02, 0.05, 0.1}, {0.85, 0.92}};
+    if (experiment.quick) return {256, 128, 2, 16, 64, 1, 1, 1, {0.1}, {0.05, 0.1}, {0.5}};
+    Sizes sizes{5120, 4000, 4, 64, 512, 10, 4, 2, {0.1, 0.2, 0.4}, {0.05, 0.1, 0.2}, {0.85, 0.92}};
     if (experiment.full) {
         sizes.train_images = 10240;
         sizes.seeds = 5;
@@ -191,9 +192,7 @@ bool search(const std::vector<Arm>& arms, const Sizes& sizes, const Experiment& 
     for (const Arm arm : arms) {
         const bool stops = arm == Arm::swap;
         for (const double accuracy : stops ? sizes.stopping_accuracies : std::vector{choice.stopping_accuracy})
-            for (const double rate : arm == Arm::small                     ? sizes.small_rates
-                                     : arm == Arm::swap || arm == Arm::swa ? sizes.worker_rates
-                                                                           : sizes.large_rates) {
+            for (const double rate : arm == Arm::swap ? sizes.worker_rates : sizes.rates) {
                 Choice trial = choice;
                 trial.rates[arm] = rate;
                 trial.stopping_accuracy = accuracy;
@@ -502,11 +501,10 @@ Json run_swap(const Experiment& experiment) {
     const double short_run = double(sizes.train_images * sizes.epochs),
                  long_run = double(sizes.train_images * sizes.long_epochs());
     const auto count = [](const auto& list) { return double(list.size()); };
-    Runner runner(
-        experiment,
-        short_run * (count(sizes.small_rates) + count(sizes.large_rates) + 2 * double(sizes.seeds)) +
-            long_run * (count(sizes.large_rates) + count(sizes.worker_rates) * (count(sizes.stopping_accuracies) + 1) +
-                        3 * double(sizes.seeds)));
+    const double short_runs = 2 * count(sizes.rates) + 2 * double(sizes.seeds),
+                 long_runs = 2 * count(sizes.rates) + count(sizes.worker_rates) * count(sizes.stopping_accuracies) +
+                             3 * double(sizes.seeds);
+    Runner runner(experiment, short_run * short_runs + long_run * long_runs);
     Choice choice;
     for (const auto& group : {std::vector{Arm::longer, Arm::small, Arm::large}, {Arm::swap}, {Arm::swa}})
         if (!search(group, sizes, experiment, choice, runner, result["search"])) return result;

@@ -381,20 +381,10 @@ private:
     }
 
     void report_epoch(index number, const Phase& phase, Model& model, Team& team) {
-        const bool alone = !all_are_equal(number);
-        SwapMeasure mean;
-        if (alone || team.rank() == 0) mean = measure(model, data_.held_out);
-        if (alone) {
-            const auto all = team.gather({mean.loss, mean.accuracy});
-            mean.loss = mean.accuracy = 0;
-            for (const auto& one : all) {
-                mean.loss += one[0] / double(team.size());
-                mean.accuracy += one[1] / double(team.size());
-            }
-        }
         if (team.rank() != 0) return;
+        const SwapMeasure held_out = measure(model, data_.held_out);
         const index epochs = number == 1 ? options_.large_epochs : options_.small_epochs;
-        result_.epochs.push_back({number, phase.epoch(), epochs, phase.epoch_loss(), phase.epoch_accuracy(), mean});
+        result_.epochs.push_back({number, phase.epoch(), epochs, phase.epoch_loss(), phase.epoch_accuracy(), held_out});
         const std::lock_guard lock(mutex_);
         if (phase.finished()) done_.assign(done_.size(), 0);
         if (callbacks_.epoch) callbacks_.epoch(result_.epochs.back());

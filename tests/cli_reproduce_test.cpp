@@ -287,7 +287,9 @@ void expect_swap(const Json& swap) {
         EXPECT_GT(accuracy, 0.1);
         double& most = best[entry["arm"]];
         most = std::max(most, accuracy);
-        if (entry["chosen"]) EXPECT_TRUE(chosen.emplace(entry["arm"], accuracy).second) << "two are chosen";
+        if (entry["chosen"]) {
+            EXPECT_TRUE(chosen.emplace(entry["arm"], accuracy).second) << "two are chosen";
+        }
     }
     EXPECT_EQ(best.size(), 5U);
     EXPECT_EQ(chosen, best);
@@ -354,7 +356,7 @@ TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
 }
 
 TEST_F(ReproduceTest, AMissingDataSetNamesThePackageBeforeAnythingRuns) {
-    for (const char* arguments : {"all --quick", "resnet --quick"}) {
+    for (const char* arguments : {"all --quick", "resnet --quick", "swap --quick"}) {
         const Outcome outcome = reproduce(arguments, "DEEPPCR_DATA=/nowhere");
         EXPECT_EQ(outcome.exit_code, 1);
         EXPECT_NE(outcome.errors.find("dataset-fashion-mnist"), std::string::npos) << outcome.errors;
@@ -408,8 +410,8 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
-    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "all", "--model", "--output", "--quick", "--seed",
-                                 "Example", "deeppcr reproduce"})
+    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "all", "--model", "--output", "--quick",
+                                 "--full", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 

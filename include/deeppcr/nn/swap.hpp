@@ -112,7 +112,7 @@ struct SwapMeasure {
 struct SwapEpoch {
     index phase = 0, epoch = 0, epochs = 0;
     double loss = 0, accuracy = 0;  ///< of the training, means over its steps and workers
-    SwapMeasure held_out;           ///< mean of the workers
+    SwapMeasure held_out;           ///< of worker 0
 };
 
 /// What averaging did, on the test set.
