@@ -80,10 +80,10 @@ void check(const PhaseOptions& options, index examples, index workers);
 /// One phase of one worker.
 ///
 /// Period 1: the gradients are averaged before each step, so that equal models with equal optimisers stay equal, for
-/// any optimiser; averaged weights would do the same only for plain SGD. Batch norm normalises by each worker's own
-/// piece of the batch, and its running statistics are averaged with the gradients. Period n: weights and running
-/// statistics are averaged after every n steps and at the end, optimisers keep their state. Period 0: the caller
-/// averages.
+/// any optimiser; averaged weights would do the same only for SGD, whose steps are linear in the gradients. Batch norm
+/// normalises by each worker's own piece of the batch, and its running statistics are averaged with the gradients.
+/// Period n: weights and running statistics are averaged after every n steps and at the end, optimisers keep their
+/// state. Period 0: the caller averages.
 ///
 /// Deterministic: the same options, examples and team size give the same bits.
 class Phase {
