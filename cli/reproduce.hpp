@@ -2,7 +2,7 @@
 // read nothing but that JSON: a section of the report, a summary for the terminal.
 #pragma once
 
-#include <stdlib.h>
+#include <cstdlib>
 
 #include <algorithm>
 #include <cmath>
