@@ -18,6 +18,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 
+#include <functional>
+#include <numeric>
+#include <optional>
 #include <sstream>
 
 #include <deeppcr/nn/script.hpp>
@@ -60,12 +63,14 @@ public:
     /// The noise (see DenoisingRecurrence) and the classes [images] of what is sampled from here on.
     void draw(const Tensor& initial, const c10::optional<Tensor>& random, const c10::optional<Tensor>& classes) {
         recurrence_.draw(initial, random.value_or(Tensor()));
+        drawn_ = true;
         if (!classes) return;
         require("classes", *classes, classes_.sizes(), at::kLong, classes_.device());
         classes_.copy_(*classes);
     }
 
     Tensor sample() {
+        if (!drawn_) throw deeppcr::InvalidArgument("sample", "to be called after draw", "no noise drawn");
         const at::NoGradGuard no_gradients;
         const DeviceScope scope(numbers_);
         report_ = evaluate(recurrence_, view<float>(states_), scope.options_of_windows(evaluation_));
@@ -105,6 +110,7 @@ private:
     Tensor samples() const { return states_.select(0, states_.size(0) - 1).slice(1, 0, numbers_.size(1)).clone(); }
 
     Tensor numbers_;  // of all images
+    bool drawn_ = false;
     DenoisingPlan plan_;
     Tensor classes_;
     DenoisingRecurrence recurrence_;

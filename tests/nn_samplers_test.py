@@ -173,6 +173,12 @@ for arguments, name in ((("ddin", 10, "trailing", "noise", "linear"), "sampler")
     else:
         sys.exit(f"no error for a wrong {name}")
 try:
+    sampling("ddim", 10, "trailing", "noise", "linear").sample()
+except RuntimeError as error:
+    assert "draw" in str(error), error
+else:
+    sys.exit("no error for noise that is missing")
+try:
     sampling("ddim", 10, "trailing", "noise", "linear").draw(torch.zeros(images, numbers + 1, device=device), None, None)
 except RuntimeError as error:
     assert "initial_noise" in str(error), error
