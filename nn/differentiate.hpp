@@ -33,18 +33,17 @@ template <class Function>
 void linearise_rows(const Function& f, const at::Tensor& states, const at::Tensor& after, const at::Tensor& blocks,
                     index copies) {
     const index rows = states.size(0), width = states.size(1);
+    if (copies > 1) {
+        const at::NoGradGuard no_gradients;
+        after.copy_(f(states, 1));
+    }
     at::Tensor before = repeat_rows(states, copies).clone(), result;
     {
         const at::AutoGradMode gradients(true);
         before.set_requires_grad(true);
         result = f(before, copies);
     }
-    if (copies > 1) {
-        const at::NoGradGuard no_gradients;
-        after.copy_(f(states, 1));
-    } else {
-        after.copy_(result.detach());
-    }
+    if (copies == 1) after.copy_(result.detach());
     if (!result.requires_grad()) {
         blocks.zero_();
         return;
