@@ -300,7 +300,7 @@ void add_reproduce(Program& program) {
     command
         .add_option(
             "part", arguments->part,
-            "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 6), swap (about 3), or all")
+            "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 5), swap (about 3), or all")
         ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "swap", "all"}))
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")

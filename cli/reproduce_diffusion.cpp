@@ -59,9 +59,9 @@ Sizes sizes_of(const Experiment& experiment) {
         return sizes;
     }
     sizes.images = 16;
-    for (const double tolerance : {1e-4, 1e-5})
+    for (const double tolerance : {1e-5, 1e-6})
         sizes.trials.push_back({nn::Sampler::ddim, 1000, Surrogate::full, tolerance});
-    sizes.trials.push_back({nn::Sampler::ddim, 1000, Surrogate::diagonal, 1e-5});
+    sizes.trials.push_back({nn::Sampler::ddim, 1000, Surrogate::diagonal, 1e-6});
     sizes.trials.push_back({nn::Sampler::ddpm, 1000, Surrogate::full, 1e-5});
     for (const double tolerance : {1e-4, 1e-5})
         sizes.trials.push_back({nn::Sampler::ddim, 100, Surrogate::full, tolerance});

@@ -443,8 +443,18 @@ Tensor classes_of(const GenerationOptions& options) {
     return classes;
 }
 
+/// What an evaluation in parallel asks of the network: calls that wait for each other, and rows, as a multiple of
+/// sequential sampling's, a Jacobian's among them. Measured: docs/diffusion.md.
+struct Demand {
+    double calls, rows;
+};
+Demand demand(Surrogate surrogate, index width) {
+    return surrogate == Surrogate::full ? Demand{16, 5 * double(1 + width)} : Demand{30, 16};
+}
+
 /// Whether so many rows more cost so little that steps side by side can pay.
-bool parallel_pays(const Denoiser& denoiser, const DenoisingPlan& plan, const Noise& noise, Generation& result) {
+bool parallel_pays(const Denoiser& denoiser, const DenoisingPlan& plan, const Noise& noise, Surrogate surrogate,
+                   Generation& result) {
     const index images = noise.initial.size(0);
     const auto best_of_three = [&](index steps) {
         const Tensor inputs = noise.initial.repeat({steps, 1});
@@ -460,7 +470,11 @@ bool parallel_pays(const Denoiser& denoiser, const DenoisingPlan& plan, const No
     };
     result.call_seconds = best_of_three(1);
     result.trial_seconds = best_of_three(trial_steps);
-    return result.trial_seconds < double(trial_steps) / 2 * result.call_seconds;
+    const double row = std::max(0.0, result.trial_seconds - result.call_seconds) / double(trial_steps - 1);
+    const double call = result.call_seconds - row;  // of all images, but for what grows with them
+    const auto steps = double(plan.steps.size());
+    const Demand parallel = demand(surrogate, noise.initial.size(1) * (plan.remembers ? 2 : 1));
+    return parallel.calls * call + parallel.rows * steps * row < steps * result.call_seconds;
 }
 
 /// The last states, [images, numbers].
@@ -471,7 +485,8 @@ Tensor denoise(const Denoiser& denoiser, const DenoisingPlan& plan, const Noise&
         {.prediction = prediction, .clip = options.clip, .most_rows = options.most_rows});
     Options evaluation = options.evaluation;
     if (evaluation.method == Method::automatic)
-        evaluation.method = parallel_pays(denoiser, plan, noise, result) ? Method::newton : Method::sequential;
+        evaluation.method =
+            parallel_pays(denoiser, plan, noise, evaluation.surrogate, result) ? Method::newton : Method::sequential;
 
     const auto start = std::chrono::steady_clock::now();
     const index steps = index(plan.steps.size());

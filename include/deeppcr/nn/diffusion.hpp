@@ -102,8 +102,8 @@ struct Generation {
     /// `trial_steps` steps at once; 0 where another method was asked for.
     double call_seconds = 0, trial_seconds = 0;
 };
-/// Steps of the larger trial call of the method `automatic`: parallel evaluation is chosen where that call takes less
-/// than half as long as so many calls.
+/// Steps of the larger trial call of the method `automatic`: from it and the smaller one it takes what a call and a row
+/// cost, and chooses parallel evaluation where what that usually asks for (docs/diffusion.md) would take less.
 inline constexpr index trial_steps = 16;
 
 /// A trained model, ready to generate.
