@@ -142,7 +142,7 @@ TEST_F(Sample, SaysWhatIsWrong) {
 
 TEST_F(Sample, CtrlCLeavesNoPicture) {
     ASSERT_EQ(run(small()).exit_code, 0);
-    const pid_t child = start({"sample", "diffusion.safetensors", "--images", "64", "--steps", "1000", "--method",
+    const pid_t child = start({"sample", "diffusion.safetensors", "--images", "800", "--steps", "1000", "--method",
                                "newton", "--surrogate", "full", "--tolerance", "1e-7"});
     std::this_thread::sleep_for(std::chrono::milliseconds(1500));
     kill(child, SIGINT);
