@@ -1,9 +1,10 @@
 // Options of the command line that change a structure of options only where they are given: so that a resumed training
-// keeps the options of its checkpoint, but for those that the user names.
+// keeps the options of its checkpoint, but for those that the user names. And what else trainings share.
 #pragma once
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <sstream>
 #include <string>
@@ -26,6 +27,26 @@ inline void refuse_to_overwrite(const std::filesystem::path& checkpoint, const s
         throw FileError(checkpoint,
                         "exists: continue it with --resume, name another with --checkpoint, or give --overwrite");
 }
+
+/// What a training reports, one JSON object per line, at the end of a file; nowhere where `path` is empty. Throws
+/// FileError.
+class Log {
+public:
+    explicit Log(const std::string& path) : path_(path) {
+        if (path.empty()) return;
+        file_.open(path, std::ios::app);
+        if (!file_) throw FileError(path, "cannot be opened for writing");
+    }
+    void write(const Json& object) {
+        if (path_.empty()) return;
+        file_ << object.dump() << std::endl;
+        if (!file_) throw FileError(path_, "cannot be written to");
+    }
+
+private:
+    std::string path_;
+    std::ofstream file_;
+};
 
 template <class Target>
 class GivenOptions {

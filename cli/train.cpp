@@ -1,6 +1,5 @@
 // deeppcr train: a deep residual network on Fashion-MNIST.
 #include <deque>
-#include <fstream>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -66,25 +65,6 @@ private:
     std::deque<nn::StepRecord> steps_;
 };
 
-/// One JSON object per line and step.
-class Log {
-public:
-    explicit Log(const std::string& path) : path_(path) {
-        if (path.empty()) return;
-        file_.open(path, std::ios::app);
-        if (!file_) throw FileError(path, "cannot be opened for writing");
-    }
-    void write(const nn::StepRecord& record) {
-        if (path_.empty()) return;
-        file_ << to_json(record).dump() << std::endl;
-        if (!file_) throw FileError(path_, "cannot be written to");
-    }
-
-private:
-    std::string path_;
-    std::ofstream file_;
-};
-
 TrainingOptions gather(const Arguments& arguments) {
     TrainingOptions options = arguments.resume.empty() ? TrainingOptions{} : nn::checkpoint_options(arguments.resume);
     arguments.given->apply(options);
@@ -146,7 +126,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
     Recent recent;
     nn::TrainingCallbacks callbacks;
     callbacks.step = [&](const nn::StepRecord& record) {
-        log.write(record);
+        log.write(to_json(record));
         if (!bar) {
             const std::string title = "epoch " + std::to_string(record.epoch) + "/" + std::to_string(record.epochs);
             bar.emplace(title, double(record.epoch_steps - record.epoch_step + 1));

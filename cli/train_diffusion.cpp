@@ -1,6 +1,5 @@
 // deeppcr train diffusion: a diffusion model of Fashion-MNIST.
 #include <deque>
-#include <fstream>
 #include <memory>
 #include <optional>
 

@@ -1,5 +1,4 @@
 // deeppcr train lm: a language model.
-#include <fstream>
 #include <memory>
 #include <optional>
 
@@ -44,25 +43,6 @@ Json to_json(const nn::LanguageValidation& validation) {
             {"perplexity", validation.perplexity},
             {"seconds", validation.seconds}};
 }
-
-/// One JSON object per line: of each step, and of each validation.
-class Log {
-public:
-    explicit Log(const std::string& path) : path_(path) {
-        if (path.empty()) return;
-        file_.open(path, std::ios::app);
-        if (!file_) throw FileError(path, "cannot be opened for writing");
-    }
-    void write(const Json& object) {
-        if (path_.empty()) return;
-        file_ << object.dump() << std::endl;
-        if (!file_) throw FileError(path_, "cannot be written to");
-    }
-
-private:
-    std::string path_;
-    std::ofstream file_;
-};
 
 LanguageTrainingOptions gather(const Arguments& arguments) {
     LanguageTrainingOptions options =

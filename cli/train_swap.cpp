@@ -1,6 +1,5 @@
 // deeppcr train swap: a classifier of Fashion-MNIST by workers whose gradients or weights are averaged.
 #include <cmath>
-#include <fstream>
 #include <memory>
 #include <optional>
 
@@ -47,26 +46,6 @@ Json to_json(const nn::SwapEpoch& epoch) {
             {"accuracy", epoch.accuracy},
             {"held_out", to_json(epoch.held_out)}};
 }
-
-/// One JSON object per line: of a step, or of an epoch, which has no "step".
-class Log {
-public:
-    explicit Log(const std::string& path) : path_(path) {
-        if (path.empty()) return;
-        file_.open(path, std::ios::app);
-        if (!file_) throw FileError(path, "cannot be opened for writing");
-    }
-    template <class Record>
-    void write(const Record& record) {
-        if (path_.empty()) return;
-        file_ << to_json(record).dump() << std::endl;
-        if (!file_) throw FileError(path_, "cannot be written to");
-    }
-
-private:
-    std::string path_;
-    std::ofstream file_;
-};
 
 SwapOptions gather(const Arguments& arguments) {
     SwapOptions options = arguments.resume.empty() ? SwapOptions{} : nn::swap_options(arguments.resume);
@@ -141,7 +120,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
     double recent = 0;
     nn::SwapCallbacks callbacks;
     callbacks.interrupted = interrupted;
-    callbacks.step = [&](const nn::SwapStep& step) { log.write(step); };
+    callbacks.step = [&](const nn::SwapStep& step) { log.write(to_json(step)); };
     callbacks.progress = [&](index number, double done, double loss) {
         if (!bar) {
             bar.emplace("phase " + std::to_string(number), 1.0);
@@ -152,7 +131,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
         bar->update(done, "loss " + number_text(recent));
     };
     callbacks.epoch = [&](const nn::SwapEpoch& epoch) {
-        log.write(epoch);
+        log.write(to_json(epoch));
         bar.reset();
         output.line(describe(epoch));
     };
