@@ -130,8 +130,9 @@ Json schema() {
          "the network saw, parallel / sequential; pixel_difference: the largest, as a fraction of the range; "
          "residuals: per pass, as a fraction of the tolerance; null where it did not converge"},
         {"diffusion.quality",
-         "Fréchet distances of parallel from sequential images of the same noise; noise_floor: between two sequential "
-         "sets of different noise"},
+         "Fréchet distances of parallel from sequential images of the same noise; images in each set; features of the "
+         "classifier; sets: by sampler and steps, noise_floor: between two sequential sets of different noise, "
+         "to_test_images: from as many of the test set"},
         {"diffusion.in_flight[]", "the same by the number of images, and the method that automatic takes"},
         {"diffusion.picture", "PNG in base64: sequential images above parallel ones"},
         {"swap.search[]",
@@ -315,8 +316,10 @@ void add_reproduce(Program& program) {
     command.add_option("--data", arguments->experiment.data, "Folder of Fashion-MNIST's four files");
     command.add_option("--model", arguments->experiment.model,
                        "A model of `deeppcr train diffusion`, in place of a small one that is trained here");
-    command.add_flag("--full", arguments->experiment.full,
-                     "Of swap: 10,240 images and 5 seeds in place of 5,120 and 2");
+    command.add_flag(
+        "--full", arguments->experiment.full,
+        "Of diffusion: Fréchet distances of 1,000 steps too; of swap: 10,240 images and 5 seeds in place of "
+        "5,120 and 2");
     command.add_flag("--quick", arguments->experiment.quick,
                      "Tiny sizes, seconds in all: shows only that everything works");
 }

@@ -26,12 +26,20 @@ struct Trial {
     double tolerance;
 };
 
+/// Images whose Fréchet distance from the same sampler's, step after step, is measured.
+struct Quality {
+    nn::Sampler sampler;
+    index steps;
+    std::vector<double> tolerances;
+};
+
 struct Sizes {
     nn::DiffusionOptions model;
     index images;
     std::vector<Trial> trials;
-    index quality_images, quality_steps;
-    std::vector<double> quality_tolerances;
+    index quality_images;
+    std::vector<Quality> qualities;
+    index in_flight_steps;
     std::vector<index> in_flight;
 };
 
@@ -53,8 +61,9 @@ Sizes sizes_of(const Experiment& experiment) {
         sizes.trials = {{nn::Sampler::ddim, 20, Surrogate::full, 1e-5},
                         {nn::Sampler::ddpm, 20, Surrogate::diagonal, 1e-5}};
         sizes.quality_images = 8;
-        sizes.quality_steps = 5;
-        sizes.quality_tolerances = {1e-4};
+        sizes.qualities = {{nn::Sampler::ddim, 5, {1e-4}}};
+        if (experiment.full) sizes.qualities.push_back({nn::Sampler::ddpm, 5, {1e-4}});
+        sizes.in_flight_steps = 5;
         sizes.in_flight = {1, 2};
         return sizes;
     }
@@ -69,8 +78,11 @@ Sizes sizes_of(const Experiment& experiment) {
     sizes.trials.push_back({nn::Sampler::dpm_solver_2, 100, Surrogate::full, 1e-5});
     sizes.trials.push_back({nn::Sampler::heun, 100, Surrogate::full, 1e-5});
     sizes.quality_images = 256;
-    sizes.quality_steps = 100;
-    sizes.quality_tolerances = {1e-2, 1e-3, 1e-4, 1e-5};
+    sizes.qualities = {{nn::Sampler::ddim, 100, {1e-2, 1e-3, 1e-4, 1e-5}}};
+    if (experiment.full)
+        for (const nn::Sampler sampler : {nn::Sampler::ddim, nn::Sampler::ddpm})
+            sizes.qualities.push_back({sampler, 1000, {1e-4, 1e-5, 1e-6}});
+    sizes.in_flight_steps = 100;
     sizes.in_flight = {1, 4, 16, 64};
     return sizes;
 }
@@ -185,41 +197,58 @@ Json run_trial(const nn::DiffusionModel& model, const Trial& trial, index images
 
 /// The Fréchet distance of parallel from sequential images of the same noise, and what it is between two sequential
 /// sets of different noise: its floor.
-Json measure_quality(const nn::DiffusionModel& model, const Sizes& sizes, const Experiment& experiment,
-                     Course& course) {
-    Json quality{{"images", sizes.quality_images}, {"steps", sizes.quality_steps}, {"tolerances", Json::array()}};
-    course.begin(0.1, "a classifier, whose features tell images apart");
-    const nn::ImageFeatures features({.data = experiment.data,
-                                      .epochs = experiment.quick ? 1 : 2,
-                                      .seed = experiment.seed,
-                                      .progress = [&](double done) { return course.report(done); }});
-    if (!course.going_on()) return quality;
-    quality["features"] = features.count();
-    quality["classifier_accuracy"] = features.test_accuracy();
-    const Trial first{nn::Sampler::ddim, sizes.quality_steps, Surrogate::full, sizes.quality_tolerances.front()};
-    course.begin(0.05, "images for the Fréchet distance, sequentially");
+Json measure_quality(const nn::DiffusionModel& model, const Quality& quality, index images,
+                     const nn::ImageFeatures& features, std::uint64_t seed, double share, Course& course) {
+    const Trial first{quality.sampler, quality.steps, Surrogate::full, quality.tolerances.front()};
+    const std::string title = "images for the Fréchet distance, " +
+                              std::string(nn::name_of(nn::sampler_names, quality.sampler)) + " of " +
+                              count_text(quality.steps) + " steps, ";
+    course.begin(share / 5, title + "sequentially");
     const auto of = [&](const nn::GenerationOptions& options) { return generate(model, options, course); };
-    const nn::Generation sequential = of(sequentially(generation(first, sizes.quality_images, experiment.seed)));
-    const nn::Generation other = of(sequentially(generation(first, sizes.quality_images, experiment.seed + 1)));
+    const nn::Generation sequential = of(sequentially(generation(first, images, seed)));
+    const nn::Generation other = of(sequentially(generation(first, images, seed + 1)));
     const std::vector<float> expected = features.of(sequential.pixels);
-    quality["noise_floor"] = nn::frechet_distance(expected, features.of(other.pixels), features.count());
-    quality["to_test_images"] =
-        nn::frechet_distance(expected, features.of_test_images(sizes.quality_images), features.count());
-    for (const double tolerance : sizes.quality_tolerances) {
-        if (!course.going_on()) return quality;
-        course.begin(0.2 / double(sizes.quality_tolerances.size()),
-                     "images for the Fréchet distance, tolerance " + scientific_text(tolerance));
+    Json result{{"sampler", nn::name_of(nn::sampler_names, quality.sampler)},
+                {"steps", quality.steps},
+                {"noise_floor", nn::frechet_distance(expected, features.of(other.pixels), features.count())},
+                {"to_test_images", nn::frechet_distance(expected, features.of_test_images(images), features.count())},
+                {"tolerances", Json::array()}};
+    for (const double tolerance : quality.tolerances) {
+        if (!course.going_on()) break;
+        course.begin(share * 4 / 5 / double(quality.tolerances.size()),
+                     title + "tolerance " + scientific_text(tolerance));
         Trial trial = first;
         trial.tolerance = tolerance;
-        const nn::Generation parallel = of(generation(trial, sizes.quality_images, experiment.seed));
+        const nn::Generation parallel = of(generation(trial, images, seed));
         if (!parallel.report.ok() || !course.going_on()) continue;
-        quality["tolerances"].push_back(
+        result["tolerances"].push_back(
             {{"tolerance", tolerance},
              {"dependent_calls", parallel.dependent_calls},
              {"distance", nn::frechet_distance(expected, features.of(parallel.pixels), features.count())},
              {"pixel_difference", pixel_difference(sequential, parallel)}});
     }
-    return quality;
+    return result;
+}
+
+Json measure_qualities(const nn::DiffusionModel& model, const Sizes& sizes, const Experiment& experiment,
+                       Course& course) {
+    Json result{{"images", sizes.quality_images}, {"sets", Json::array()}};
+    course.begin(0.05, "a classifier, whose features tell images apart");
+    const nn::ImageFeatures features({.data = experiment.data,
+                                      .epochs = experiment.quick ? 1 : 2,
+                                      .seed = experiment.seed,
+                                      .progress = [&](double done) { return course.report(done); }});
+    if (!course.going_on()) return result;
+    result["features"] = features.count();
+    result["classifier_accuracy"] = features.test_accuracy();
+    double all_steps = 0;
+    for (const Quality& quality : sizes.qualities) all_steps += double(quality.steps);
+    for (const Quality& quality : sizes.qualities) {
+        if (!course.going_on()) break;
+        result["sets"].push_back(measure_quality(model, quality, sizes.quality_images, features, experiment.seed,
+                                                 0.3 * double(quality.steps) / all_steps, course));
+    }
+    return result;
 }
 
 bool agrees(const Json& entry) {
@@ -275,25 +304,29 @@ Table trials_table(const Json& diffusion) {
 }
 
 Table quality_table(const Json& quality) {
-    Table table{
-        .title = "Fréchet distance of parallel from sequential images",
-        .caption = count_text(quality["images"].get<index>()) + " images each, DDIM of " +
-                   count_text(quality["steps"].get<index>()) + " steps, full Jacobian; " +
-                   count_text(quality.value("features", index(0))) +
-                   " features of a classifier trained here, right for " +
-                   percent_text(number(quality.value("classifier_accuracy", Json()))) +
-                   " of the test images. The floor is the distance of two sequential sets of different noise, " +
-                   number_text(number(quality.value("noise_floor", Json()))) +
-                   "; of as many test images the sequential ones are " +
-                   number_text(number(quality.value("to_test_images", Json()))) + " away.",
-        .columns = {{"tolerance"}, {"calls"}, {"distance"}, {"of the floor"}, {"difference of a pixel"}},
-        .rows = {}};
-    for (const Json& entry : quality["tolerances"])
-        table.rows.push_back({scientific_text(number(entry["tolerance"])),
-                              count_text(entry["dependent_calls"].get<index>()),
-                              scientific_text(number(entry["distance"])),
-                              scientific_text(number(entry["distance"]) / number(quality["noise_floor"])),
-                              scientific_text(number(entry["pixel_difference"]))});
+    Table table{.title = "Fréchet distance of parallel from sequential images",
+                .caption = count_text(quality["images"].get<index>()) + " images each, full Jacobian; " +
+                           count_text(quality.value("features", index(0))) +
+                           " features of a classifier trained here, right for " +
+                           percent_text(number(quality.value("classifier_accuracy", Json()))) +
+                           " of the test images. The floor is the distance of two sequential sets of different noise.",
+                .columns = {{"sampler, steps", false},
+                            {"tolerance"},
+                            {"calls"},
+                            {"distance"},
+                            {"floor"},
+                            {"of the floor"},
+                            {"from test images"},
+                            {"difference of a pixel"}},
+                .rows = {}};
+    for (const Json& set : quality["sets"])
+        for (const Json& entry : set["tolerances"])
+            table.rows.push_back(
+                {set["sampler"].get<std::string>() + ", " + count_text(set["steps"].get<index>()),
+                 scientific_text(number(entry["tolerance"])), count_text(entry["dependent_calls"].get<index>()),
+                 scientific_text(number(entry["distance"])), number_text(number(set["noise_floor"])),
+                 scientific_text(number(entry["distance"]) / number(set["noise_floor"])),
+                 number_text(number(set["to_test_images"])), scientific_text(number(entry["pixel_difference"]))});
     return table;
 }
 
@@ -365,7 +398,7 @@ Json run_diffusion(const Experiment& experiment) {
                 {"pixel_tolerance", one_grey_value},
                 {"trials", Json::array()},
                 {"quality", nullptr},
-                {"in_flight_steps", sizes.quality_steps},
+                {"in_flight_steps", sizes.in_flight_steps},
                 {"in_flight", Json::array()},
                 {"picture", nullptr}};
 
@@ -409,11 +442,11 @@ Json run_diffusion(const Experiment& experiment) {
         }
         if (const std::optional<bool> all = agreement(result["trials"])) result["agreement"] = *all;
     }
-    result["quality"] = measure_quality(model, sizes, experiment, course);
+    result["quality"] = measure_qualities(model, sizes, experiment, course);
     if (!course.going_on()) return result;
     for (const index images : sizes.in_flight) {
         course.begin(0.05 / double(sizes.in_flight.size()), count_text(images) + " images at once");
-        const Trial trial{nn::Sampler::ddim, sizes.quality_steps, Surrogate::diagonal, 1e-3};
+        const Trial trial{nn::Sampler::ddim, sizes.in_flight_steps, Surrogate::diagonal, 1e-3};
         Json entry = run_trial(model, trial, images, experiment.seed, course, nullptr);
         nn::GenerationOptions options = generation(trial, images, experiment.seed);
         options.evaluation.method = Method::automatic;

@@ -260,15 +260,18 @@ void expect_diffusion(const Json& diffusion) {
     }
     const Json& quality = diffusion["quality"];
     EXPECT_GT(quality["classifier_accuracy"], 0.7);
-    ASSERT_EQ(quality["tolerances"].size(), 1U);
-    EXPECT_LT(quality["tolerances"][0]["distance"], quality["noise_floor"]);
+    ASSERT_EQ(quality["sets"].size(), 2U);
+    for (const Json& set : quality["sets"]) {
+        ASSERT_EQ(set["tolerances"].size(), 1U);
+        EXPECT_LT(set["tolerances"][0]["distance"], set["noise_floor"]);
+    }
     ASSERT_EQ(diffusion["in_flight"].size(), 2U);
 }
 
 constexpr std::size_t diffusion_plots = 1;
 
 TEST_F(ReproduceTest, Diffusion) {
-    const Outcome outcome = reproduce("diffusion --quick");
+    const Outcome outcome = reproduce("diffusion --quick --full");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     EXPECT_NE(outcome.output.find("fewer calls"), std::string::npos) << outcome.output;
     const Json found = results();

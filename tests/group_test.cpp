@@ -694,6 +694,62 @@ TEST_P(OnRanks, CellsAndTheirGradientsAreThoseOfOneRank) {
     });
 }
 
+/// Rows with several sequences, one after the other: one that begins inside a part, and one that begins with it.
+TEST_P(OnRanks, ASequenceMayBeginAnywhere) {
+    run([](Group& group) {
+        const index steps = 150, batch = 2, channels = 3;
+        const auto inputs = Buffer<double>::random({steps, batch, ParaLSTM::inputs * channels}, 1);
+        const auto parameters = Buffer<double>::random({ParaLSTM::parameters, 1, channels}, 2);
+        const auto output_gradient = Buffer<double>::random({steps, batch, ParaLSTM::states * channels}, 4);
+        const auto [first, last] = group.part(steps);
+        index bound = 60;  // where the second rank's part begins
+        if (group.size() > 1) {
+            bound = group.rank() == 1 ? first : 0;
+            group.broadcast(std::span(&bound, 1), 1);
+        }
+        const std::vector<SequenceStart> starts = {{0, 0}, {0, 7}, {0, bound}, {1, 0}, {1, 97}};
+        const auto initial = Buffer<double>::random({1, index(starts.size()), ParaLSTM::states * channels}, 3);
+        const CellRecurrence<ParaLSTM, double> whole(inputs, parameters, initial, starts);
+
+        std::vector<SequenceStart> here;     // that begin in this part
+        std::vector<std::size_t> sequences;  // that have steps in it
+        for (std::size_t i = 0; i < starts.size(); ++i) {
+            const bool more = i + 1 < starts.size() && starts[i + 1].sequence == starts[i].sequence;
+            const index begin = starts[i].step, end = more ? starts[i + 1].step : steps;
+            if (begin >= last || end <= first) continue;
+            sequences.push_back(i);
+            if (begin >= first) here.push_back({starts[i].sequence, begin - first});
+        }
+        Buffer<double> own({1, index(sequences.size()), initial.view().width()});
+        for (std::size_t i = 0; i < sequences.size(); ++i)
+            std::copy_n(initial.view().at(0, index(sequences[i])), own.view().width(), own.view().at(0, index(i)));
+        const CellRecurrence<ParaLSTM, double> part(inputs.view().steps(first, last), parameters, own, here);
+
+        const auto expected = evaluate(whole, {.method = Method::sequential});
+        const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+        for (const Method method : {Method::newton, Method::overlap, Method::shooting, Method::sequential}) {
+            const Options options{.method = method, .chunk = 16, .group = &group};
+            const auto found = evaluate(part, options);
+            EXPECT_TRUE(found.report.ok()) << found.report;
+            EXPECT_LE(largest_difference<double>(found.trajectory, expected.trajectory.view().steps(first, last)),
+                      1e-12)
+                << to_string(method);
+            const auto mine = adjoint(part, found.trajectory, found.report,
+                                      View<const double>(output_gradient.view().steps(first, last)), options);
+            EXPECT_LE(largest_difference<double>(mine.inputs, gradients.inputs.view().steps(first, last)), 1e-11);
+            EXPECT_TRUE(near(mine.parameters, gradients.parameters, 1e-11));
+            for (std::size_t i = 0; i < sequences.size(); ++i) {
+                const index k = index(sequences[i]);
+                if (starts[sequences[i]].step < first) continue;  // it began on another rank
+                EXPECT_LE(largest_difference<double>(mine.initial.view().sequences(index(i), index(i) + 1),
+                                                     View<const double>(gradients.initial.view().sequences(k, k + 1))),
+                          1e-11)
+                    << k << " on " << to_string(group);
+            }
+        }
+    });
+}
+
 TEST_P(OnRanks, WhatOneProcessComputesAloneRefusesAGroup) {
     run([](Group& group) {
         if (group.size() == 1) return;

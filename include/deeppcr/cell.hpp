@@ -33,7 +33,8 @@ concept Cell = requires(std::array<Scalar<float>, std::size_t(C::states)> x,
 };
 
 /// A new sequence begins at step `step` (counted from 0) of row `sequence` of the batch: x before it is an initial
-/// state, and nothing of the steps before it remains.
+/// state, and nothing of the steps before it remains. Step 0 need not be named, but with Options::group on a rank after
+/// the first, where a row goes on from the rank before unless it is.
 struct SequenceStart {
     index sequence = 0, step = 0;
 };
@@ -59,6 +60,8 @@ public:
     View<const T> inputs() const { return inputs_; }
     View<const Arithmetic<T>> parameters() const { return parameters_; }
     const std::vector<SequencePart>& parts() const { return parts_; }
+    /// The rows for which `starts` names step 0.
+    const std::vector<index>& named_first_steps() const { return named_first_steps_; }
     /// x_0 of a part, [C*K].
     const T* initial_state(index part) const { return initial_.at(0, part); }
     /// x_0 of all parts, as they were given; empty: zeros.
@@ -94,6 +97,7 @@ private:
     View<const T> initial_;
     index channels_;
     std::vector<SequencePart> parts_;
+    std::vector<index> named_first_steps_;
     std::vector<index> first_part_;  // of each row of the batch
     Buffer<T> zeros_;
 };

@@ -45,6 +45,33 @@ void hand_on(Group& group, View<const T> last, const View<T>& before) {
     group.pass(next, std::span(last.data(), count), rank - 1, std::span(before.data(), count));
 }
 
+/// The rows whose sequence begins with this part, on a rank after the first: nothing comes from the rank before.
+template <class T>
+class Beginnings {
+public:
+    Beginnings() = default;
+    Beginnings(const Recurrence<T>& recurrence, const Options& options) {
+        const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
+        if (cell == nullptr || options.group->rank() == 0 || cell->named_first_steps().empty()) return;
+        rows_ = cell->named_first_steps();
+        states_ = Buffer<T>({1, index(rows_.size()), recurrence.shape().width});
+        recurrence.initial({0, 0, rows_, options.execution}, states_);
+    }
+    /// before: what the rank before has handed on, [1,batch,width].
+    void replace(const View<T>& before) const {
+        for (std::size_t i = 0; i < rows_.size(); ++i)
+            std::copy_n(states_.view().at(0, index(i)), before.width(), before.at(0, rows_[i]));
+    }
+    /// first: the Jacobians of the part's first step.
+    void cut(const Jacobian<T>& first) const {
+        for (const index row : rows_) std::fill_n(first.at(0, row), first.width() * first.block(), T(0));
+    }
+
+private:
+    std::vector<index> rows_;
+    Buffer<T> states_;
+};
+
 /// What all ranks must share, in a form that shows by a maximum whether they do.
 template <class T>
 void require_shared(const Recurrence<T>& recurrence, const Options& options, std::exception_ptr& problem) {
@@ -125,7 +152,10 @@ public:
     Report run(std::exception_ptr problem) {
         const Workspace::Scope scope(workspace_);
         problem_ = std::move(problem);
-        attempt([&] { take_memory(); });
+        attempt([&] {
+            take_memory();
+            beginnings_ = Beginnings<T>(recurrence_, options_);
+        });
         require_shared(recurrence_, options_, problem_);
         place_part();
         report_.method = by_parts() ? to_string(options_.method) : describe(options_);
@@ -159,6 +189,11 @@ private:
         if (!problem_) problem_ = caught(body);
     }
     Section section(index first, index last) const { return {first, last, sequences_, options_.execution}; }
+    /// The state before the part, from the rank before.
+    void receive(View<const T> last, const View<T>& before) {
+        hand_on<T>(group_, last, before);
+        beginnings_.replace(before);
+    }
     View<T> states() const { return {states_memory_, {steps_ + 1, batch_, width_}}; }
     View<T> state_before() const { return states().steps(0, 1); }
     View<T> handed() const { return {handed_memory_, {1, batch_, width_}}; }
@@ -214,6 +249,7 @@ private:
     void share_initial_state() {
         if (group_.rank() == 0) attempt([&] { recurrence_.initial(section(0, 0), state_before()); });
         group_.broadcast(std::span<T>(states_memory_, std::size_t(batch_ * width_)));
+        beginnings_.replace(state_before());
     }
 
     // ------------------------------------------------------------------------------------------------ Newton's method
@@ -222,7 +258,7 @@ private:
         report_.window = all_steps_;
         attempt([&] { guess(); });
         while (true) {
-            hand_on<T>(group_, states().steps(steps_, steps_ + 1), state_before());
+            receive(states().steps(steps_, steps_ + 1), state_before());
             attempt([&] { linearise(); });
             test();
             if (std::all_of(ended_.begin(), ended_.end(), [](bool ended) { return ended; })) break;
@@ -255,6 +291,10 @@ private:
 
     void linearise() {
         if (idle()) return;
+        fill_jacobians();
+        if (block_ > 0) beginnings_.cut(window().jacobian.steps(0, 1));
+    }
+    void fill_jacobians() {
         const Stopwatch watch(report_.linearise.seconds);
         const Window<T> now = window();
         const View<const T> before = states().steps(0, steps_);
@@ -453,6 +493,7 @@ private:
                 std::copy_n(states_memory_, batch_ * width_, handed_memory_);
             else
                 group_.pass(-1, std::span<const T>(), rank - 1, std::span(handed_memory_, count));
+            beginnings_.replace(handed());
             attempt([&] { run_rest(); });
             if (rank + 1 < group_.size())
                 group_.pass(rank + 1, std::span(last_state().data(), count), -1, std::span<T>());
@@ -521,7 +562,7 @@ private:
 
     /// Every part from a guessed state, and again from what the part before hands over, until it meets its old states.
     void run_by_parts() {
-        if (options_.guess == Guess::given) hand_on<T>(group_, last_state(), state_before());
+        if (options_.guess == Guess::given) receive(last_state(), state_before());
         Report own;
         attempt([&] { own = evaluate_part(); });
         for (const Report::Sequence& sequence : own.sequences) {
@@ -533,7 +574,7 @@ private:
         while (true) {
             ++report_.iterations;
             std::copy_n(states_memory_, batch_ * width_, handed_memory_);
-            hand_on<T>(group_, last_state(), handed());
+            receive(last_state(), handed());
             const double mismatch = compare(handed(), state_before());
             std::array<double, 3> worst = {mismatch, own.ok() ? 0.0 : 1.0, problem_ ? 1.0 : 0.0};
             group_.maximum(std::span<double>(worst));
@@ -634,7 +675,8 @@ private:
     Workspace& workspace_;
     Tolerance tolerance_;
     index steps_, batch_, width_, block_;  // of this rank's part
-    index first_ = 0, all_steps_ = 0;      // steps before it, and of all parts
+    Beginnings<T> beginnings_;
+    index first_ = 0, all_steps_ = 0;  // steps before it, and of all parts
     std::vector<index> sequences_;
     Report report_;
     const Clock::time_point begin_ = Clock::now();
@@ -699,6 +741,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
                                      &workspace,        options.tensor_cores, &group};
     View<T> before, after, adjoint;
     Jacobian<T> jacobian;
+    Beginnings<T> beginnings;
     const auto attempt = [&](const auto& body) {
         if (!problem) problem = caught(body);
     };
@@ -711,6 +754,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
         adjoint = workspace.take_states<T>(recurrence.shape());
         jacobian = workspace.take_jacobian<T>(recurrence.shape(), block);
         (void)reduce::Part<T>(recurrence.shape(), block, solve_options, workspace);
+        beginnings = Beginnings<T>(recurrence, options);
     });
     require_shared(recurrence, solving, problem);
     report.sequences.assign(std::size_t(batch), {.confirmed = steps});
@@ -722,10 +766,12 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
     copy_states<T>(sweep.trajectory, before.steps(1, steps + 1), options.execution);
     if (group.rank() == 0) attempt([&] { recurrence.initial(section, before.steps(0, 1)); });
     hand_on<T>(group, before.steps(steps, steps + 1), before.steps(0, 1));
+    beginnings.replace(before.steps(0, 1));
     if (!sweep.before.empty()) copy_states<T>(before.steps(0, 1), sweep.before, options.execution);
     {
         const Stopwatch watch(report.linearise.seconds);
         attempt([&] { recurrence.linearise(section, View<const T>(before.steps(0, steps)), after, jacobian); });
+        beginnings.cut(jacobian.steps(0, 1));
         report.linearise.bytes += steps * row * (4 + block) * index(sizeof(T));
     }
     {

@@ -274,9 +274,6 @@ Report gradients_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<c
     const index steps = recurrence.shape().steps, batch = recurrence.shape().batch, width = recurrence.shape().width;
     Buffer<T> before, handed, gradient;
     std::exception_ptr problem = caught([&] {
-        if (index(recurrence.parts().size()) != batch)
-            throw InvalidArgument("recurrence", "one sequence in each row, with options.group",
-                                  std::to_string(recurrence.parts().size()) + " in " + std::to_string(batch) + " rows");
         before = Buffer<T>({1, batch, width});
         handed = Buffer<T>({1, batch, width});
         gradient = Buffer<T>(recurrence.shape());

@@ -83,6 +83,8 @@ ChannelwiseRecurrence<T>::ChannelwiseRecurrence(const cell::Kernels<T>& kernels,
         throw InvalidArgument("initial", "one state for each sequence, " + to_string(states),
                               to_string(initial.shape()));
     }
+    for (const SequenceStart& start : starts)
+        if (start.step == 0) named_first_steps_.push_back(start.sequence);
     for (index part = 0; part < index(parts_.size()); ++part)
         if (parts_[std::size_t(part)].first == 0) first_part_.push_back(part);
 }
