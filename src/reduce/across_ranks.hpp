@@ -17,6 +17,10 @@ namespace deeppcr::reduce {
 ///
 /// so that a rank whose summary has failed can still take part in the scan. The part that begins (there is nothing
 /// before it) is solved by `summarise`, and its end is what it hands on.
+///
+/// With Backend::cuda the system is on a GPU; what is sent passes through main memory, and the calls wait for the
+/// stream. A summary takes one solve for the end and `block` more for the product's columns, in memory for another
+/// solution.
 template <class T>
 class Part {
 public:
@@ -35,6 +39,13 @@ public:
     View<T> before() const { return View<T>(summary_.end.data(), state_); }
 
 private:
+    bool on_gpu() const { return options_.execution.backend == Backend::cuda; }
+    /// One row of the system, and main memory [batch,width].
+    void fetch(const View<const T>& row, T* to) const;
+    void put(const T* row, const View<T>& to) const;
+    /// `system` as one long step, result.
+    void summarise(const OrderedSystem<T>& system, const LongStep<T>& result);
+    void summarise_on_gpu(const OrderedSystem<T>& system, const LongStep<T>& result);
     /// later = later after earlier; without the product where it will not count.
     void compose(const LongStep<T>& earlier, const LongStep<T>& later, bool with_product) const;
 
@@ -44,8 +55,12 @@ private:
     Group& group_;
     Shape state_;
     Reduction used_ = Reduction::sequential;
-    LongStep<T> summary_, other_;
+    LongStep<T> summary_, other_;  // in main memory
     T* product_;
+    // Of a system on a GPU: memory_ holds the above and a row; row_ and solved_ are there.
+    Buffer<T> memory_;
+    T* row_memory_ = nullptr;
+    View<T> row_, solved_;
 };
 
 }  // namespace deeppcr::reduce

@@ -362,15 +362,16 @@ template <class T>
 Reduction solve_part(const BidiagonalSystem<T>& system, const View<T>& solution, bool transposed,
                      const SolveOptions& options) {
     Group& group = *options.group;
-    Workspace own;
-    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-    const Workspace::Scope scope(workspace);
+    std::optional<Workspace> own;
+    std::optional<Workspace::Use> use;
+    std::optional<Workspace::Scope> scope;
     const Shape& shape = solution.shape();
     std::optional<reduce::Part<T>> part;
     std::exception_ptr problem;
     try {
-        if (options.execution.backend == Backend::cuda)
-            throw InvalidArgument("options.execution.backend", "a processor's, with options.group", "Backend::cuda");
+        Workspace& workspace = options.workspace != nullptr ? *options.workspace : own.emplace(options.execution);
+        use.emplace(workspace, options.execution);
+        scope.emplace(workspace);
         if (shape.steps == 0) throw InvalidArgument("system", "at least one step on every rank", to_string(shape));
         if (check<T>(system, solution, options)) {
             const int first = transposed ? group.size() - 1 : 0;

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "device/cuda.hpp"
+
 namespace deeppcr::reduce {
 namespace {
 
@@ -30,10 +32,18 @@ Part<T>::Part(const Shape& states, index block, const SolveOptions& options, Wor
     : begins_(true), idle_(true), options_(options), group_(*options.group), state_{1, states.batch, states.width} {
     options_.workspace = &workspace;
     options_.group = nullptr;
-    const index width = state_.count();
-    summary_ = long_step(workspace.take<T>(width * (block + 1)), width, block);
-    other_ = long_step(workspace.take<T>(width * (block + 1)), width, block);
-    product_ = workspace.take<T>(width * block);
+    const index width = state_.count(), message = width * (block + 1);
+    T* memory = nullptr;
+    if (on_gpu()) {
+        memory_ = Buffer<T>({1, 1, 3 * message});
+        memory = memory_.data();
+    } else {
+        memory = workspace.take<T>(3 * message - width);
+    }
+    summary_ = long_step(memory, width, block);
+    other_ = long_step(memory + message, width, block);
+    product_ = memory + 2 * message;
+    row_memory_ = product_ + width * block;
 }
 
 template <class T>
@@ -42,11 +52,68 @@ Part<T>::Part(const OrderedSystem<T>& system, bool begins, const SolveOptions& o
     system_ = system;
     begins_ = begins;
     idle_ = false;
+    if (!on_gpu()) return;
+    row_ = workspace.take_states<T>(state_);
+    if (!begins_) solved_ = workspace.take_states<T>(system.solution.shape());
+}
+
+template <class T>
+void Part<T>::fetch(const View<const T>& row, T* to) const {
+    const index width = state_.width;
+    for (index j = 0; j < state_.batch; ++j) {
+        if (on_gpu())
+            device::copy_from_gpu(to + j * width, row.at(0, j), width * index(sizeof(T)), options_.execution.stream);
+        else
+            std::copy_n(row.at(0, j), width, to + j * width);
+    }
+    if (on_gpu()) device::synchronise(options_.execution.stream);
+}
+
+template <class T>
+void Part<T>::put(const T* row, const View<T>& to) const {
+    const index width = state_.width;
+    for (index j = 0; j < state_.batch; ++j) {
+        if (on_gpu())
+            device::copy_to_gpu(to.at(0, j), row + j * width, width * index(sizeof(T)), options_.execution.stream);
+        else
+            std::copy_n(row + j * width, width, to.at(0, j));
+    }
 }
 
 template <class T>
 void Part<T>::compose(const LongStep<T>& earlier, const LongStep<T>& later, bool with_product) const {
-    compose_ordered(earlier, later, system_.transposed, with_product, product_, options_.execution);
+    const Execution here = on_gpu() ? Execution() : options_.execution;
+    compose_ordered(earlier, later, system_.transposed, with_product, product_, here);
+}
+
+template <class T>
+void Part<T>::summarise(const OrderedSystem<T>& system, const LongStep<T>& result) {
+    if (on_gpu())
+        summarise_on_gpu(system, result);
+    else
+        summarise_ordered(system, result, options_);
+}
+
+// From zero the steps give the end; without right sides, from the unit vectors, the columns of the product: one of
+// every block at a time.
+template <class T>
+void Part<T>::summarise_on_gpu(const OrderedSystem<T>& system, const LongStep<T>& result) {
+    const index steps = system.steps(), width = state_.count(), block = result.product.block();
+    const View<T> solved = solved_.steps(0, steps), last = solved.steps(steps - 1, steps);
+    solve_ordered<T>({system.factor, system.right_side, {}, solved, system.transposed}, options_);
+    fetch(last, result.end.data());
+    for (index column = 0; column < block; ++column) {
+        for (index i = 0; i < width; ++i) row_memory_[i] = T(i % block == column ? 1 : 0);
+        put(row_memory_, row_);
+        device::fill_bytes(solved.data(), 0, solved.shape().count() * index(sizeof(T)), options_.execution.stream);
+        solve_ordered<T>({system.factor, solved, row_, solved, system.transposed}, options_);
+        fetch(last, row_memory_);
+        // Kept as the factors are: transposed, a column is a row.
+        for (index i = 0; i < width; ++i)
+            result.product
+                .data()[system.transposed ? (i - i % block + column) * block + i % block : i * block + column] =
+                row_memory_[i];
+    }
 }
 
 // Transposed, what comes from the part before is added to the right side of the first row, y_0 = b_0 + before; the
@@ -55,30 +122,33 @@ void Part<T>::compose(const LongStep<T>& earlier, const LongStep<T>& later, bool
 template <class T>
 void Part<T>::summarise() {
     const index width = state_.count(), block = summary_.product.block();
-    const auto copy_row = [&](View<const T> from, const View<T>& to) {
-        for (index j = 0; j < state_.batch; ++j) std::copy_n(from.at(0, j), state_.width, to.data() + j * state_.width);
-    };
     std::fill_n(summary_.product.data(), width * block, T(0));
     std::fill_n(summary_.end.data(), width, T(0));
     if (idle_) return;
     const index steps = system_.steps();
     if (begins_) {
         used_ = solve_ordered(system_, options_);
-        copy_row(system_.solution.steps(steps - 1, steps), summary_.end);
+        fetch(system_.solution.steps(steps - 1, steps), summary_.end.data());
     } else if (!system_.transposed) {
-        return summarise_ordered(system_, summary_, options_);
+        return summarise(system_, summary_);
     } else if (steps == 1) {
-        copy_row(system_.right_side, summary_.end);
+        fetch(system_.right_side, summary_.end.data());
     } else {
-        summarise_ordered(rest<T>(system_, {}), summary_, options_);
-        copy_row(system_.right_side.steps(0, 1), other_.end);
+        summarise(rest<T>(system_, {}), summary_);
+        fetch(system_.right_side.steps(0, 1), other_.end.data());
         compose(other_, summary_, false);
     }
     if (!system_.transposed) return;
     // The factor of an ordered row is that of the row before it in the array: the array's first one comes last.
-    for (index j = 0; j < state_.batch; ++j)
-        std::copy_n(system_.factor.at(steps, j), state_.width * block,
-                    other_.product.data() + j * state_.width * block);
+    const index row = state_.width * block;
+    for (index j = 0; j < state_.batch; ++j) {
+        T* const to = other_.product.data() + j * row;
+        if (on_gpu())
+            device::copy_from_gpu(to, system_.factor.at(steps, j), row * index(sizeof(T)), options_.execution.stream);
+        else
+            std::copy_n(system_.factor.at(steps, j), row, to);
+    }
+    if (on_gpu()) device::synchronise(options_.execution.stream);
     std::fill_n(other_.end.data(), width, T(0));
     compose(summary_, other_, !begins_ && steps > 1);
     std::swap(summary_, other_);
@@ -104,13 +174,15 @@ Reduction Part<T>::solve() {
     if (!system_.transposed) {
         OrderedSystem<T> part = system_;
         part.initial = before();
+        if (on_gpu()) {
+            put(before().data(), row_);
+            part.initial = row_;
+        }
         return solve_ordered(part, options_);
     }
-    for (index j = 0; j < state_.batch; ++j) {
-        const T *const right_side = system_.right_side.at(0, j), *const handed = before().at(0, j);
-        T* const row = system_.solution.at(0, j);
-        for (index k = 0; k < state_.width; ++k) row[k] = right_side[k] + handed[k];
-    }
+    fetch(system_.right_side.steps(0, 1), other_.end.data());
+    for (index i = 0; i < state_.count(); ++i) other_.end.data()[i] += before().data()[i];
+    put(other_.end.data(), system_.solution.steps(0, 1));
     if (system_.steps() == 1) return used_;
     return solve_ordered(rest<T>(system_, system_.solution.steps(0, 1)), options_);
 }

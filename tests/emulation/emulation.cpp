@@ -11,6 +11,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -187,6 +188,11 @@ std::unique_ptr<Block> make_block(std::size_t number, std::size_t shared_bytes) 
 
 unsigned number_in_block() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
+/// Threads of a program may use the machine, one call at a time; what is enqueued happens in the call that waits for
+/// it.
+std::recursive_mutex one_at_a_time;
+using Lock = std::lock_guard<std::recursive_mutex>;
+
 thread_local cudaError_t last_error = cudaSuccess;
 cudaError_t failed(cudaError_t error) {
     if (error != cudaSuccess) last_error = error;
@@ -330,6 +336,7 @@ void release(void* memory) {
 }  // namespace
 
 cudaError_t enqueue(cudaStream_t where, std::function<void()> work) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     CUstream_st& stream = resolve(where);
     if (stream.capture != nullptr) {
@@ -447,7 +454,9 @@ using emulation::arrays;
 using emulation::broken;
 using emulation::enqueue;
 using emulation::failed;
+using emulation::Lock;
 using emulation::machine;
+using emulation::one_at_a_time;
 using emulation::resolve;
 
 const char* cudaGetErrorString(cudaError_t error) {
@@ -490,6 +499,7 @@ cudaError_t cudaGetDevice(int* device) {
     return failed(machine().devices > 0 ? broken() : cudaErrorNoDevice);
 }
 cudaError_t cudaSetDevice(int device) {
+    const Lock lock(one_at_a_time);
     if (device < 0 || device >= machine().devices) return failed(cudaErrorInvalidDevice);
     emulation::current_device = device;
     return failed(broken());
@@ -520,22 +530,26 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     return failed(broken());
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+    const Lock lock(one_at_a_time);
     *total = machine().memory;
     *free = machine().memory - machine().used - machine().kept;
     return failed(broken());
 }
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
     return emulation::allocate(memory, bytes, emulation::current_device);
 }
 cudaError_t cudaFree(void* memory) {
+    const Lock lock(one_at_a_time);
     if (memory == nullptr) return cudaSuccess;
     if (const cudaError_t error = emulation::wait(emulation::all_done); error != cudaSuccess) return error;
     emulation::release(memory);
     return cudaSuccess;
 }
 cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
     return emulation::allocate(memory, bytes, -1);
@@ -554,16 +568,19 @@ cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, vo
     return failed(broken());
 }
 cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     if (resolve(stream).capture != nullptr) return failed(cudaErrorStreamCaptureUnsupported);
     return emulation::allocate(memory, bytes, emulation::current_device);
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     return enqueue(stream, [memory] { emulation::release(memory); });
 }
 
 // Main memory that is not pinned is read before the call returns, and written before it returns.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t where) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     CUstream_st& stream = resolve(where);
     if (stream.capture == nullptr && emulation::find_array(from) == nullptr) {
@@ -577,58 +594,72 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
     return cudaStreamSynchronize(where);
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     if (emulation::find_array(memory) == nullptr) return failed(cudaErrorInvalidValue);
     return enqueue(stream, [memory, value, bytes] { std::memset(memory, value, bytes); });
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    const Lock lock(one_at_a_time);
     *stream = new CUstream_st;
     (*stream)->blocking = flags != cudaStreamNonBlocking;
     emulation::streams().push_back(*stream);
     return failed(broken());
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     if (const cudaError_t error = cudaStreamSynchronize(stream); error != cudaSuccess) return error;
     std::erase(emulation::streams(), stream);
     delete stream;
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t where) {
+    const Lock lock(one_at_a_time);
     const CUstream_st& stream = resolve(where);
     return emulation::wait([&] { return stream.operations.empty(); });
 }
-cudaError_t cudaDeviceSynchronize() { return emulation::wait(emulation::all_done); }
+cudaError_t cudaDeviceSynchronize() {
+    const Lock lock(one_at_a_time);
+    return emulation::wait(emulation::all_done);
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     *event = new CUevent_st;
     return failed(broken());
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    const Lock lock(one_at_a_time);
     if (event->done < event->recorded)
         if (const cudaError_t error = cudaEventSynchronize(event); error != cudaSuccess) return error;
     delete event;
     return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     if (resolve(stream).capture == nullptr) ++event->recorded;
     return enqueue(stream, [event, recorded = event->recorded] { event->done = recorded; });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    const Lock lock(one_at_a_time);
     return emulation::wait([&] { return event->done >= event->recorded; });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t where, cudaEvent_t event, unsigned) {
+    const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
     resolve(where).operations.push_back({++emulation::operations, {}, event, event->recorded});
     return cudaSuccess;
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+    const Lock lock(one_at_a_time);
     if (stream == nullptr) return failed(cudaErrorStreamCaptureUnsupported);
     resolve(stream).capture = std::make_unique<CUgraph_st>();
     return failed(broken());
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    const Lock lock(one_at_a_time);
     *status = resolve(stream).capture != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return failed(broken());
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    const Lock lock(one_at_a_time);
     *graph = resolve(stream).capture.release();
     return failed(broken());
 }
@@ -637,6 +668,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
     return failed(broken());
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+    const Lock lock(one_at_a_time);
     for (const auto& operation : executable->operations)
         if (const cudaError_t error = enqueue(stream, operation); error != cudaSuccess) return error;
     return cudaSuccess;
@@ -650,6 +682,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
     return cudaSuccess;
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* memory) {
+    const Lock lock(one_at_a_time);
     const emulation::Array* const array = emulation::find_array(memory);
     const cudaMemoryType type = array == nullptr     ? cudaMemoryTypeUnregistered
                                 : array->device >= 0 ? cudaMemoryTypeDevice
@@ -659,10 +692,12 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
     return failed(broken());
 }
 std::size_t& emulation::granted_shared_bytes(const void* kernel) {
+    const Lock lock(one_at_a_time);
     static std::map<const void*, std::size_t> granted;
     return granted.try_emplace(kernel, std::size_t(48) << 10).first->second;
 }
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+    const Lock lock(one_at_a_time);
     if (machine().launch_error != 0) return failed(cudaError_t(machine().launch_error));
     const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
     const bool good = threads >= 1 && threads <= 1024 && config.gridDim.x >= 1 && config.gridDim.y >= 1 &&
