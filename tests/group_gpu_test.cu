@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include <deeppcr/bidiagonal.hpp>
+#include <deeppcr/cells.hpp>
+#include <deeppcr/evaluate.hpp>
 #include <deeppcr/group.hpp>
 
 #include "tests/compare.hpp"
@@ -60,6 +62,96 @@ TEST(GroupOnGpu, SolvesEveryKindOfBlock) {
                 expect_solved<float>(problem, transposed, in_place, Layout::steps_first, 1e-5);
                 expect_solved<double>(problem, transposed, in_place, Layout::batch_first, 1e-13);
             }
+}
+
+/// Row 0 has three sequences, one of which begins with the second rank's part.
+TEST(GroupOnGpu, CellsAndTheirGradientsAreThoseOfOneProcessor) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const index steps = 90, batch = 2, channels = 3;
+    const auto inputs = Buffer<double>::random({steps, batch, ParaLSTM::inputs * channels}, 1);
+    const auto parameters = Buffer<double>::random({ParaLSTM::parameters, 1, channels}, 2);
+    const auto output_gradient = Buffer<double>::random({steps, batch, ParaLSTM::states * channels}, 4);
+    const auto there_inputs = inputs.on(there), there_parameters = parameters.on(there),
+               there_gradient = output_gradient.on(there);
+    for (const int ranks : {2, 3}) {
+        const std::vector<SequenceStart> starts = {{0, 0}, {0, 7}, {0, steps / ranks}, {1, 0}};
+        const auto initial = Buffer<double>::random({1, index(starts.size()), ParaLSTM::states * channels}, 3);
+        const auto there_initial = initial.on(there);
+        const CellRecurrence<ParaLSTM, double> whole(inputs, parameters, initial, starts);
+        const auto expected = evaluate(whole, {.method = Method::sequential});
+        const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+        Group::simulate(ranks, [&](Group& group) {
+            const auto [first, last] = group.part(steps);
+            // Of the first rank's sequences one is in row 1; on the others row 1 goes on, and its state is not read.
+            const std::vector<SequenceStart> here = group.rank() == 0   ? std::vector<SequenceStart>{{0, 7}}
+                                                    : group.rank() == 1 ? std::vector<SequenceStart>{{0, 0}}
+                                                                        : std::vector<SequenceStart>{};
+            Buffer<double> own({1, group.rank() == 0 ? 3 : 2, initial.view().width()});
+            for (index i = 0; i < own.view().batch(); ++i) {
+                const index from = group.rank() == 0 ? (i < 2 ? i : 3) : i + 2;
+                std::copy_n(initial.view().at(0, from), own.view().width(), own.view().at(0, i));
+            }
+            const auto there_own = own.on(there);
+            const CellRecurrence<ParaLSTM, double> part(there_inputs.view().steps(first, last), there_parameters,
+                                                        there_own, here);
+            for (const Method method : {Method::automatic, Method::overlap, Method::shooting, Method::sequential}) {
+                const Options options{
+                    .method = method, .chunk = 16, .execution = {.backend = Backend::cuda}, .group = &group};
+                const auto found = evaluate(part, options);
+                EXPECT_TRUE(found.report.ok()) << found.report;
+                EXPECT_LE(largest_difference<double>(found.trajectory.on(Device::host()),
+                                                     expected.trajectory.view().steps(first, last)),
+                          1e-11)
+                    << to_string(method) << " on " << to_string(group);
+                const auto mine = adjoint(part, found.trajectory, found.report,
+                                          View<const double>(there_gradient.view().steps(first, last)), options);
+                EXPECT_LE(largest_difference<double>(mine.inputs.on(Device::host()),
+                                                     gradients.inputs.view().steps(first, last)),
+                          1e-10);
+                EXPECT_TRUE(near(mine.parameters.on(Device::host()), gradients.parameters, 1e-10));
+                EXPECT_LE(mine.report.iterations, ranks + 1);
+                const auto of_initial = mine.initial.on(Device::host());
+                for (index i = 0; i < of_initial.view().batch(); ++i) {
+                    const index k = group.rank() == 0 ? (i < 2 ? i : 3) : i + 2;
+                    if (group.rank() > 1 || (group.rank() == 1 && i == 1)) continue;  // it began on another rank
+                    EXPECT_LE(
+                        largest_difference<double>(of_initial.view().sequences(i, i + 1),
+                                                   View<const double>(gradients.initial.view().sequences(k, k + 1))),
+                        1e-10);
+                }
+            }
+        });
+    }
+}
+
+TEST(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const auto inputs = Buffer<float>::random({40, 2, 2}, 1);
+    inputs(27, 1, 0) = std::numeric_limits<float>::quiet_NaN();
+    const auto there_inputs = inputs.on(there), there_parameters = Buffer<float>::random({1, 1, 2}, 2).on(there);
+    Group::simulate(3, [&](Group& group) {
+        const auto [first, last] = group.part(40);
+        const CellRecurrence<DiagonalElman> part(there_inputs.view().steps(first, last), there_parameters);
+        const auto found =
+            evaluate(part, {.method = Method::overlap, .execution = {.backend = Backend::cuda}, .group = &group});
+        EXPECT_FALSE(found.report.ok());
+        EXPECT_TRUE(found.report.sequences[0].status != Status::non_finite) << found.report;
+        EXPECT_EQ(found.report.sequences[1].status, Status::non_finite);
+        EXPECT_EQ(found.report.sequences[1].confirmed, 27);
+    });
+}
+
+TEST(GroupOnGpu, NewtonsMethodAndWhatIsNotACellAreRefused) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const auto inputs = Buffer<float>::random({8, 1, 2}, 1).on(there),
+               parameters = Buffer<float>::random({1, 1, 2}, 2).on(there);
+    Group::simulate(2, [&](Group& group) {
+        const auto [first, last] = group.part(8);
+        const CellRecurrence<DiagonalElman> part(inputs.view().steps(first, last), parameters);
+        EXPECT_THROW(
+            evaluate(part, {.method = Method::newton, .execution = {.backend = Backend::cuda}, .group = &group}),
+            InvalidArgument);
+    });
 }
 
 TEST(GroupOnGpu, WhatOneRankCannotSolveIsAnErrorOnAll) {

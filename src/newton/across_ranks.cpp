@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <limits>
 #include <map>
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "device/cuda.hpp"
 #include "device/threads.hpp"
 #include "newton/estimate.hpp"
 #include "newton/lyapunov.hpp"
@@ -32,6 +34,12 @@ namespace {
 constexpr index piece = 256;  // steps that are run at once, before a look at what came out
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
+/// Bit by bit, so that NaN is equal to itself; both contiguous.
+template <class T>
+bool same_states(View<const T> a, View<const T> b) {
+    return std::memcmp(a.data(), b.data(), std::size_t(a.shape().count()) * sizeof(T)) == 0;
+}
+
 template <class T>
 bool all_finite(const T* values, index count) {
     return std::all_of(values, values + count, [](T value) { return std::isfinite(value); });
@@ -45,6 +53,42 @@ void hand_on(Group& group, View<const T> last, const View<T>& before) {
     group.pass(next, std::span(last.data(), count), rank - 1, std::span(before.data(), count));
 }
 
+bool is_on_gpu(const Options& options) { return options.execution.backend == Backend::cuda; }
+
+/// Reads states, [1,batch,width], that may be on a GPU, to contiguous main memory.
+template <class T>
+void fetch(View<const T> states, const View<T>& to, const Options& options) {
+    if (!is_on_gpu(options)) return copy_states<T>(states, to, options.execution);
+    CUstream_st* const stream = options.execution.stream;
+    for (index j = 0; j < states.batch(); ++j)
+        device::copy_from_gpu(to.at(0, j), states.at(0, j), states.width() * index(sizeof(T)), stream);
+    device::synchronise(stream);
+}
+
+/// States on the GPU, as `host` has them.
+template <class T>
+Buffer<T> on_gpu(View<const T> host) {
+    Buffer<T> copy(host.shape());
+    copy_states<T>(host, copy.view(), {});
+    return copy.on(device::current_gpu());
+}
+
+/// x_0 of the listed rows, in main memory.
+template <class T>
+void initial_states(const Recurrence<T>& recurrence, std::span<const index> rows, const View<T>& states,
+                    const Options& options) {
+    if (!is_on_gpu(options)) return recurrence.initial({0, 0, rows, options.execution}, states);
+    std::fill_n(states.data(), states.shape().count(), T(0));
+    const auto& cell = dynamic_cast<const ChannelwiseRecurrence<T>&>(recurrence);
+    const View<const T> given = cell.initial_states();
+    for (std::size_t p = 0; p < cell.parts().size() && !given.empty(); ++p) {
+        const auto row = std::find(rows.begin(), rows.end(), cell.parts()[p].sequence);
+        const index to = row - rows.begin();
+        if (cell.parts()[p].first == 0 && row != rows.end())
+            fetch<T>(given.sequences(index(p), index(p) + 1), states.sequences(to, to + 1), options);
+    }
+}
+
 /// The rows whose sequence begins with this part, on a rank after the first: nothing comes from the rank before.
 template <class T>
 class Beginnings {
@@ -55,12 +99,16 @@ public:
         if (cell == nullptr || options.group->rank() == 0 || cell->named_first_steps().empty()) return;
         rows_ = cell->named_first_steps();
         states_ = Buffer<T>({1, index(rows_.size()), recurrence.shape().width});
-        recurrence.initial({0, 0, rows_, options.execution}, states_);
+        initial_states<T>(recurrence, rows_, states_, options);
     }
     /// before: what the rank before has handed on, [1,batch,width].
     void replace(const View<T>& before) const {
         for (std::size_t i = 0; i < rows_.size(); ++i)
             std::copy_n(states_.view().at(0, index(i)), before.width(), before.at(0, rows_[i]));
+    }
+    /// before: what would be handed back to the rank before.
+    void clear(const View<T>& before) const {
+        for (const index row : rows_) std::fill_n(before.at(0, row), before.width(), T(0));
     }
     /// first: the Jacobians of the part's first step.
     void cut(const Jacobian<T>& first) const {
@@ -97,8 +145,6 @@ void require_shared(const Recurrence<T>& recurrence, const Options& options, std
 }
 
 void require_no_window(const Options& options) {
-    if (options.execution.backend == Backend::cuda)
-        throw InvalidArgument("options.execution.backend", "a processor's, with options.group", "Backend::cuda");
     if (options.window > 0)
         throw InvalidArgument("options.window", "0 with options.group: each part is one",
                               std::to_string(options.window));
@@ -183,6 +229,7 @@ public:
 private:
     bool by_parts() const { return options_.method == Method::overlap || options_.method == Method::shooting; }
     bool newton() const { return options_.method == Method::newton; }
+    bool on_gpu() const { return is_on_gpu(options_); }
     /// Does what may throw on one rank alone; the others learn of it when they next agree.
     template <class Body>
     void attempt(const Body& body) {
@@ -200,7 +247,7 @@ private:
     /// A contiguous copy of the part's last state.
     View<const T> last_state() const {
         const View<T> last(last_memory_, {1, batch_, width_});
-        copy_states<T>(trajectory_.steps(steps_ - 1, steps_), last, options_.execution);
+        fetch<T>(trajectory_.steps(steps_ - 1, steps_), last, options_);
         return last;
     }
     Window<T> window() const {
@@ -247,7 +294,7 @@ private:
 
     /// x_0, where every rank's guess begins.
     void share_initial_state() {
-        if (group_.rank() == 0) attempt([&] { recurrence_.initial(section(0, 0), state_before()); });
+        if (group_.rank() == 0) attempt([&] { initial_states<T>(recurrence_, sequences_, state_before(), options_); });
         group_.broadcast(std::span<T>(states_memory_, std::size_t(batch_ * width_)));
         beginnings_.replace(state_before());
     }
@@ -494,7 +541,7 @@ private:
             else
                 group_.pass(-1, std::span<const T>(), rank - 1, std::span(handed_memory_, count));
             beginnings_.replace(handed());
-            attempt([&] { run_rest(); });
+            attempt([&] { on_gpu() ? (void)evaluate_part(handed(), Method::sequential) : run_rest(); });
             if (rank + 1 < group_.size())
                 group_.pass(rank + 1, std::span(last_state().data(), count), -1, std::span<T>());
         }
@@ -505,14 +552,18 @@ private:
             report_.sequential_steps += all_steps_ - confirmed_[at];
             report_.sequences[at].status = status;
             confirmed_[at] = all_steps_;
-            broken[at] = all_finite(trajectory_.at(steps_ - 1, j), width_) ? 0 : 1;
+            broken[at] = all_finite(last_state().at(0, j), width_) ? 0 : 1;
         }
         group_.broadcast(std::span<index>(broken), group_.size() - 1);
         if (std::find(broken.begin(), broken.end(), 1) == broken.end()) return;
         std::vector<index> from_end(std::size_t(batch_), 0);  // steps from the first that is not finite on
-        for (index j = 0; j < batch_; ++j)
-            for (index i = 0; i < steps_ && broken[std::size_t(j)] == 1 && from_end[std::size_t(j)] == 0; ++i)
-                if (!all_finite(trajectory_.at(i, j), width_)) from_end[std::size_t(j)] = all_steps_ - first_ - i;
+        attempt([&] {
+            const Buffer<T> copy = on_gpu() ? trajectory_on_host() : Buffer<T>();
+            const View<const T> states = on_gpu() ? View<const T>(copy.view()) : View<const T>(trajectory_);
+            for (index j = 0; j < batch_; ++j)
+                for (index i = 0; i < steps_ && broken[std::size_t(j)] == 1 && from_end[std::size_t(j)] == 0; ++i)
+                    if (!all_finite(states.at(i, j), width_)) from_end[std::size_t(j)] = all_steps_ - first_ - i;
+        });
         group_.maximum(std::span<index>(from_end));
         for (std::size_t j = 0; j < from_end.size(); ++j) {
             if (broken[j] == 0) continue;
@@ -564,7 +615,7 @@ private:
     void run_by_parts() {
         if (options_.guess == Guess::given) receive(last_state(), state_before());
         Report own;
-        attempt([&] { own = evaluate_part(); });
+        attempt([&] { own = evaluate_part(state_before(), options_.method); });
         for (const Report::Sequence& sequence : own.sequences) {
             Progress& here = progress_[std::size_t(&sequence - own.sequences.data())];
             here.residual = sequence.residual;
@@ -588,7 +639,12 @@ private:
             }
             if (mismatch <= 1) continue;
             std::copy_n(handed_memory_, batch_ * width_, states_memory_);
-            attempt([&] { repair(); });
+            attempt([&] {
+                if (on_gpu())
+                    own = evaluate_part(state_before(), options_.method, Guess::given);
+                else
+                    repair();
+            });
         }
         for (index j = 0; j < batch_; ++j) {
             confirmed_[std::size_t(j)] = all_steps_;
@@ -597,15 +653,29 @@ private:
         (void)compare(handed(), state_before(), true);
     }
 
-    Report evaluate_part() const {
+    /// before: in main memory.
+    Report evaluate_part(View<const T> before, Method method, Guess guess = Guess::initial_state) const {
         Options own = options_;
         own.group = nullptr;
-        own.guess = Guess::initial_state;
+        own.method = method;
+        own.guess = guess;
         own.estimates = Estimates::none;
+        const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence_);
+        if (on_gpu()) {
+            const Buffer<T> there = newton::on_gpu<T>(before);
+            return evaluate<T>(*cell->segment(0, steps_, there, own.execution), trajectory_, own);
+        }
         own.workspace = &workspace_;
-        if (const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence_))
-            return evaluate<T>(*cell->segment(0, steps_, View<const T>(state_before())), trajectory_, own);
-        return evaluate<T>(Continued<T>(recurrence_, state_before()), trajectory_, own);
+        if (cell != nullptr) return evaluate<T>(*cell->segment(0, steps_, before), trajectory_, own);
+        return evaluate<T>(Continued<T>(recurrence_, before), trajectory_, own);
+    }
+
+    Buffer<T> trajectory_on_host() const {
+        const Shape& shape = recurrence_.shape();
+        Buffer<T> there = Buffer<T>::uninitialised(shape, Layout::steps_first, device::current_gpu());
+        copy_states<T>(trajectory_, there.view(), options_.execution);
+        device::synchronise(options_.execution.stream);
+        return there.on(Device::host());
     }
 
     /// Largest difference of two rows of states against the tolerance; NaN where one is not a number. record: it is the
@@ -692,6 +762,15 @@ private:
       *update_memory_ = nullptr, *jacobian_memory_ = nullptr;
 };
 
+/// Every rank's `first` becomes the `after` of the one before it; both contiguous, in main memory. The last one's
+/// stays.
+template <class T>
+void hand_back(Group& group, View<const T> first, const View<T>& after) {
+    const int rank = group.rank(), next = rank + 1 < group.size() ? rank + 1 : -1;
+    const std::size_t count = std::size_t(after.shape().count());
+    group.pass(rank - 1, std::span(first.data(), count), next, std::span(after.data(), count));
+}
+
 void require_steps(const Shape& shape) {
     if (shape.steps == 0)
         throw InvalidArgument("recurrence", "at least one step on every rank of options.group", to_string(shape));
@@ -716,10 +795,56 @@ Report evaluate_across_ranks(const Recurrence<T>& recurrence, View<T> trajectory
             throw InvalidArgument("options.method",
                                   "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                                   to_string(options.method));
+        if (is_on_gpu(options) && (cell == nullptr || chosen.method == Method::newton))
+            throw InvalidArgument("options.execution.backend",
+                                  "a processor's, with options.group, for Newton's method and for what is not a cell",
+                                  "Backend::cuda");
     });
-    Workspace own;
-    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    Workspace own;  // for messages, where the rest is on a GPU
+    Workspace& workspace = options.workspace != nullptr && !is_on_gpu(options) ? *options.workspace : own;
     return SharedEvaluation<T>(recurrence, trajectory, chosen, workspace).run(std::move(problem));
+}
+
+template <class T>
+Report repeat_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                           const BackwardPart<T>& backward, const Options& options, std::exception_ptr problem) {
+    Group& group = *options.group;
+    const index batch = recurrence.shape().batch, width = recurrence.shape().width;
+    std::vector<index> sequences(static_cast<std::size_t>(batch));
+    std::iota(sequences.begin(), sequences.end(), index(0));
+    Buffer<T> before, last, first, handed, old;
+    Beginnings<T> beginnings;
+    const auto attempt = [&](const auto& body) {
+        if (!problem) problem = caught(body);
+    };
+    attempt([&] {
+        require_no_window(options);
+        require_steps(recurrence.shape());
+        for (Buffer<T>* const row : {&before, &last, &first, &handed, &old}) *row = Buffer<T>({1, batch, width});
+        beginnings = Beginnings<T>(recurrence, options);
+        if (group.rank() == 0) initial_states<T>(recurrence, sequences, before.view(), options);
+        fetch<T>(trajectory.steps(recurrence.shape().steps - 1, recurrence.shape().steps), last.view(), options);
+    });
+    require_shared(recurrence, options, problem);
+    hand_on<T>(group, last, before.view());
+    beginnings.replace(before.view());
+    Report report;
+    index passes = 0;
+    for (bool changed = true; changed; ++passes) {
+        if (passes == 0 || !same_states<T>(handed, old))
+            attempt([&] {
+                report = backward(before, handed, first.view());
+                beginnings.clear(first.view());
+            });
+        std::copy_n(handed.data(), batch * width, old.data());
+        hand_back<T>(group, first, handed.view());
+        std::array<index, 2> worst = {same_states<T>(handed, old) ? 0 : 1, problem ? 1 : 0};
+        group.maximum(std::span<index>(worst));
+        if (worst[1] != 0) group.agree(problem);
+        changed = worst[0] != 0 && passes < group.size();
+    }
+    report.iterations = passes;
+    return report;
 }
 
 template <class T>
@@ -747,6 +872,9 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
     };
     attempt([&] {
         require_no_window(options);
+        if (is_on_gpu(options))
+            throw InvalidArgument("options.execution.backend",
+                                  "a processor's, with options.group, for what is not a cell", "Backend::cuda");
         require_steps(recurrence.shape());
         window_length(recurrence, solving, block);
         before = workspace.take_states<T>({steps + 1, batch, width});
@@ -805,6 +933,10 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
 
 template Report evaluate_across_ranks(const Recurrence<float>&, View<float>, const Options&);
 template Report evaluate_across_ranks(const Recurrence<double>&, View<double>, const Options&);
+template Report repeat_across_ranks(const ChannelwiseRecurrence<float>&, View<const float>, const BackwardPart<float>&,
+                                    const Options&, std::exception_ptr);
+template Report repeat_across_ranks(const ChannelwiseRecurrence<double>&, View<const double>,
+                                    const BackwardPart<double>&, const Options&, std::exception_ptr);
 template Report sweep_across_ranks(const Recurrence<float>&, const SharedSweep<float>&, const Options&,
                                    std::exception_ptr);
 template Report sweep_across_ranks(const Recurrence<double>&, const SharedSweep<double>&, const Options&,

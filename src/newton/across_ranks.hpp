@@ -45,4 +45,16 @@ template <class T>
 Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>& sweep, const Options& options,
                           std::exception_ptr problem);
 
+/// The backward pass of one part: from the state before it and what later ranks add to dL/dx of its last state, both in
+/// main memory as `first` is, where dL/dx of the state before the part goes. All [1,batch,width].
+template <class T>
+using BackwardPart = std::function<Report(View<const T> before, View<const T> handed, View<T> first)>;
+
+/// The backward pass of a cell without Jacobians between the ranks: every part as if nothing came from the ranks after
+/// it, and again with what does come, until that stays the same, bit by bit. After as many passes as there are ranks it
+/// does; earlier where a part forgets what comes from behind. Report::iterations: the passes. Throws as above.
+template <class T>
+Report repeat_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
+                           const BackwardPart<T>& backward, const Options& options, std::exception_ptr problem);
+
 }  // namespace deeppcr::newton

@@ -266,11 +266,60 @@ template <class T>
 Report cell_gradients(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options);
 
+/// On a GPU the parts are repeated with what the ranks after them hand back.
+template <class T>
+Report gradients_across_gpus(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const Report& report,
+                             View<const T> output_gradient, const CellGradientViews<T>& gradients,
+                             const Options& options) {
+    const index steps = recurrence.shape().steps, batch = recurrence.shape().batch, width = recurrence.shape().width;
+    CUstream_st* const stream = options.execution.stream;
+    const index row_bytes = width * index(sizeof(T));
+    Options own = options;
+    own.group = nullptr;
+    Buffer<T> gradient, before_there, handed_there;
+    const std::exception_ptr problem = caught([&] {
+        const Device here = device::current_gpu();
+        device::require_on_gpu("trajectory", trajectory.data());
+        device::require_on_gpu("output_gradient", output_gradient.data());
+        gradient = Buffer<T>::uninitialised(recurrence.shape(), Layout::steps_first, here);
+        before_there = Buffer<T>::uninitialised({1, batch, width}, Layout::steps_first, here);
+        handed_there = Buffer<T>::uninitialised({1, batch, width}, Layout::steps_first, here);
+    });
+    const BackwardPart<T> backward = [&](View<const T> before, View<const T> handed, View<T> first) {
+        device::copy_to_gpu(before_there.data(), before.data(), batch * row_bytes, stream);
+        device::copy_to_gpu(handed_there.data(), handed.data(), batch * row_bytes, stream);
+        copy_states<T>(output_gradient, gradient.view(), options.execution);
+        add_states<T>(handed_there, gradient.view().steps(steps - 1, steps), options.execution);
+        Report result = cell_gradients<T>(*recurrence.segment(0, steps, before_there, options.execution), trajectory,
+                                          report, gradient, gradients, own);
+        for (std::size_t p = 0; p < recurrence.parts().size(); ++p)
+            if (const SequencePart& part = recurrence.parts()[p]; part.first == 0)
+                device::copy_from_gpu(first.at(0, part.sequence), gradients.initial.at(0, index(p)), row_bytes, stream);
+        device::synchronise(stream);
+        return result;
+    };
+    Report result = repeat_across_ranks<T>(recurrence, trajectory, backward, options, problem);
+    result.method += ", " + std::to_string(result.iterations) + " passes";
+    const index count = gradients.parameters.shape().count();
+    std::vector<Arithmetic<T>> parameters(static_cast<std::size_t>(count));
+    device::copy_from_gpu(parameters.data(), gradients.parameters.data(), count * index(sizeof(T)), stream);
+    device::synchronise(stream);
+    options.group->sum(std::span(parameters));
+    device::copy_to_gpu(gradients.parameters.data(), parameters.data(), count * index(sizeof(T)), stream);
+    device::synchronise(stream);
+    return result;
+}
+
 /// Once what the other ranks hand to this one's part is known, the part is a recurrence like any other.
 template <class T>
 Report gradients_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                               const Report& report, View<const T> output_gradient,
                               const CellGradientViews<T>& gradients, const Options& options) {
+    if (options.execution.backend == Backend::cuda) {
+        Report result = gradients_across_gpus<T>(recurrence, trajectory, report, output_gradient, gradients, options);
+        result.method += ", on " + std::to_string(options.group->size()) + " ranks";
+        return result;
+    }
     const index steps = recurrence.shape().steps, batch = recurrence.shape().batch, width = recurrence.shape().width;
     Buffer<T> before, handed, gradient;
     std::exception_ptr problem = caught([&] {
