@@ -217,7 +217,7 @@ Json comparison_of(const Job& parallel, const Job& sequential, const Job& halves
     };
     const auto largest = [](const Json& list) {
         double most = 0;
-        for (const Json& value : list) most = std::max(most, value.is_number() ? value.get<double>() : INFINITY);
+        for (const Json& value : list) most = std::isnan(number(value)) ? INFINITY : std::max(most, number(value));
         return most;
     };
     const auto compared = index(sequential.result.steps.size());
