@@ -119,6 +119,7 @@ void add_train(Program& program);
 void add_train_diffusion(Program& program);
 void add_train_language_model(Program& program);
 void add_train_swap(Program& program);
+void add_train_task(Program& program);
 void add_prepare(Program& program);
 void add_plan(Program& program);
 void add_validate(Program& program);

@@ -1,9 +1,11 @@
-// What `train lm` and `plan` have in common: the options of a language model, and its plan as text.
+// What `train lm`, `train task`, `validate` and `plan` have in common: a language model's options, its plan and what
+// Newton's method did, as text or JSON.
 #pragma once
 
 #include <string>
 
 #include <deeppcr/nn/language_model.hpp>
+#include <deeppcr/nn/tasks.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
@@ -36,5 +38,14 @@ void apply_configuration(const std::string& name, nn::LanguageModelOptions& mode
 
 /// For people, and as JSON.
 void print_plan(const nn::LanguagePlan& plan, const nn::LanguagePlanOptions& options, Output& output);
+
+inline Json newton_json(const nn::NewtonFigures& figures) {
+    return {{"iterations", figures.iterations},       {"mean_iterations", figures.mean_iterations},
+            {"residual", figures.residual},           {"lyapunov", figures.lyapunov},
+            {"status", to_string(figures.status)}, {"sequential_steps", figures.sequential_steps}};
+}
+
+Json validation_json(const nn::TaskValidation& validation);
+std::string validation_text(const nn::TaskValidation& validation);
 
 }  // namespace deeppcr::program

@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
     add_train_diffusion(program);
     add_train_language_model(program);
     add_train_swap(program);
+    add_train_task(program);
     add_prepare(program);
     add_plan(program);
     add_validate(program);

@@ -21,6 +21,7 @@ void add_train(Program& program) { add(program, "train resnet", "  deeppcr train
 void add_train_diffusion(Program& program) { add(program, "train diffusion", "  deeppcr train diffusion"); }
 void add_train_language_model(Program& program) { add(program, "train lm", "  deeppcr train lm"); }
 void add_train_swap(Program& program) { add(program, "train swap", "  deeppcr train swap"); }
+void add_train_task(Program& program) { add(program, "train task", "  deeppcr train task parity"); }
 void add_prepare(Program& program) { add(program, "prepare", "  deeppcr prepare text.txt"); }
 void add_plan(Program& program) { add(program, "plan", "  deeppcr plan"); }
 void add_generate(Program& program) { add(program, "generate", "  deeppcr generate lm.safetensors"); }

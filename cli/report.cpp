@@ -239,6 +239,8 @@ figure { margin: 0; }
 figcaption, .caption { color: var(--soft); font-size: .87rem; line-height: 1.45; margin-top: .4rem; max-width: 90ch; }
 .table { margin: 1.4rem 0; }
 .scroll { overflow-x: auto; }
+pre { background: var(--shade); padding: .6rem 1rem; margin: .4rem 0 1.2rem; font-size: .85rem; line-height: 1.4;
+  white-space: pre-wrap; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .26rem .75rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--frame);
@@ -477,6 +479,13 @@ void Page::table(const Table& table) {
     body_ += "</table></div>";
     if (!table.caption.empty()) body_ += "<p class=\"caption\">" + escape(table.caption) + "</p>";
     body_ += "</div>\n";
+}
+
+void Page::preformatted(std::string_view title, std::string_view content) {
+    std::string printable(content);
+    for (char& c : printable)
+        if (c != '\n' && (c < ' ' || c > '~')) c = '.';
+    body_ += "<h3>" + escape(title) + "</h3>\n<pre>" + escape(printable) + "</pre>\n";
 }
 
 template <class Picture>

@@ -106,6 +106,8 @@ public:
     /// A framed message: good, bad, or plain.
     void notice(std::string_view content, Table::Tone tone);
     void table(const Table& table);
+    /// Text with its line breaks; what is not printable ASCII becomes a dot.
+    void preformatted(std::string_view title, std::string_view content);
     /// Plots side by side, as many as fit.
     void plots(const std::vector<Plot>& plots);
     void maps(const std::vector<Map>& maps);

@@ -26,6 +26,7 @@ struct Experiment {
     std::uint64_t seed = 1;
     double tolerance = 1e-4;           ///< of states and logits, relative to the largest; of gradients ten times that
     std::filesystem::path data = {};   ///< folder of Fashion-MNIST; empty: where it usually is
+    std::filesystem::path text = {};   ///< for language models; empty: that of Debian's package bible-kjv
     std::filesystem::path model = {};  ///< of `deeppcr train diffusion`; empty: one is trained here
     /// Told how much of the experiment is done, from 0 to 1, and what comes now. False: stop soon; what is finished is
     /// returned with "complete": false.
@@ -66,6 +67,13 @@ void check_swap_data(const Experiment& experiment);
 Json run_swap(const Experiment& experiment);
 void describe_swap(const Json& swap, Page& page);
 std::string summarise_swap(const Json& swap);
+
+/// Language models of every mixer at equal parameters and tokens: perplexity and speed against LibTorch's LSTM,
+/// Newton's method over the training, losses by parallel against sequential evaluation, generation by position.
+void check_language_model_data(const Experiment& experiment);
+Json run_language_model(const Experiment& experiment);
+void describe_language_model(const Json& lm, Page& page);
+std::string summarise_language_model(const Json& lm);
 
 /// For what an experiment trains, as long as it needs it.
 class TemporaryFolder {

@@ -2,17 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <exception>
 #include <map>
-#include <mutex>
-#include <numeric>
-#include <thread>
 
-#include <deeppcr/execution.hpp>
 #include <deeppcr/nn/swap.hpp>
 #include <files/idx.hpp>
 
-#include "reproduce.hpp"
+#include "trainings.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -118,54 +113,26 @@ struct Job {
 /// Runs trainings side by side, each in one thread, and tells how much of all is done.
 class Runner {
 public:
-    Runner(const Experiment& experiment, double all_images) : experiment_(experiment), all_images_(all_images) {}
+    Runner(const Experiment& experiment, double all_images) : threads_(experiment, all_images) {}
 
     /// False: stopped.
     bool run(std::vector<Job>& jobs) {
-        const std::size_t count = std::min(jobs.size(), std::size_t(std::max(1, default_threads())));
-        std::size_t next = 0;
-        std::exception_ptr error;
-        std::vector<std::thread> threads;
-        for (std::size_t i = 0; i < count; ++i)
-            threads.emplace_back([&] {
-                for (;;) {
-                    Job* job = nullptr;
-                    {
-                        const std::lock_guard lock(mutex_);
-                        if (next == jobs.size() || error || !going_on_) return;
-                        job = &jobs[next++];
-                    }
-                    try {
-                        run(*job);
-                    } catch (...) {
-                        const std::lock_guard lock(mutex_);
-                        error = std::current_exception();
-                    }
-                }
-            });
-        for (std::thread& thread : threads) thread.join();
-        if (error) std::rethrow_exception(error);
-        return going_on_;
+        return threads_.run(jobs.size(), [&](std::size_t i) { run(jobs[i]); });
     }
 
 private:
     void run(Job& job) {
         double counted = 0;
         const auto count = [&](double images) {
-            const std::lock_guard lock(mutex_);
-            images_ += images - counted;
+            threads_.advance(images - counted, job.name);
             counted = images;
-            going_on_ = going_on_ && experiment_.advance(images_ / all_images_, job.name);
         };
         nn::SwapCallbacks callbacks;
         callbacks.progress = [&](index phase, double done, double) {
             const double first = double(job.options.train_images * job.options.large_epochs);
             count(phase == 1 ? done * first : first + done * (job.images() - first));
         };
-        callbacks.interrupted = [&] {
-            const std::lock_guard lock(mutex_);
-            return !going_on_;
-        };
+        callbacks.interrupted = [&] { return threads_.stopped(); };
         try {
             job.result = nn::train_swap(job.options, callbacks);
         } catch (const nn::TrainingDiverged&) {
@@ -174,11 +141,7 @@ private:
         count(job.images());
     }
 
-    const Experiment& experiment_;
-    const double all_images_;
-    double images_ = 0;
-    std::mutex mutex_;
-    bool going_on_ = true;
+    SideBySide threads_;
 };
 
 // -------------------------------------------------------------------------------------------------- the search
@@ -292,21 +255,6 @@ const std::vector<std::pair<std::string, std::string>> rows = {
     {"ensemble", "ensemble of the workers"},
     {"stale_statistics", "SWAP with one worker's statistics"},
     {"averaged_statistics", "SWAP with averaged statistics"}};
-
-struct Sample {
-    std::vector<double> values;
-    double mean() const {
-        return values.empty() ? std::nan("")
-                              : std::accumulate(values.begin(), values.end(), 0.0) / double(values.size());
-    }
-    /// Standard deviation, of what the values are a sample of.
-    double deviation() const {
-        if (values.size() < 2) return std::nan("");
-        double sum = 0;
-        for (const double value : values) sum += (value - mean()) * (value - mean());
-        return std::sqrt(sum / double(values.size() - 1));
-    }
-};
 
 double value_of(const Json& trial, const std::string& arm, const char* field) {
     const Json& arms = trial["arms"];

@@ -20,20 +20,16 @@ struct Arguments {
 };
 
 Json to_json(const nn::LanguageStep& step) {
-    return {{"step", step.step},
-            {"tokens", step.tokens},
-            {"loss", step.loss},
-            {"learning_rate", step.learning_rate},
-            {"gradient_norm", step.gradient_norm},
-            {"skipped", step.skipped},
-            {"iterations", step.iterations},
-            {"mean_iterations", step.mean_iterations},
-            {"residual", step.residual},
-            {"lyapunov", step.lyapunov},
-            {"status", to_string(step.status)},
-            {"sequential_steps", step.sequential_steps},
-            {"tokens_per_second", step.tokens_per_second},
-            {"seconds", step.seconds}};
+    Json json{{"step", step.step},
+              {"tokens", step.tokens},
+              {"loss", step.loss},
+              {"learning_rate", step.learning_rate},
+              {"gradient_norm", step.gradient_norm},
+              {"skipped", step.skipped}};
+    json.update(newton_json(step));
+    json["tokens_per_second"] = step.tokens_per_second;
+    json["seconds"] = step.seconds;
+    return json;
 }
 
 Json to_json(const nn::LanguageValidation& validation) {

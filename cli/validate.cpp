@@ -1,13 +1,15 @@
-// deeppcr validate: a checkpoint on the test set, or on text.
+// deeppcr validate: a checkpoint on the test set, on text, or on a task's sequences.
 #include <memory>
 #include <optional>
 
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/swap.hpp>
+#include <deeppcr/nn/tasks.hpp>
 #include <deeppcr/nn/training.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
+#include "language_options.hpp"
 #include "report.hpp"
 
 namespace deeppcr::program {
@@ -15,6 +17,7 @@ namespace {
 
 struct Arguments {
     std::string checkpoint, data;
+    index length = 0;
     bool held_out = false;
     std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
 };
@@ -64,8 +67,27 @@ Exit validate_swap(const Arguments& arguments, Output& output) {
     return Exit::done;
 }
 
+/// A task's, on sequences of the training's length or another.
+Exit run_validate_task(const Arguments& arguments, Output& output) {
+    nn::ValidationOptions given;
+    given.evaluation = nn::task_options(arguments.checkpoint).evaluation;
+    arguments.given->apply(given);
+    nn::TaskValidationOptions options;
+    options.length = arguments.length;
+    options.device = given.device;
+    options.batch = given.batch;
+    options.evaluation = given.evaluation;
+    const nn::TaskValidation result = nn::validate_task(arguments.checkpoint, options);
+    output.line(validation_text(result));
+    output.result.update(Json{{"checkpoint", arguments.checkpoint},
+                              {"method", nn::name_of(nn::cell_method_names, options.evaluation.method)}});
+    output.result.update(validation_json(result));
+    return Exit::done;
+}
+
 Exit run_validate(const Arguments& arguments, Output& output) {
     if (nn::is_language_model(arguments.checkpoint)) return run_validate_text(arguments, output);
+    if (nn::is_task(arguments.checkpoint)) return run_validate_task(arguments, output);
     if (nn::is_swap(arguments.checkpoint)) return validate_swap(arguments, output);
     nn::ValidationOptions options;
     options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
@@ -105,10 +127,11 @@ Exit run_validate(const Arguments& arguments, Output& output) {
 void add_validate(Program& program) {
     const auto arguments = std::make_shared<Arguments>();
     CLI::App& command =
-        program.add("validate", "Accuracy of a trained network on the test set, or perplexity of a language model",
+        program.add("validate", "Accuracy of a trained network on the test set or on its task, or perplexity of a language model",
                     "  deeppcr validate resnet.safetensors\n"
                     "  deeppcr validate resnet.safetensors --method sequential --json\n"
-                    "  deeppcr validate lm.safetensors --data other.tokens",
+                    "  deeppcr validate lm.safetensors --data other.tokens\n"
+                    "  deeppcr validate task.safetensors --length 200",
                     [arguments](Output& output) { return run_validate(*arguments, output); });
     command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
     arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
@@ -122,6 +145,8 @@ void add_validate(Program& program) {
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package); of a language model a "
                        "token file (default: its training's)");
+    command.add_option("--length", arguments->length,
+                       "Of a task: steps of the sequences; 0: as in the training");
     command.add_flag("--held-out", arguments->held_out, "The images held out of the training, instead of the test set");
 }
 

@@ -5,8 +5,11 @@
 
 #include <cmath>
 #include <utility>
+#include <variant>
 
 #include <deeppcr/nn/cell.hpp>
+
+#include "nn/threads.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -333,6 +336,51 @@ std::vector<Tensor> LanguageModel::recurrent_parameters() const {
         if (const Tensor parameters = block->mixer->recurrent_parameters(); parameters.defined())
             found.push_back(parameters);
     return found;
+}
+
+// ------------------------------------------------------------------------ what trainings of such a model share
+
+std::shared_ptr<LanguageModel> make_model(const std::filesystem::path& path, const LanguageModelOptions& options,
+                                          const SavedTensors& tensors) {
+    index numbers = 0;
+    for (const auto& [name, tensor] : tensors)
+        if (!name.starts_with("optimiser.")) numbers += tensor.numel();
+    LanguagePlanOptions planned;
+    planned.model = options;
+    if (const index expected = plan_language_model(planned).parameters; numbers != expected)
+        throw FileError(path, std::to_string(expected) + " parameters", std::to_string(numbers));
+    auto model = std::make_shared<LanguageModel>(options);
+    const at::NoGradGuard no_gradients;
+    for (auto& parameter : model->named_parameters())
+        parameter.value().copy_(find(path, tensors, parameter.key(), parameter.value()));
+    return model;
+}
+
+std::vector<Optimisation::Group> parameter_groups(const LanguageModel& model) {
+    Optimisation::Group matrices, others;
+    others.decays = false;
+    for (const auto& parameter : model.named_parameters())
+        (parameter.value().dim() == 2 && !parameter.key().ends_with("parameters_l0") ? matrices : others)
+            .parameters.emplace_back(parameter.key(), parameter.value());
+    return {matrices, others};
+}
+
+void add(NewtonFigures& figures, const Report& report, index number) {
+    figures.iterations = std::max(figures.iterations, report.iterations);
+    figures.mean_iterations += (double(report.iterations) - figures.mean_iterations) / double(number + 1);
+    figures.residual = std::max(figures.residual, report.residual);
+    figures.lyapunov = std::fmax(figures.lyapunov, report.lyapunov);
+    figures.status = std::max(figures.status, report.status);
+    if (report.status == Status::finished_sequentially) figures.sequential_steps += report.sequential_steps;
+}
+
+std::string not_finite(double loss, index step) {
+    return std::string(std::isfinite(loss) ? "the gradient" : "the loss") + " of step " + std::to_string(step) +
+           " is not finite";
+}
+
+void set_threads(const Options& evaluation) {
+    limit_threads(evaluation.execution.threads > 0 ? evaluation.execution.threads : default_threads());
 }
 
 // -------------------------------------------------------------------------------------------------- the plan

@@ -4,12 +4,16 @@
 #include <ATen/core/Tensor.h>
 #include <torch/nn/module.h>
 
+#include <filesystem>
 #include <memory>
-#include <variant>
+#include <string>
 #include <vector>
 
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/recurrent.hpp>
+
+#include "nn/optimisation.hpp"
+#include "nn/saved_state.hpp"
 
 namespace deeppcr::nn {
 
@@ -65,5 +69,38 @@ private:
     at::Tensor embedding_, norm_, head_;
     std::vector<std::shared_ptr<LanguageBlock>> blocks_;
 };
+
+// ------------------------------------------------------------------------ what trainings of such a model share
+
+/// Lists the options as fields of a checkpoint: visit(key, field), or visit(key, field, names) for choices.
+template <class Model, class Visit>
+void visit_model(Model& model, const Visit& visit) {
+    visit("mixer", model.mixer, mixer_names);
+    visit("vocabulary", model.vocabulary);
+    visit("width", model.width);
+    visit("layers", model.layers);
+    visit("hidden", model.hidden);
+    visit("heads", model.heads);
+    visit("mlp", model.mlp);
+    visit("tied", model.tied, yes_or_no);
+    visit("model_seed", model.seed);
+}
+
+/// The model of a checkpoint; tensors of an optimiser may be among the others. They are compared with the options
+/// before anything is built. Throws FileError, about `path`.
+std::shared_ptr<LanguageModel> make_model(const std::filesystem::path& path, const LanguageModelOptions& options,
+                                          const SavedTensors& tensors);
+
+/// Matrices, whose weights decay, and the rest.
+std::vector<Optimisation::Group> parameter_groups(const LanguageModel& model);
+
+/// Adds the report of the `number`th cell, from 0, of those that the figures are about.
+void add(NewtonFigures& figures, const Report& report, index number);
+
+/// What is wrong with a step whose loss or, where that is finite, gradient is not.
+std::string not_finite(double loss, index step);
+
+/// LibTorch's threads: as many as the cells'.
+void set_threads(const Options& evaluation);
 
 }  // namespace deeppcr::nn

@@ -54,16 +54,7 @@ struct State {
 /// What a resumed training must have in common with its checkpoint.
 template <class S, class Visit>
 void visit_fixed_fields(S& state, const Visit& visit) {
-    auto& model = state.options.model;
-    visit("mixer", model.mixer, mixer_names);
-    visit("vocabulary", model.vocabulary);
-    visit("width", model.width);
-    visit("layers", model.layers);
-    visit("hidden", model.hidden);
-    visit("heads", model.heads);
-    visit("mlp", model.mlp);
-    visit("tied", model.tied, yes_or_no);
-    visit("model_seed", model.seed);
+    visit_model(state.options.model, visit);
     auto& options = state.options;
     visit("context", options.context);
     visit("batch", options.batch);
@@ -129,22 +120,6 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     }
     state.tensors = std::move(saved.tensors);
     return state;
-}
-
-/// The model of a checkpoint. The file's own tensors are compared with its metadata before anything is built from it.
-std::shared_ptr<LanguageModel> make_model(const std::filesystem::path& path, const State& state) {
-    index numbers = 0;
-    for (const auto& [name, tensor] : state.tensors)
-        if (!name.starts_with("optimiser.")) numbers += tensor.numel();
-    LanguagePlanOptions planned;
-    planned.model = state.options.model;
-    if (const index expected = plan_language_model(planned).parameters; numbers != expected)
-        throw FileError(path, std::to_string(expected) + " parameters", std::to_string(numbers));
-    auto model = std::make_shared<LanguageModel>(state.options.model);
-    const at::NoGradGuard no_gradients;
-    for (auto& parameter : model->named_parameters())
-        parameter.value().copy_(find(path, state.tensors, parameter.key(), parameter.value()));
-    return model;
 }
 
 // ---------------------------------------------------------------------------------------------- the options
@@ -294,12 +269,7 @@ public:
 
 private:
     void make_optimisation() {
-        Optimisation::Group matrices, others;
-        others.decays = false;
-        for (const auto& parameter : model_->named_parameters())
-            (parameter.value().dim() == 2 && !parameter.key().ends_with("parameters_l0") ? matrices : others)
-                .parameters.emplace_back(parameter.key(), parameter.value());
-        optimisation_.emplace(std::vector<Optimisation::Group>{matrices, others}, optimisation_options(options_));
+        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
     }
 
     void resume() {
@@ -310,7 +280,7 @@ private:
             options_.resume,
             (same ? checkpoint_ : other).load(format, [this](const std::string& warning) { tell(warning); }));
         check_continues(state_, saved);
-        model_ = make_model(options_.resume, saved);
+        model_ = make_model(options_.resume, saved.options.model, saved.tensors);
         model_->to(device_);
         make_optimisation();
         if (saved.updates > 0)
@@ -359,8 +329,7 @@ private:
         if (std::isfinite(record.loss)) record.gradient_norm = optimisation_->step(state_.step);
         record.skipped = !std::isfinite(record.gradient_norm);
         if (record.skipped) {
-            const std::string what = std::string(std::isfinite(record.loss) ? "the gradient" : "the loss") +
-                                     " of step " + std::to_string(record.step) + " is not finite";
+            const std::string what = not_finite(record.loss, record.step);
             if (options_.on_divergence == OnDivergence::stop)
                 throw TrainingDiverged(what + "; a smaller learning rate may help");
             tell(what + ": it is skipped");
@@ -372,16 +341,6 @@ private:
         record.seconds = seconds_since(begin);
         record.tokens_per_second = double(options_.batch * options_.context) / record.seconds;
         return record;
-    }
-
-    /// The `number`th cell's report of a step.
-    static void add(LanguageStep& record, const Report& report, index number) {
-        record.iterations = std::max(record.iterations, report.iterations);
-        record.mean_iterations += (double(report.iterations) - record.mean_iterations) / double(number + 1);
-        record.residual = std::max(record.residual, report.residual);
-        record.lyapunov = std::fmax(record.lyapunov, report.lyapunov);
-        record.status = std::max(record.status, report.status);
-        if (report.status == Status::finished_sequentially) record.sequential_steps += report.sequential_steps;
     }
 
     void set_estimates(Estimates estimates) {
@@ -430,10 +389,6 @@ private:
     Clock::time_point begin_ = Clock::now();
 };
 
-void set_threads(const Options& evaluation) {
-    limit_threads(evaluation.execution.threads > 0 ? evaluation.execution.threads : default_threads());
-}
-
 }  // namespace
 
 LanguageTrainingOptions::LanguageTrainingOptions() : device("cpu") {
@@ -465,7 +420,7 @@ LanguageValidation validate_language_model(const std::filesystem::path& checkpoi
     if (file.vocabulary() != state.vocabulary || file.counts().vocabulary_size != state.options.model.vocabulary)
         throw InvalidArgument("tokens", "the vocabulary of the checkpoint, " + Vocabulary(state.vocabulary).name(),
                               Vocabulary(file.vocabulary()).name());
-    const auto model = make_model(checkpoint, state);
+    const auto model = make_model(checkpoint, state.options.model, state.tensors);
     model->to(device);
     model->set_evaluation(options.evaluation);
     const index first = options.whole ? 0 : file.counts().training;
@@ -565,7 +520,7 @@ struct TextGenerator::Implementation {
             throw FileError(checkpoint, std::to_string(state.options.model.vocabulary) + " tokens in the vocabulary",
                             std::to_string(vocabulary.size()));
         set_threads(state.options.evaluation);
-        model = make_model(checkpoint, state);
+        model = make_model(checkpoint, state.options.model, state.tensors);
         model->to(device);
         model->eval();
         evaluation = state.options.evaluation;

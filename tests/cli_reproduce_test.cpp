@@ -331,6 +331,85 @@ TEST_F(ReproduceTest, Swap) {
     expect_page(contents(folder / "deeppcr-report" / "report.html"), swap_plots);
 }
 
+/// What is said of language models follows from their parts.
+void expect_language_models(const Json& lm) {
+    EXPECT_EQ(lm["complete"], true);
+    EXPECT_EQ(lm["agreement"], true);
+    EXPECT_GT(lm["bytes"], 4'000'000);
+    ASSERT_EQ(lm["trainings"].size(), 6U);
+    for (const Json& training : lm["trainings"]) {
+        EXPECT_EQ(training["tokens"], 12 * 4 * 32);
+        EXPECT_NEAR(training["parameters"].get<double>(), 11'520, 100) << training["mixer"];
+        EXPECT_LT(training["perplexity"], 256.0) << "no better than guessing";
+        EXPECT_NEAR(training["perplexity"].get<double>(), std::exp(training["loss"].get<double>()), 1e-9);
+        const Json& curve = training["curve"];
+        const std::size_t steps = 12;
+        ASSERT_EQ(curve["loss"].size(), steps);
+        EXPECT_LT(curve["loss"].back(), curve["loss"].front());
+        EXPECT_GE(training["validations"]["loss"].size(), 8U);
+        EXPECT_EQ(curve.contains("mean_iterations"), training["is_cell"].get<bool>());
+        if (!training["is_cell"].get<bool>()) continue;
+        for (const char* list : {"mean_iterations", "residual", "lyapunov"}) ASSERT_EQ(curve[list].size(), steps);
+        for (std::size_t i = 0; i < steps; ++i) {
+            EXPECT_GE(curve["mean_iterations"][i], 1);
+            EXPECT_LE(curve["residual"][i], 1e-4);
+            EXPECT_EQ(curve["lyapunov"][i].is_number(), i % 10 == 0);
+        }
+    }
+    ASSERT_EQ(lm["comparisons"].size(), 3U);
+    for (const Json& comparison : lm["comparisons"]) {
+        EXPECT_EQ(comparison["agrees"], true);
+        ASSERT_EQ(comparison["differences"].size(), 6U);
+        double largest = 0;
+        for (const Json& difference : comparison["differences"]) largest = std::max(largest, difference.get<double>());
+        EXPECT_EQ(comparison["difference"], largest);
+        EXPECT_GT(comparison["rounding_difference"], 0.0) << "halves of a batch are rounded otherwise";
+    }
+    ASSERT_EQ(lm["speed"].size(), 9U) << "three cells by two methods, three others";
+    for (const Json& row : lm["speed"]) {
+        ASSERT_EQ(row["rounds"].size(), 2U);
+        if (row["mixer"] == "lstm") {
+            EXPECT_EQ(row["against_lstm"], 1.0);
+        }
+    }
+    ASSERT_EQ(lm["generation"].size(), 6U);
+    for (const Json& entry : lm["generation"]) {
+        EXPECT_EQ(entry["position"], Json({100, 150}));
+        EXPECT_EQ(entry["text"].get<std::string>().empty(), false);
+    }
+    EXPECT_EQ(lm["generation"][0]["state_bytes"], 2 * 16 * 4);
+}
+
+constexpr std::size_t language_plots = 8;
+
+TEST_F(ReproduceTest, LanguageModels) {
+    const Outcome outcome = reproduce("lm --quick");
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    for (const char* expected : {"Perplexity per byte at equal parameters", "Tokens per second of training",
+                                 "than that of LibTorch's LSTM", "rounding alone", "bytes of state"})
+        EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
+    const Json found = results();
+    expect_header(found);
+    expect_language_models(found["lm"]);
+    expect_page(contents(folder / "deeppcr-report" / "report.html"), language_plots);
+}
+
+TEST_F(ReproduceTest, LanguageModelsOfAnotherText) {
+    std::ofstream text(folder / "text");
+    for (int i = 0; i < 2000; ++i) text << "line " << i * i % 97 << " of a text.\n";
+    text.close();
+    ASSERT_EQ(reproduce("lm --quick --text text").exit_code, 0);
+    EXPECT_EQ(results()["lm"]["text"], "text");
+    EXPECT_EQ(results()["lm"]["bytes"], std::filesystem::file_size(folder / "text"));
+    const Outcome missing = reproduce("lm --quick --text nowhere -o report");
+    EXPECT_EQ(missing.exit_code, 1);
+    EXPECT_NE(missing.errors.find("nowhere"), std::string::npos) << missing.errors;
+    const Outcome no_package = reproduce("lm --quick -o report", "PATH=/nowhere");
+    EXPECT_EQ(no_package.exit_code, 1);
+    EXPECT_NE(no_package.errors.find("bible-kjv"), std::string::npos) << no_package.errors;
+    EXPECT_FALSE(std::filesystem::exists(folder / "report"));
+}
+
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
@@ -341,8 +420,10 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_rnn(found["rnn"]);
     expect_diffusion(found["diffusion"]);
     expect_swap(found["swap"]);
+    expect_language_models(found["lm"]);
     expect_page(contents(folder / "deeppcr-report" / "report.html"),
-                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots, 1);
+                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots + language_plots,
+                1);
 }
 
 TEST_F(ReproduceTest, ADisagreementBeyondTheToleranceFails) {
@@ -413,8 +494,8 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
-    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "all", "--model", "--output", "--quick",
-                                 "--full", "--seed", "Example", "deeppcr reproduce"})
+    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "all", "--model", "--output", "--quick",
+                                 "--full", "--text", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 

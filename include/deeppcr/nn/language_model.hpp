@@ -142,19 +142,21 @@ struct LanguageTrainingOptions {
     std::filesystem::path resume;
 };
 
-struct LanguageStep {
+/// Of the cells' forward passes, over all layers: Newton iterations, the most and the mean; the largest residual, the
+/// largest Lyapunov exponent (NaN where not estimated), the steps that were finished sequentially, the worst status.
+struct NewtonFigures {
+    index iterations = 0;
+    double mean_iterations = 0, residual = 0, lyapunov = std::numeric_limits<double>::quiet_NaN();
+    index sequential_steps = 0;
+    Status status = Status::converged;
+};
+
+struct LanguageStep : NewtonFigures {
     index step = 0, steps = 0;  ///< 1..steps
     index tokens = 0;           ///< seen so far, in all steps
     double loss = 0;            ///< nats per token, of this step's batch before the update
     double learning_rate = 0, gradient_norm = 0;
     bool skipped = false;  ///< as the loss or gradient was not finite
-    /// Of the cells' forward passes, over all layers: Newton iterations, the most and the mean; the largest residual,
-    /// the largest Lyapunov exponent (NaN where not estimated), the steps that were finished sequentially, the worst
-    /// status.
-    index iterations = 0;
-    double mean_iterations = 0, residual = 0, lyapunov = std::numeric_limits<double>::quiet_NaN();
-    index sequential_steps = 0;
-    Status status = Status::converged;
     double seconds = 0, tokens_per_second = 0;
     double elapsed = 0, remaining = 0;  ///< of the training (remaining: estimated)
 };

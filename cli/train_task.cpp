@@ -1,0 +1,187 @@
+// deeppcr train task: a model of sequences on parity, recall or k-hop induction.
+#include <memory>
+#include <optional>
+
+#include <deeppcr/nn/tasks.hpp>
+
+#include "language_options.hpp"
+#include "report.hpp"
+
+namespace deeppcr::program {
+namespace {
+
+using nn::TaskTrainingOptions;
+
+struct Arguments {
+    std::string task, configuration, checkpoint, resume, log;
+    bool overwrite = false;
+    std::unique_ptr<GivenOptions<TaskTrainingOptions>> given;
+};
+
+Json to_json(const nn::TaskStep& step) {
+    Json json{{"step", step.step},
+              {"length", step.length},
+              {"loss", step.loss},
+              {"accuracy", step.accuracy},
+              {"learning_rate", step.learning_rate},
+              {"gradient_norm", step.gradient_norm},
+              {"skipped", step.skipped}};
+    json.update(newton_json(step));
+    json["seconds"] = step.seconds;
+    return json;
+}
+
+TaskTrainingOptions gather(const Arguments& arguments) {
+    TaskTrainingOptions options =
+        arguments.resume.empty() ? TaskTrainingOptions{} : nn::task_options(arguments.resume);
+    if (!arguments.task.empty()) options.task.task = nn::choice_of(nn::sequence_task_names, "task", arguments.task);
+    apply_configuration(arguments.configuration, options.model);
+    arguments.given->apply(options);
+    options.resume = arguments.resume;
+    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
+                         : !arguments.resume.empty()   ? arguments.resume
+                                                       : "task.safetensors";
+    return options;
+}
+
+Exit run_train(const Arguments& arguments, Output& output) {
+    const TaskTrainingOptions options = gather(arguments);
+    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    Log log(arguments.log);
+    output.line(std::string(nn::name_of(nn::sequence_task_names, options.task.task)) + " of " +
+                count_text(options.task.length) + " steps: " + nn::name_of(nn::mixer_names, options.model.mixer) +
+                ", " + count_text(options.model.layers) + " blocks x " + count_text(options.model.width) +
+                ", cells evaluated by the method " + nn::name_of(nn::cell_method_names, options.evaluation.method));
+    warn_about_slow_blas(output);
+
+    std::optional<Progress> bar;
+    double loss = 0, accuracy = 0;
+    index first = -1;
+    nn::TaskCallbacks callbacks;
+    callbacks.step = [&](const nn::TaskStep& step) {
+        log.write(to_json(step));
+        if (first < 0) first = step.step - 1, loss = step.loss, accuracy = step.accuracy;
+        if (!bar) bar.emplace("training", double(step.steps - first));
+        if (!step.skipped) {
+            loss += (step.loss - loss) / 20;
+            accuracy += (step.accuracy - accuracy) / 20;
+        }
+        bar->update(double(step.step - first), "loss " + number_text(loss) + "  accuracy " + percent_text(accuracy) +
+                                                   "  length " + count_text(step.length));
+    };
+    callbacks.validation = [&](const nn::TaskValidation& validation) {
+        log.write(validation_json(validation));
+        const bool shown = !output.json() && validation.step % (10 * std::max<index>(1, options.validation_interval)) == 0;
+        if (!shown) return;
+        bar.reset();
+        output.line("step " + count_text(validation.step) + ": " + validation_text(validation));
+    };
+    callbacks.note = [&](const std::string& note) {
+        bar.reset();
+        output.warn(note);
+    };
+    callbacks.interrupted = interrupted;
+    const nn::TaskTraining result = nn::train_task(options, callbacks);
+    bar.reset();
+
+    output.line(count_text(index(result.steps.size())) + " steps in " + seconds_text(result.seconds) + ", " +
+                count_text(result.parameters) + " parameters");
+    if (!result.validations.empty()) output.line(validation_text(result.validations.back()));
+    output.line(result.interrupted
+                    ? "interrupted; go on with: deeppcr train task --resume " + options.checkpoint.string()
+                    : "checkpoint: " + options.checkpoint.string());
+
+    Json& json = output.result;
+    json["checkpoint"] = options.checkpoint.string();
+    json["interrupted"] = result.interrupted;
+    json["parameters"] = result.parameters;
+    json["seconds"] = result.seconds;
+    json["steps"] = Json::array();
+    for (const auto& step : result.steps) json["steps"].push_back(to_json(step));
+    json["validations"] = Json::array();
+    for (const auto& validation : result.validations) json["validations"].push_back(validation_json(validation));
+    return result.interrupted ? Exit::interrupted : Exit::done;
+}
+
+}  // namespace
+
+Json validation_json(const nn::TaskValidation& validation) {
+    Json json{{"step", validation.step},
+              {"answers", validation.answers},
+              {"validation_loss", validation.loss},
+              {"validation_accuracy", validation.accuracy},
+              {"last_accuracy", validation.last_accuracy}};
+    json.update(newton_json(validation.newton));
+    json["seconds"] = validation.seconds;
+    return json;
+}
+
+std::string validation_text(const nn::TaskValidation& validation) {
+    return "validation accuracy " + percent_text(validation.accuracy, 2) + ", of the last answers " +
+           percent_text(validation.last_accuracy, 2) + ", loss " + number_text(validation.loss) + " on " +
+           count_text(validation.answers) + " answers of " + count_text(validation.sequences) + " sequences";
+}
+
+void add_train_task(Program& program) {
+    const auto arguments = std::make_shared<Arguments>();
+    CLI::App& command = program.add("train task", "Train a model of sequences on parity, recall or k-hop induction",
+                                    "  deeppcr train task parity --mixer para_gru\n"
+                                    "  deeppcr train task recall --mixer lstm --pairs 4 --log recall.log\n"
+                                    "  deeppcr train task --resume task.safetensors",
+                                    [arguments](Output& output) { return run_train(*arguments, output); });
+    std::vector<std::string> names;
+    for (const auto& name : nn::sequence_task_names) names.emplace_back(name.first);
+    command.add_option("task", arguments->task, "What is asked (default: --resume's, else parity)")
+        ->check(CLI::IsMember(names));
+    arguments->given = std::make_unique<GivenOptions<TaskTrainingOptions>>(command);
+    auto& given = *arguments->given;
+    using Training = TaskTrainingOptions;
+    const auto field = [](auto member) {
+        return [=](Training & options) -> auto& { return options.*member; };
+    };
+    const auto task = [](auto member) {
+        return [=](Training & options) -> auto& { return options.task.*member; };
+    };
+    using Task = nn::SequenceTaskOptions;
+    given.value("--length", task(&Task::length), "Steps of a sequence");
+    given.value("--pairs", task(&Task::pairs), "Of recall: pairs of a key and its value");
+    given.value("--keys", task(&Task::keys), "Of recall: different keys");
+    given.value("--values", task(&Task::values), "Of recall: different values");
+    given.value("--hops", task(&Task::hops), "Of hops: how often the last occurrence is gone back to");
+    given.value("--symbols", task(&Task::symbols), "Of hops: different tokens");
+    add_model_options(given, command, arguments->configuration, field(&Training::model));
+    given.value(
+        "--model-seed", [](Training& options) -> std::uint64_t& { return options.model.seed; },
+        "Of the initial weights");
+    given.cells(field(&Training::evaluation));
+    given.value("--device", field(&Training::device), "Where to train: cpu, cuda or cuda:<number>");
+    given.value("--recurrent-scale", field(&Training::recurrent_scale),
+                "The cells' recurrent parameters are initially so many times the usual ones");
+    given.value("--batch", field(&Training::batch), "Sequences per step");
+    given.value("--steps", field(&Training::steps), "Optimiser steps");
+    given.value("--first-length", field(&Training::first_length),
+                "Steps of the first sequences, which get longer once they are answered; 0: --length");
+    given.value("--growth", field(&Training::growth), "Part of --steps after which sequences have --length in any case");
+    given.value("--learning-rate", field(&Training::learning_rate), "At its highest");
+    given.value("--warm-up", field(&Training::warm_up), "Steps until the learning rate is at its highest");
+    given.value("--weight-decay", field(&Training::weight_decay), "Decay of the matrices");
+    given.value("--gradient-clip", field(&Training::gradient_clip), "Largest norm of the gradient; 0: any");
+    given.value("--estimate-interval", field(&Training::estimate_interval),
+                "Estimate the Lyapunov exponent every so many steps; 0: never");
+    given.choice("--on-divergence", field(&Training::on_divergence), nn::on_divergence_names,
+                 "What to do about a loss or gradient that is not finite");
+    given.value("--seed", field(&Training::seed), "Of the training data");
+    given.value("--validation-interval", field(&Training::validation_interval),
+                "Validate every so many steps, besides the end; 0: not");
+    given.value("--validation-sequences", field(&Training::validation_sequences), "On so many sequences");
+    given.value("--enough", field(&Training::enough), "End after a validation of this accuracy, 0 to 1; 0: do not");
+    given.value("--checkpoint-interval", field(&Training::checkpoint_interval),
+                "Save every so many steps, besides the end; 0: not");
+    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
+    command.add_option("--checkpoint", arguments->checkpoint,
+                       "Where the training is saved (default: --resume's, else task.safetensors)");
+    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
+    command.add_option("--log", arguments->log, "Append a JSON object per step and validation to this file");
+}
+
+}  // namespace deeppcr::program

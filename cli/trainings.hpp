@@ -1,0 +1,54 @@
+// What the experiments of `deeppcr reproduce` that train share: several trainings side by side, samples over seeds,
+// curves over the steps.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "reproduce.hpp"
+
+namespace deeppcr::program {
+
+/// Runs jobs in threads, and tells the experiment how much of all its work is done.
+class SideBySide {
+public:
+    /// all_work: of all jobs, in any unit.
+    SideBySide(const Experiment& experiment, double all_work) : experiment_(experiment), all_work_(all_work) {}
+
+    /// Does job(0), .., job(count - 1), as many at a time as there are processors: each should compute in one thread.
+    /// The first exception lets the others end and is thrown on. False: stopped.
+    bool run(std::size_t count, const std::function<void(std::size_t)>& job);
+
+    /// From any thread: so much more is done, and by what.
+    void advance(double work, const std::string& what);
+    bool stopped();
+
+private:
+    const Experiment& experiment_;
+    const double all_work_;
+    double work_ = 0;
+    std::mutex mutex_;
+    bool going_on_ = true;
+};
+
+/// The same measured for several seeds.
+struct Sample {
+    std::vector<double> values;
+    /// NaN where there are none.
+    double mean() const;
+    /// Standard deviation, of what the values are a sample of; NaN where there are fewer than two.
+    double deviation() const;
+};
+
+/// Values over the steps of a training, lists of results.json, as means over at most 150 windows of steps, or in each
+/// the largest; without what is null: not measured.
+enum class OfWindow { mean, largest };
+Series curve(const std::string& name, const Json& steps, const Json& values, OfWindow kind = OfWindow::mean);
+
+/// Newton's method over trainings: a plot of each of iterations, residual and Lyapunov exponent. trainings: a list of
+/// objects with "title" and the lists "step", "mean_iterations", "residual", "lyapunov" of their "curve".
+std::vector<Plot> newton_plots(const Json& trainings);
+
+}  // namespace deeppcr::program

@@ -1,0 +1,532 @@
+#include <deeppcr/nn/tasks.hpp>
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <random>
+#include <utility>
+
+#include <deeppcr/nn/training.hpp>
+#include <files/write.hpp>
+
+#include "nn/device_scope.hpp"
+#include "nn/language_model.hpp"
+#include "nn/optimisation.hpp"
+#include "nn/saved_state.hpp"
+#include "nn/threads.hpp"
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+using Clock = std::chrono::steady_clock;
+
+const std::string format = "deeppcr task 1";
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+template <class Number>
+void require(bool condition, const char* argument, const std::string& expected, Number actual) {
+    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
+}
+
+// ------------------------------------------------------------------------------------------------- the data
+
+/// Numbers that are the same on every machine, which the standard's distributions do not promise.
+class Random {
+public:
+    Random(std::uint64_t seed, std::uint64_t number) {
+        std::seed_seq words{seed, seed >> 32, number, number >> 32};
+        engine_.seed(words);
+    }
+    /// 0..count-1. The bias, count / 2^64, is not one that could be seen.
+    index below(index count) { return index(engine_() % std::uint64_t(count)); }
+
+private:
+    std::mt19937_64 engine_;
+};
+
+/// One sequence of a batch.
+struct Column {
+    std::int64_t *tokens, *answers;
+    index length, stride;
+    std::int64_t& token(index step) const { return tokens[step * stride]; }
+    std::int64_t& answer(index step) const { return answers[step * stride]; }
+};
+
+void fill_parity(const Column& column, Random& random) {
+    std::int64_t odd = 0;
+    for (index step = 0; step < column.length; ++step) {
+        const index bit = random.below(2);
+        column.token(step) = bit;
+        column.answer(step) = odd ^= bit;
+    }
+}
+
+void fill_recall(const SequenceTaskOptions& options, const Column& column, Random& random) {
+    const index pairs = std::clamp<index>(column.length / 4, 1, options.pairs);
+    std::vector<std::int64_t> keys(static_cast<std::size_t>(options.keys)), values;
+    std::iota(keys.begin(), keys.end(), 0);
+    for (index pair = 0; pair < pairs; ++pair) {
+        std::swap(keys[std::size_t(pair)], keys[std::size_t(pair + random.below(options.keys - pair))]);
+        values.push_back(options.keys + random.below(options.values));
+        column.token(2 * pair) = keys[std::size_t(pair)];
+        column.token(2 * pair + 1) = values.back();
+    }
+    for (index step = 2 * pairs; step < column.length; ++step) {
+        const auto pair = std::size_t(random.below(pairs));
+        column.token(step) = keys[pair];
+        column.answer(step) = values[pair];
+    }
+}
+
+void fill_hops(const SequenceTaskOptions& options, const Column& column, Random& random) {
+    std::vector<index> after(std::size_t(options.symbols), -1);  // where the last occurrence of a symbol ended
+    std::vector<index> found;                                    // of each step
+    for (index step = 0; step < column.length; ++step) {
+        column.token(step) = random.below(options.symbols);
+        if (step > 0) after[std::size_t(column.token(step - 1))] = step;
+        found.push_back(after[std::size_t(column.token(step))]);
+        index place = step;
+        for (index hop = 0; hop < options.hops && place >= 0; ++hop) place = found[std::size_t(place)];
+        column.answer(step) = place >= 0 ? column.token(place) : options.symbols;
+    }
+}
+
+/// Of the sequences for validation, and the first one's number; a training counts its sequences from 0.
+constexpr std::uint64_t validation_seed = 1, validation_first = std::uint64_t(1) << 63;
+
+/// A sequence has an answer.
+index least_length(SequenceTask task) { return task == SequenceTask::recall ? 3 : 1; }
+
+}  // namespace
+
+index vocabulary_of(const SequenceTaskOptions& options) {
+    constexpr index most = 1 << 20;
+    switch (options.task) {
+        case SequenceTask::parity:
+            return 2;
+        case SequenceTask::recall:
+            require(options.keys >= 1 && options.keys <= most, "keys", "1 to 2^20", options.keys);
+            require(options.values >= 1 && options.values <= most, "values", "1 to 2^20", options.values);
+            require(options.pairs >= 1 && options.pairs <= options.keys, "pairs",
+                    "1 to keys = " + std::to_string(options.keys), options.pairs);
+            require(options.length > 2 * options.pairs, "length",
+                    "above 2 pairs = " + std::to_string(2 * options.pairs) + " steps", options.length);
+            return options.keys + options.values;
+        case SequenceTask::hops:
+            require(options.hops >= 1, "hops", "at least 1", options.hops);
+            require(options.symbols >= 1 && options.symbols <= most, "symbols", "1 to 2^20", options.symbols);
+            return options.symbols + 1;
+    }
+    throw InvalidArgument("task", "one of SequenceTask", std::to_string(int(options.task)));
+}
+
+SequenceTaskBatch make_batch(const SequenceTaskOptions& options, index length, index batch, std::uint64_t seed,
+                             std::uint64_t first) {
+    vocabulary_of(options);
+    const index least = least_length(options.task);
+    require(length >= least, "length", "at least " + std::to_string(least), length);
+    require(batch >= 1, "batch", "at least 1", batch);
+    SequenceTaskBatch result{length, batch, {}, {}};
+    result.tokens.assign(std::size_t(length * batch), 0);
+    result.answers.assign(std::size_t(length * batch), SequenceTaskBatch::no_answer);
+    for (index i = 0; i < batch; ++i) {
+        Random random(seed, first + std::uint64_t(i));
+        const Column column{result.tokens.data() + i, result.answers.data() + i, length, batch};
+        if (options.task == SequenceTask::parity)
+            fill_parity(column, random);
+        else if (options.task == SequenceTask::recall)
+            fill_recall(options, column, random);
+        else
+            fill_hops(options, column, random);
+    }
+    return result;
+}
+
+// ------------------------------------------------------------------------------------------- the checkpoint
+
+namespace {
+
+struct State {
+    TaskTrainingOptions options;
+    index step = 0, updates = 0;  // done; a step that was skipped is no update
+    index length = 0;     // of the next step's sequences
+    index sequences = 0;  // drawn
+    double recent_accuracy = 0;
+    SavedTensors tensors;
+};
+
+/// What a resumed training must have in common with its checkpoint.
+template <class S, class Visit>
+void visit_fixed_fields(S& state, const Visit& visit) {
+    auto& task = state.options.task;
+    visit("task", task.task, sequence_task_names);
+    visit("length", task.length);
+    visit("pairs", task.pairs);
+    visit("keys", task.keys);
+    visit("values", task.values);
+    visit("hops", task.hops);
+    visit("symbols", task.symbols);
+    visit_model(state.options.model, visit);
+    auto& options = state.options;
+    visit("recurrent_scale", options.recurrent_scale);
+    visit("batch", options.batch);
+    visit("steps", options.steps);
+    visit("first_length", options.first_length);
+    visit("growth", options.growth);
+    visit("learning_rate", options.learning_rate);
+    visit("warm_up", options.warm_up);
+    visit("weight_decay", options.weight_decay);
+    visit("gradient_clip", options.gradient_clip);
+    visit("seed", options.seed);
+}
+
+template <class S, class Visit>
+void visit_fields(S& state, const Visit& visit) {
+    visit("step", state.step);
+    visit("updates", state.updates);
+    visit("next_length", state.length);
+    visit("sequences", state.sequences);
+    visit("recent_accuracy", state.recent_accuracy);
+    visit_fixed_fields(state, visit);
+    auto& options = state.options;
+    visit("estimate_interval", options.estimate_interval);
+    visit("on_divergence", options.on_divergence, on_divergence_names);
+    visit("validation_interval", options.validation_interval);
+    visit("validation_sequences", options.validation_sequences);
+    visit("enough", options.enough);
+    visit("checkpoint_interval", options.checkpoint_interval);
+    visit_evaluation(options.evaluation, cell_method_names, visit);
+}
+
+void write(SavedStates& file, const State& state) {
+    SavedState saved{{{"format", format}}, state.tensors};
+    visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
+    file.save(saved);
+}
+
+/// Throws InvalidArgument for what cannot be.
+void check(const TaskTrainingOptions& options);
+
+State from_saved(const std::filesystem::path& path, SavedState saved) {
+    State state;
+    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    try {
+        check(state.options);
+        if (const index vocabulary = vocabulary_of(state.options.task); vocabulary != state.options.model.vocabulary)
+            throw InvalidArgument("vocabulary", std::to_string(vocabulary),
+                                  std::to_string(state.options.model.vocabulary));
+    } catch (const InvalidArgument& problem) {
+        throw FileError(path, problem.what());
+    }
+    if (state.updates < 0 || state.updates > state.step || state.step > state.options.steps)
+        throw FileError(path, "counts of steps as metadata \"step\" and \"updates\"",
+                        std::to_string(state.step) + " and " + std::to_string(state.updates));
+    if (state.sequences < 0)
+        throw FileError(path, "at least 0 as metadata \"sequences\"", std::to_string(state.sequences));
+    if (state.length < least_length(state.options.task.task) || state.length > state.options.task.length)
+        throw FileError(path, "a length of at most " + std::to_string(state.options.task.length) + " as metadata \"next_length\"",
+                        std::to_string(state.length));
+    state.tensors = std::move(saved.tensors);
+    return state;
+}
+
+// ---------------------------------------------------------------------------------------------- the options
+
+OptimisationOptions optimisation_options(const TaskTrainingOptions& options) {
+    return {.learning_rate = options.learning_rate,
+            .warm_up = options.warm_up,
+            .steps = options.steps,
+            .weight_decay = options.weight_decay,
+            .gradient_clip = options.gradient_clip};
+}
+
+void check(const TaskTrainingOptions& options) {
+    vocabulary_of(options.task);
+    const index least = least_length(options.task.task), length = options.task.length;
+    require(length >= least, "length", "at least " + std::to_string(least), length);
+    require(options.first_length == 0 || (options.first_length >= least && options.first_length <= length),
+            "first_length", std::to_string(least) + " to length = " + std::to_string(length) + ", or 0",
+            options.first_length);
+    require(options.growth >= 0 && options.growth <= 1, "growth", "0 to 1", options.growth);
+    require(options.enough >= 0 && options.enough <= 1, "enough", "0 to 1", options.enough);
+    require(std::isfinite(options.recurrent_scale) && options.recurrent_scale >= 0, "recurrent_scale",
+            "a finite number, at least 0", options.recurrent_scale);
+    require(options.batch >= 1, "batch", "at least 1", options.batch);
+    require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
+    require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
+    require(options.validation_sequences >= 1, "validation_sequences", "at least 1", options.validation_sequences);
+    require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
+    require(options.evaluation.execution.threads >= 0, "threads", "at least 0", options.evaluation.execution.threads);
+    check(optimisation_options(options));
+}
+
+void check_continues(const State& wanted, const State& saved) {
+    Metadata ours, theirs;
+    visit_fixed_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
+    visit_fixed_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
+    for (const auto& [name, value] : theirs)
+        if (ours.at(name) != value) throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
+}
+
+// ------------------------------------------------------------------------------------------------ measuring
+
+struct Answered {
+    Tensor loss;  ///< the mean over the answers, nats
+    index answers = 0, right = 0, last_right = 0;
+};
+
+Answered answer(LanguageModel& model, const SequenceTaskBatch& batch, at::Device device) {
+    const auto tensor = [&](const std::vector<std::int64_t>& numbers) {
+        return at::tensor(numbers, at::kLong).view({batch.length, batch.batch}).to(device);
+    };
+    const Tensor answers = tensor(batch.answers), logits = model.forward(tensor(batch.tokens));
+    const Tensor right = logits.detach().argmax(2).eq(answers);
+    const auto count = [](const Tensor& marks) { return marks.sum().item<index>(); };
+    return {at::cross_entropy_loss(logits.view({-1, logits.size(2)}), answers.view({-1}), {}, at::Reduction::Mean,
+                                   SequenceTaskBatch::no_answer),
+            count(answers.ne(SequenceTaskBatch::no_answer)), count(right), count(right[batch.length - 1])};
+}
+
+/// Of the validation's sequences, in pieces of `at_once`.
+TaskValidation measure(LanguageModel& model, const SequenceTaskOptions& task, index length, index sequences,
+                       index at_once, at::Device device) {
+    const at::NoGradGuard no_gradients;
+    const auto begin = Clock::now();
+    TaskValidation result;
+    double right = 0, last_right = 0;
+    index cells = 0;
+    while (result.sequences < sequences) {
+        const index count = std::min(at_once, sequences - result.sequences);
+        const auto batch = make_batch(task, length, count, validation_seed,
+                                      validation_first + std::uint64_t(result.sequences));
+        const Answered found = answer(model, batch, device);
+        for (const Report* const report : model.reports()) add(result.newton, *report, cells++);
+        result.loss += found.loss.item<double>() * double(found.answers);
+        right += double(found.right);
+        last_right += double(found.last_right);
+        result.answers += found.answers;
+        result.sequences += count;
+    }
+    result.loss /= double(result.answers);
+    result.accuracy = right / double(result.answers);
+    result.last_accuracy = last_right / double(result.sequences);
+    result.seconds = seconds_since(begin);
+    return result;
+}
+
+// --------------------------------------------------------------------------------------------- the training
+
+class Training {
+public:
+    Training(const TaskTrainingOptions& options, const TaskCallbacks& callbacks)
+        : options_(options), callbacks_(callbacks), device_(device_of(options.device)), checkpoint_(options.checkpoint) {
+        state_.options = options;
+        state_.options.model.vocabulary = vocabulary_of(options.task);
+        state_.options.model = completed(state_.options.model);
+        state_.length = options.first_length > 0 ? options.first_length : options.task.length;
+        if (options.resume.empty()) {
+            model_ = std::make_shared<LanguageModel>(state_.options.model);
+            {
+                const at::NoGradGuard no_gradients;
+                for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
+            }
+            model_->to(device_);
+            optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+        } else {
+            resume();
+        }
+    }
+
+    TaskTraining run() {
+        for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
+        const index first = state_.step;
+        bool validated = false;
+        while (state_.step < options_.steps && !result_.interrupted && !enough()) {
+            TaskStep record = one_step();
+            record.elapsed = seconds_since(begin_);
+            record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
+            result_.steps.push_back(record);
+            if (callbacks_.step) callbacks_.step(record);
+            result_.interrupted = callbacks_.interrupted && callbacks_.interrupted();
+            const auto due = [&](index interval) { return interval > 0 && state_.step % interval == 0; };
+            validated = !result_.interrupted && due(options_.validation_interval);
+            if (validated) validate();
+            if (!result_.interrupted && due(options_.checkpoint_interval) && state_.step < options_.steps) save();
+        }
+        if (!result_.interrupted && !validated) validate();
+        save();
+        result_.seconds = seconds_since(begin_);
+        return std::move(result_);
+    }
+
+private:
+    void resume() {
+        SavedStates other(options_.resume);
+        std::error_code error;
+        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
+        const State saved = from_saved(
+            options_.resume,
+            (same ? checkpoint_ : other).load(format, [this](const std::string& warning) { tell(warning); }));
+        check_continues(state_, saved);
+        model_ = make_model(options_.resume, saved.options.model, saved.tensors);
+        model_->to(device_);
+        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+        if (saved.updates > 0)
+            optimisation_->restore_state(saved.updates, [&](const std::string& name, const Tensor& like) {
+                return find(options_.resume, saved.tensors, name, like.cpu())
+                    .to(device_, like.scalar_type(), false, true);
+            });
+        state_.step = saved.step;
+        state_.updates = saved.updates;
+        state_.length = saved.length;
+        state_.sequences = saved.sequences;
+        state_.recent_accuracy = saved.recent_accuracy;
+    }
+
+    void save() {
+        if (options_.checkpoint.empty()) return;
+        state_.tensors.clear();
+        const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
+        for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
+        optimisation_->visit_state(keep);
+        write(checkpoint_, state_);
+        state_.tensors.clear();
+    }
+
+    TaskStep one_step() {
+        const auto begin = Clock::now();
+        if (double(state_.step) >= options_.growth * double(options_.steps)) state_.length = options_.task.length;
+        TaskStep record;
+        record.step = state_.step + 1;
+        record.steps = options_.steps;
+        record.length = state_.length;
+        record.learning_rate = optimisation_->learning_rate(state_.step);
+        optimisation_->clear_gradients();
+        const index interval = options_.estimate_interval;
+        set_estimates(interval == 0 || state_.step % interval != 0 ? Estimates::none
+                      : device_.is_cuda()                          ? Estimates::quick
+                                                                   : Estimates::full);
+        // Of shorter sequences more, as they have fewer answers.
+        const index count = options_.batch * std::clamp<index>(options_.task.length / state_.length, 1, 4);
+        const auto batch =
+            make_batch(options_.task, state_.length, count, options_.seed, std::uint64_t(state_.sequences));
+        state_.sequences += count;
+        const Answered found = answer(*model_, batch, device_);
+        index cells = 0;
+        for (const Report* const report : model_->reports()) add(record, *report, cells++);
+        record.loss = found.loss.item<double>();
+        record.accuracy = double(found.right) / double(found.answers);
+        record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
+        if (std::isfinite(record.loss)) {
+            found.loss.backward();
+            record.gradient_norm = optimisation_->step(state_.step);
+        }
+        record.skipped = !std::isfinite(record.gradient_norm);
+        if (record.skipped) {
+            if (const std::string what = not_finite(record.loss, record.step);
+                options_.on_divergence == OnDivergence::stop)
+                throw TrainingDiverged(what + "; a smaller learning rate may help");
+            else
+                tell(what + ": it is skipped");
+        } else {
+            ++state_.updates;
+            lengthen(record.accuracy);
+        }
+        ++state_.step;
+        record.seconds = seconds_since(begin);
+        return record;
+    }
+
+    /// Longer sequences once these are answered.
+    void lengthen(double accuracy) {
+        state_.recent_accuracy += (accuracy - state_.recent_accuracy) / 5;
+        if (state_.recent_accuracy < 0.95) return;
+        state_.length = std::min(options_.task.length, state_.length + 1 + state_.length / 8);
+        state_.recent_accuracy = 0.8;
+    }
+
+    void set_estimates(Estimates estimates) {
+        Options evaluation = options_.evaluation;
+        evaluation.estimates = estimates;
+        model_->set_evaluation(evaluation);
+    }
+
+    bool enough() const {
+        return options_.enough > 0 && !result_.validations.empty() &&
+               result_.validations.back().accuracy >= options_.enough;
+    }
+
+    void validate() {
+        set_estimates(device_.is_cuda() ? Estimates::quick : Estimates::full);
+        TaskValidation found = measure(*model_, options_.task, options_.task.length, options_.validation_sequences,
+                                       options_.batch, device_);
+        found.step = state_.step;
+        result_.validations.push_back(found);
+        if (callbacks_.validation) callbacks_.validation(found);
+    }
+
+    void tell(const std::string& note) {
+        if (callbacks_.note) callbacks_.note(note);
+    }
+
+    const TaskTrainingOptions& options_;
+    const TaskCallbacks& callbacks_;
+    at::Device device_;
+    SavedStates checkpoint_;
+    State state_;
+    std::shared_ptr<LanguageModel> model_;
+    std::optional<Optimisation> optimisation_;
+    TaskTraining result_;
+    Clock::time_point begin_ = Clock::now();
+};
+
+}  // namespace
+
+TaskTrainingOptions::TaskTrainingOptions() : device("cpu") {
+    model.width = 64;
+    model.layers = 2;
+    evaluation.method = Method::shooting;
+    evaluation.chunk = 16;
+}
+
+TaskTraining train_task(const TaskTrainingOptions& options, const TaskCallbacks& callbacks) {
+    check(options);
+    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
+    set_threads(options.evaluation);
+    return Training(options, callbacks).run();
+}
+
+bool is_task(const std::filesystem::path& checkpoint) { return format_of(checkpoint) == format; }
+
+TaskTrainingOptions task_options(const std::filesystem::path& checkpoint) {
+    return from_saved(checkpoint, SavedStates(checkpoint).load(format, {})).options;
+}
+
+TaskValidation validate_task(const std::filesystem::path& checkpoint, const TaskValidationOptions& options) {
+    require(options.length >= 0, "length", "at least 0", options.length);
+    require(options.sequences >= 0, "sequences", "at least 0", options.sequences);
+    require(options.batch >= 0, "batch", "at least 0", options.batch);
+    const at::Device device = device_of(options.device);
+    set_threads(options.evaluation);
+    const State state = from_saved(checkpoint, read_state(checkpoint, format));
+    const TaskTrainingOptions& trained = state.options;
+    const auto model = make_model(checkpoint, trained.model, state.tensors);
+    model->to(device);
+    Options evaluation = options.evaluation;
+    evaluation.estimates = device.is_cuda() ? Estimates::quick : Estimates::full;
+    model->set_evaluation(evaluation);
+    const auto chosen = [](index given, index usual) { return given > 0 ? given : usual; };
+    TaskValidation result =
+        measure(*model, trained.task, chosen(options.length, trained.task.length),
+                chosen(options.sequences, trained.validation_sequences), chosen(options.batch, trained.batch), device);
+    result.step = state.step;
+    return result;
+}
+
+}  // namespace deeppcr::nn
