@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <iostream>
 #include <new>
+#include <thread>
 
 #include <deeppcr/execution.hpp>
 
@@ -55,10 +56,18 @@ int fail(const std::string& message, Exit code, bool json) {
 }  // namespace
 
 void Output::line(const std::string& text) const {
-    if (!json_) std::cout << text << std::endl;
+    if (!json_ && !follows()) std::cout << text << std::endl;
 }
 
+Group& Output::group() {
+    group_ = &Group::world();
+    return *group_;
+}
+
+std::string Output::speaker() const { return follows() ? to_string(*group_) + ": " : std::string(); }
+
 void Output::warn(const std::string& text) {
+    if (follows()) return;
     std::cerr << "deeppcr: warning: " << text << std::endl;
     result["warnings"].push_back(text);
 }
@@ -160,18 +169,24 @@ int Program::run(int argc, char** argv) {
     }
 
     Output output(json_);
+    const auto end = [&](const std::string& message, Exit code) {
+        // What is wrong on all processes alike the first one says, and ends all; what is wrong here alone is said here.
+        if (output.follows()) std::this_thread::sleep_for(std::chrono::seconds(1));
+        return fail(output.speaker() + message, code, json_ && !output.follows());
+    };
     Exit code = Exit::done;
     try {
         code = chosen->run(output);
     } catch (const Interrupted& error) {
-        return fail(error.what(), Exit::interrupted, json_);
+        return end(error.what(), Exit::interrupted);
     } catch (const NotConverged& error) {
-        return fail(error.what(), Exit::failed, json_);
+        return end(error.what(), Exit::failed);
     } catch (const std::bad_alloc&) {
-        return fail("out of memory", Exit::error, json_);
+        return end("out of memory", Exit::error);
     } catch (const std::exception& error) {
-        return fail(error.what(), Exit::error, json_);
+        return end(error.what(), Exit::error);
     }
+    if (output.follows()) return int(Exit::done);  // the first process tells how all have ended, and ends last
     if (json_) print(output.result);
     std::cout.flush();
     if (!std::cout) return fail("standard output cannot be written", Exit::error, false);

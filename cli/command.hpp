@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <deeppcr/error.hpp>
+#include <deeppcr/group.hpp>
 
 namespace deeppcr::program {
 
@@ -37,10 +38,19 @@ public:
     void warn(const std::string& text);
     bool json() const { return json_; }
 
+    /// The processes that mpirun has started, for a command that they compute together: from this call on only the
+    /// first one prints, and the others say what is wrong with them alone.
+    Group& group();
+    /// Whether this process is not the first one of those.
+    bool follows() const { return group_ != nullptr && group_->rank() > 0; }
+    /// "", or the name of one of several processes, as the beginning of a message.
+    std::string speaker() const;
+
     Json result = Json::object();  ///< what --json prints, as one object, when the command returns
 
 private:
     bool json_;
+    Group* group_ = nullptr;
 };
 
 /// A progress bar on standard error, with the time that remains:

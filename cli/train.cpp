@@ -65,9 +65,10 @@ private:
     std::deque<nn::StepRecord> steps_;
 };
 
-TrainingOptions gather(const Arguments& arguments) {
+TrainingOptions gather(const Arguments& arguments, Group& group) {
     TrainingOptions options = arguments.resume.empty() ? TrainingOptions{} : nn::checkpoint_options(arguments.resume);
     arguments.given->apply(options);
+    options.group = &group;
     options.resume = arguments.resume;
     options.data = arguments.data;
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
@@ -115,8 +116,8 @@ std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
 }
 
 Exit run_train(const Arguments& arguments, Output& output) {
-    const TrainingOptions options = gather(arguments);
-    Log log(arguments.log);
+    const TrainingOptions options = gather(arguments, output.group());
+    Log log(output.follows() ? "" : arguments.log);
     output.line("Fashion-MNIST, " + describe(options));
     warn_about_slow_blas(output);
 
@@ -197,7 +198,7 @@ void add_train(Program& program) {
     given.choice("--activation", field(&TrainingOptions::activation), nn::activation_names, "Of the layers");
     given.evaluation(field(&TrainingOptions::evaluation));
     given.value("--device", field(&TrainingOptions::device), "Where to train: cpu, cuda or cuda:<number>");
-    given.value("--batch", field(&TrainingOptions::batch), "Images per step");
+    given.value("--batch", field(&TrainingOptions::batch), "Images per step, of all processes together");
     given.value("--epochs", field(&TrainingOptions::epochs), "Passes over the training images");
     given.value("--steps", field(&TrainingOptions::steps), "Steps, instead of epochs; 0: as --epochs says");
     given.choice("--optimiser", field(&TrainingOptions::optimiser), nn::optimiser_names, "How parameters are updated");

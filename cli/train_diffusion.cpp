@@ -21,9 +21,10 @@ struct Arguments {
     std::unique_ptr<GivenOptions<DiffusionOptions>> given;
 };
 
-DiffusionOptions gather(const Arguments& arguments) {
+DiffusionOptions gather(const Arguments& arguments, Group& group) {
     DiffusionOptions options = arguments.resume.empty() ? DiffusionOptions{} : nn::diffusion_options(arguments.resume);
     arguments.given->apply(options);
+    options.group = &group;
     options.resume = arguments.resume;
     options.data = arguments.data;
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
@@ -34,7 +35,7 @@ DiffusionOptions gather(const Arguments& arguments) {
 }
 
 Exit run_train_diffusion(const Arguments& arguments, Output& output) {
-    const DiffusionOptions options = gather(arguments);
+    const DiffusionOptions options = gather(arguments, output.group());
     output.line("Fashion-MNIST, a diffusion model of " +
                 (options.space == nn::Space::latent ? count_text(options.latents) + " latents" : "its pixels") +
                 ", which predicts the " + nn::name_of(nn::prediction_names, options.prediction));
@@ -117,7 +118,7 @@ void add_train_diffusion(Program& program) {
                  "What the denoiser predicts");
     given.value("--unconditional", field(&DiffusionOptions::unconditional),
                 "Part of the images whose class the denoiser is not told, for --guidance");
-    given.value("--batch", field(&DiffusionOptions::batch), "Images per step");
+    given.value("--batch", field(&DiffusionOptions::batch), "Images per step, of all processes together");
     given.value("--autoencoder-steps", field(&DiffusionOptions::autoencoder_steps),
                 "Of the autoencoder, which is first");
     given.value("--steps", field(&DiffusionOptions::steps), "Of the denoiser");

@@ -40,13 +40,14 @@ Json to_json(const nn::LanguageValidation& validation) {
             {"seconds", validation.seconds}};
 }
 
-LanguageTrainingOptions gather(const Arguments& arguments) {
+LanguageTrainingOptions gather(const Arguments& arguments, Group& group) {
     LanguageTrainingOptions options =
         arguments.resume.empty() ? LanguageTrainingOptions{} : nn::language_options(arguments.resume);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
     if (!arguments.tokens.empty()) options.tokens = arguments.tokens;
     if (options.tokens.empty()) options.tokens = "text.tokens";
+    options.group = &group;
     options.resume = arguments.resume;
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
                          : !arguments.resume.empty()   ? arguments.resume
@@ -67,14 +68,18 @@ Exit run_plan(const LanguageTrainingOptions& options, Output& output) {
 }
 
 Exit run_train(const Arguments& arguments, Output& output) {
-    const LanguageTrainingOptions options = gather(arguments);
+    Group& group = output.group();
+    const LanguageTrainingOptions options = gather(arguments, group);
     if (arguments.plan) return run_plan(options, output);
     refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
-    Log log(arguments.log);
+    Log log(output.follows() ? "" : arguments.log);
     output.line("language model on " + options.tokens.string() + ": " +
                 nn::name_of(nn::mixer_names, options.model.mixer) + ", " + count_text(options.model.layers) +
                 " blocks x " + count_text(options.model.width) + ", cells evaluated by the method " +
-                nn::name_of(nn::cell_method_names, options.evaluation.method));
+                nn::name_of(nn::cell_method_names, options.evaluation.method) +
+                (group.size() > 1 ? "; " + count_text(group.size()) + " ranks share the " +
+                                        nn::name_of(nn::sharing_names, options.share)
+                                  : std::string()));
     warn_about_slow_blas(output);
 
     std::optional<Progress> bar;
@@ -159,7 +164,8 @@ void add_train_language_model(Program& program) {
     CLI::App& command = program.add("train lm", "Train a language model on tokens of `deeppcr prepare`",
                                     "  deeppcr train lm --tokens text.tokens --configuration 1M --steps 2000\n"
                                     "  deeppcr train lm --mixer lstm --checkpoint lstm.safetensors\n"
-                                    "  deeppcr train lm --resume lm.safetensors",
+                                    "  deeppcr train lm --resume lm.safetensors\n"
+                                    "  mpirun -n 4 deeppcr train lm --share steps --context 65536 --batch 1",
                                     [arguments](Output& output) { return run_train(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<LanguageTrainingOptions>>(command);
     auto& given = *arguments->given;
@@ -176,7 +182,9 @@ void add_train_language_model(Program& program) {
     given.value("--context", field(&Training::context), "Steps per sequence");
     given.value("--batch", field(&Training::batch), "Sequences per optimiser step");
     given.value("--micro-batch", field(&Training::micro_batch),
-                "Sequences at once, whose gradients are added up; 0: all of --batch");
+                "Sequences at once, whose gradients are added up; 0: all that a process has of --batch");
+    given.choice("--share", field(&Training::share), nn::sharing_names,
+                 "What the processes that mpirun has started divide among themselves");
     given.value("--steps", field(&Training::steps), "Optimiser steps");
     given.value("--learning-rate", field(&Training::learning_rate), "At its highest");
     given.value("--warm-up", field(&Training::warm_up), "Steps until the learning rate is at its highest");

@@ -47,8 +47,10 @@ Json to_json(const nn::SwapEpoch& epoch) {
             {"held_out", to_json(epoch.held_out)}};
 }
 
-SwapOptions gather(const Arguments& arguments) {
+SwapOptions gather(const Arguments& arguments, Group& group) {
     SwapOptions options = arguments.resume.empty() ? SwapOptions{} : nn::swap_options(arguments.resume);
+    if (arguments.resume.empty() && group.size() > 1) options.workers = group.size();
+    options.group = &group;
     arguments.given->apply(options);
     options.resume = arguments.resume;
     options.data = arguments.data;
@@ -110,8 +112,8 @@ void print(const nn::SwapComparison& comparison, const Output& output) {
 }
 
 Exit run_train_swap(const Arguments& arguments, Output& output) {
-    const SwapOptions options = gather(arguments);
-    Log log(arguments.log);
+    const SwapOptions options = gather(arguments, output.group());
+    Log log(output.follows() ? "" : arguments.log);
     output.line(describe(options));
     warn_about_slow_blas(output);
 
@@ -179,7 +181,8 @@ void add_train_swap(Program& program) {
         "  deeppcr train swap --workers 8 --compare\n"
         "  deeppcr train swap --large-epochs 0 --period 100 --outer-learning-rate 0.7 --outer-momentum 0.9\n"
         "  deeppcr train swap --workers 1 --small-schedule constant --trajectory swa\n"
-        "  deeppcr train swap --resume swap.safetensors",
+        "  deeppcr train swap --resume swap.safetensors\n"
+        "  mpirun -n 4 deeppcr train swap",
         [arguments](Output& output) { return run_train_swap(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<SwapOptions>>(command);
     auto& given = *arguments->given;
@@ -190,7 +193,7 @@ void add_train_swap(Program& program) {
                  "Three convolutions with batch norm, or a deep residual trunk");
     given.value("--layers", field(&SwapOptions::layers), "Of the residual network");
     given.value("--width", field(&SwapOptions::width), "Of the residual network's layers");
-    given.value("--workers", field(&SwapOptions::workers), "Workers, simulated in this process");
+    given.value("--workers", field(&SwapOptions::workers), "Workers, simulated in this process; under mpirun one for each rank");
     given.value("--threads", field(&SwapOptions::threads), "Workers that compute side by side");
     given.value("--large-batch", field(&SwapOptions::large_batch), "Phase 1: images per step, of all workers together");
     given.value("--large-epochs", field(&SwapOptions::large_epochs), "Phase 1: passes at most; 0: no phase 1");

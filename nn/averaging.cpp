@@ -6,20 +6,22 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 #include <torch/nn/modules/batchnorm.h>
 
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <ctime>
-#include <exception>
 #include <limits>
 #include <mutex>
 #include <random>
-#include <thread>
+#include <span>
 #include <utility>
 
 #include <deeppcr/nn/fashion_mnist.hpp>
+
+#include "nn/sharing.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -54,134 +56,61 @@ NamedTensors real_buffers(const torch::nn::Module& model) {
 
 // ------------------------------------------------------------------------------------ a team in one process
 
-/// Thrown in workers that wait for one that has failed.
-struct Abandoned {};
-
-class SimulatedTeam {
+/// How many threads may compute at the same time.
+class Turns {
 public:
-    SimulatedTeam(index size, int threads)
-        : size_(size),
-          free_(threads),
-          errors_(std::size_t(size)),
-          averaged_(std::size_t(size)),
-          collected_(std::size_t(size)),
-          records_(std::size_t(size)) {}
-
-    void run(const std::function<void(Team&)>& worker) {
-        std::vector<std::thread> threads;
-        for (index rank = 0; rank < size_; ++rank)
-            threads.emplace_back([&, rank] {
-                at::init_num_threads();  // as the process has them; OpenMP would give each thread all processors
-                Member member(*this, rank);
-                try {
-                    begin();
-                    worker(member);
-                    end(nullptr, rank);
-                } catch (const Abandoned&) {
-                    end(nullptr, rank);
-                } catch (...) {
-                    end(std::current_exception(), rank);
-                }
-            });
-        for (std::thread& thread : threads) thread.join();
-        for (const std::exception_ptr& error : errors_)
-            if (error) std::rethrow_exception(error);
-    }
-
-private:
-    class Member : public Team {
-    public:
-        Member(SimulatedTeam& team, index rank) : team_(team), rank_(rank) {}
-        index rank() const override { return rank_; }
-        index size() const override { return team_.size_; }
-        void average(const Tensors& tensors) override {
-            team_.averaged_[std::size_t(rank_)] = &tensors;
-            team_.meet([this] { team_.average(); });
-        }
-        std::vector<std::vector<double>> gather(const std::vector<double>& record) override {
-            team_.records_[std::size_t(rank_)] = record;
-            team_.meet([] {});
-            std::vector<std::vector<double>> all = team_.records_;
-            team_.meet([] {});  // nobody writes the next record before all have read these
-            return all;
-        }
-        std::vector<SavedTensors> collect(const SavedTensors& tensors) override {
-            team_.collected_[std::size_t(rank_)] = &tensors;
-            std::vector<SavedTensors> all;
-            team_.meet([] {});
-            if (rank_ == 0)
-                for (const SavedTensors* const theirs : team_.collected_) {
-                    all.push_back(*theirs);
-                    for (auto& [name, tensor] : all.back()) tensor = tensor.detach().clone();
-                }
-            team_.meet([] {});  // nobody changes its tensors before they are copied
-            return all;
-        }
-
-    private:
-        SimulatedTeam& team_;
-        index rank_;
-    };
-
-    void begin() {
+    explicit Turns(int count) : free_(count) {}
+    void take() {
         std::unique_lock lock(mutex_);
-        take_turn(lock);
-    }
-    void end(std::exception_ptr error, index rank) {
-        const std::lock_guard lock(mutex_);
-        failed_ = failed_ || error;
-        errors_[std::size_t(rank)] = std::move(error);
-        ++free_;
-        changed_.notify_all();
-    }
-    void take_turn(std::unique_lock<std::mutex>& lock) {
         changed_.wait(lock, [&] { return free_ > 0; });
         --free_;
     }
-
-    /// Waits for all; the last to come does `action` for all. Whoever waits leaves its turn to others.
-    template <class Action>
-    void meet(const Action& action) {
-        std::unique_lock lock(mutex_);
-        if (failed_) throw Abandoned();
-        if (++arrived_ == size_) {
-            action();
-            arrived_ = 0;
-            ++meetings_;
-            changed_.notify_all();
-            return;
-        }
-        const std::uint64_t meeting = meetings_;
+    void give_back() {
+        const std::lock_guard lock(mutex_);
         ++free_;
-        changed_.notify_all();
-        changed_.wait(lock, [&] { return meetings_ != meeting || failed_; });
-        const bool met = meetings_ != meeting;
-        take_turn(lock);
-        if (!met) throw Abandoned();
+        changed_.notify_one();
     }
 
-    void average() {
-        const at::NoGradGuard no_gradients;
-        for (std::size_t i = 0; i < averaged_[0]->size(); ++i) {
-            Tensor sum = (*averaged_[0])[i].clone();
-            for (std::size_t rank = 1; rank < averaged_.size(); ++rank) sum.add_((*averaged_[rank])[i]);
-            sum.div_(double(size_));
-            for (const Tensors* const tensors : averaged_) Tensor((*tensors)[i]).copy_(sum);
-        }
-    }
-
-    const index size_;
-    int free_;  ///< turns that nobody has
+private:
+    int free_;
     std::mutex mutex_;
     std::condition_variable changed_;
-    index arrived_ = 0;
-    std::uint64_t meetings_ = 0;
-    bool failed_ = false;
-    std::vector<std::exception_ptr> errors_;
-    // What each worker has brought to a meeting.
-    std::vector<const Tensors*> averaged_;
-    std::vector<const SavedTensors*> collected_;
-    std::vector<std::vector<double>> records_;
+};
+
+/// Whoever waits for others leaves its turn to them.
+class SimulatedTeam : public Team {
+public:
+    SimulatedTeam(Group& group, Turns& turns) : team_(group), turns_(turns) { turns_.take(); }
+    ~SimulatedTeam() override { turns_.give_back(); }
+    SimulatedTeam(const SimulatedTeam&) = delete;
+    SimulatedTeam& operator=(const SimulatedTeam&) = delete;
+
+    index rank() const override { return team_.rank(); }
+    index size() const override { return team_.size(); }
+    void average(const Tensors& tensors) override {
+        const Pause pause(turns_);
+        team_.average(tensors);
+    }
+    std::vector<std::vector<double>> gather(const std::vector<double>& record) override {
+        const Pause pause(turns_);
+        return team_.gather(record);
+    }
+    std::vector<SavedTensors> collect(const SavedTensors& tensors) override {
+        const Pause pause(turns_);
+        return team_.collect(tensors);
+    }
+
+private:
+    struct Pause {
+        explicit Pause(Turns& all) : turns(all) { turns.give_back(); }
+        ~Pause() { turns.take(); }
+        Pause(const Pause&) = delete;
+        Pause& operator=(const Pause&) = delete;
+        Turns& turns;
+    };
+
+    GroupTeam team_;
+    Turns& turns_;
 };
 
 // ------------------------------------------------------------------------------------------ batch norm
@@ -201,7 +130,66 @@ void prepare(torch::nn::Module& module, std::vector<std::function<void()>>& rest
 void run_team(index size, int threads, const std::function<void(Team&)>& worker) {
     require(size >= 1, "workers", "at least 1", size);
     require(threads >= 1, "threads", "at least 1", threads);
-    SimulatedTeam(size, threads).run(worker);
+    Turns turns(threads);
+    Group::simulate(int(size), [&](Group& group) {
+        at::init_num_threads();  // as the process has them; OpenMP would give each thread all processors
+        SimulatedTeam team(group, turns);
+        worker(team);
+    });
+}
+
+void GroupTeam::average(const Tensors& tensors) {
+    const at::NoGradGuard no_gradients;
+    sum_over(group_, tensors);
+    for (const Tensor& tensor : tensors) Tensor(tensor).div_(double(size()));
+}
+
+std::vector<std::vector<double>> GroupTeam::gather(const std::vector<double>& record) {
+    const std::size_t workers = std::size_t(size());
+    const index length = index(record.size());
+    std::vector<index> lengths(workers);
+    group_.gather(std::span(&length, 1), std::span(lengths));
+    const std::size_t longest = std::size_t(*std::max_element(lengths.begin(), lengths.end()));
+    std::vector<double> own = record, everything(workers * longest);
+    own.resize(longest);
+    group_.gather(std::span<const double>(own), std::span(everything));
+    std::vector<std::vector<double>> records;
+    for (std::size_t worker = 0; worker < workers; ++worker) {
+        const auto begin = everything.begin() + std::ptrdiff_t(worker * longest);
+        records.emplace_back(begin, begin + lengths[worker]);
+    }
+    return records;
+}
+
+std::vector<SavedTensors> GroupTeam::collect(const SavedTensors& tensors) {
+    const int workers = group_.size();
+    const auto packed = [](const SavedTensors& all) {
+        c10::Dict<std::string, Tensor> named;
+        for (const auto& [name, tensor] : all) named.insert(name, tensor.detach().clone());
+        return torch::jit::pickle_save(named);
+    };
+    const auto pass = [this](int to, std::span<const char> sent, int from, std::span<char> received) {
+        group_.pass(to, sent, from, received);
+    };
+    if (rank() > 0) {
+        const std::vector<char> bytes = packed(tensors);
+        const index count = index(bytes.size());
+        group_.pass<index>(0, std::span(&count, 1), -1, {});
+        pass(0, bytes, -1, {});
+        return {};
+    }
+    std::vector<SavedTensors> all = {tensors};
+    for (auto& [name, tensor] : all.back()) tensor = tensor.detach().clone();
+    for (int worker = 1; worker < workers; ++worker) {
+        index count = 0;
+        group_.pass<index>(-1, {}, worker, std::span(&count, 1));
+        std::vector<char> bytes(static_cast<std::size_t>(count));
+        pass(-1, {}, worker, bytes);
+        SavedTensors& theirs = all.emplace_back();
+        for (const auto& item : torch::jit::pickle_load(bytes).toGenericDict())
+            theirs[item.key().toStringRef()] = item.value().toTensor();
+    }
+    return all;
 }
 
 Tensor order_of_examples(index examples, std::uint64_t seed, index phase, index worker, index epoch) {

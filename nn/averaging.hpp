@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include <deeppcr/group.hpp>
 #include <deeppcr/nn/swap.hpp>
 
 #include "nn/optimisation.hpp"
@@ -26,8 +27,8 @@ public:
     virtual ~Team() = default;
     virtual index rank() const = 0;
     virtual index size() const = 0;
-    /// Replaces each tensor by its mean over the workers: the sum in the order of ranks, divided by their number. The
-    /// same bits for all. Shapes and types are the same for all.
+    /// Replaces each tensor by its mean over the workers: the sum of `sum_over`, divided by their number. The same bits
+    /// for all. Shapes and types are the same for all.
     virtual void average(const std::vector<at::Tensor>& tensors) = 0;
     /// Everyone's record, for everyone, in the order of ranks. Records may be of different lengths.
     virtual std::vector<std::vector<double>> gather(const std::vector<double>& record) = 0;
@@ -35,9 +36,23 @@ public:
     virtual std::vector<SavedTensors> collect(const SavedTensors& tensors) = 0;
 };
 
+/// The ranks of a Group, each of them a worker.
+class GroupTeam : public Team {
+public:
+    explicit GroupTeam(Group& group) : group_(group) {}
+    index rank() const override { return group_.rank(); }
+    index size() const override { return group_.size(); }
+    void average(const std::vector<at::Tensor>& tensors) override;
+    std::vector<std::vector<double>> gather(const std::vector<double>& record) override;
+    std::vector<SavedTensors> collect(const SavedTensors& tensors) override;
+
+private:
+    Group& group_;
+};
+
 /// Runs `worker` for a team of `size` simulated in this process, each in a thread of its own, of which at most
-/// `threads` compute at the same time. Results do not depend on `threads`. An exception of one ends all, and is thrown
-/// here: that of the lowest rank. Throws InvalidArgument.
+/// `threads` compute at the same time. Results do not depend on `threads`, and are those of a GroupTeam of as many
+/// processes. An exception of one ends all, and is thrown here: that of the lowest rank. Throws InvalidArgument.
 void run_team(index size, int threads, const std::function<void(Team&)>& worker);
 
 /// What is trained, and by which examples. Its functions are called from all workers' threads at once.

@@ -18,6 +18,7 @@
 
 #include "nn/optimisation.hpp"
 #include "nn/saved_state.hpp"
+#include "nn/sharing.hpp"
 #include "nn/tensors.hpp"
 
 namespace deeppcr::nn {
@@ -169,6 +170,9 @@ void check(const DiffusionOptions& options) {
     require(options.unconditional >= 0 && options.unconditional <= 1, "unconditional", "0 to 1", options.unconditional);
     require(options.train_images >= 0, "train_images", "at least 0", options.train_images);
     require(options.batch >= 1, "batch", "at least 1", options.batch);
+    const index ranks = Share(options.group).ranks();
+    require(options.batch % ranks == 0, "batch", "a multiple of the " + std::to_string(ranks) + " ranks",
+            options.batch);
     require(options.autoencoder_steps >= 0, "autoencoder_steps", "at least 0", options.autoencoder_steps);
     require(options.steps >= 0, "steps", "at least 0", options.steps);
     require(options.average >= 0 && options.average < 1, "average", "0 to below 1", options.average);
@@ -200,12 +204,15 @@ public:
     Training(const DiffusionOptions& options, const DiffusionCallbacks& callbacks)
         : options_(options),
           callbacks_(callbacks),
+          share_(options.group),
           networks_(options),
           schedule_(NoiseSchedule::of(options.schedule, options.times)),
           autoencoder_({{networks_.autoencoder_parameters()}},
                        optimisation_options(options, options.autoencoder_steps)),
           denoiser_({{networks_.denoiser_parameters()}}, optimisation_options(options, options.steps)) {
         state_.options = options;
+        if (share_.group() != nullptr)
+            for (Optimisation* const optimisation : {&autoencoder_, &denoiser_}) optimisation->share(*share_.group());
         for (const auto& [name, tensor] : networks_.denoiser_parameters())
             average_.emplace_back(name, tensor.detach().clone());
         if (!options.resume.empty()) resume();
@@ -227,6 +234,7 @@ public:
         while (state_.steps < options_.steps && !result_.interrupted)
             one_step(false, state_.steps, options_.steps, denoiser_);
         save();
+        share_.barrier();  // so that no rank ends the program before the first one has written
         result_.seconds = seconds_since(begin_);
         return std::move(result_);
     }
@@ -251,7 +259,7 @@ private:
     }
 
     void save() {
-        if (options_.checkpoint.empty()) return;
+        if (options_.checkpoint.empty() || !share_.speaks()) return;
         state_.tensors.clear();
         const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
         for (const auto& all :
@@ -273,6 +281,11 @@ private:
         order_is_autoencoders_ = autoencoder;
         return order_.slice(0, position * options_.batch, (position + 1) * options_.batch);
     }
+    /// This process's rows of a batch.
+    Tensor own(const Tensor& batch) const {
+        const auto [first, last] = share_.part(batch.size(0));
+        return batch.slice(0, first, last);
+    }
     static Tensor scaled(const Tensor& bytes) { return bytes.to(at::kFloat).div_(127.5).sub_(1); }
 
     /// The deviations of the latents are learned from all images, once the autoencoder has been.
@@ -292,19 +305,23 @@ private:
     }
 
     Tensor autoencoder_loss(index step) {
-        const Tensor images = scaled(images_.index_select(0, rows_of_step(true, step)));
+        const Tensor images = scaled(images_.index_select(0, own(rows_of_step(true, step))));
         return torch::mse_loss(networks_.autoencoder->decode(networks_.autoencoder->encode(images)), images);
     }
 
+    /// Everything random is drawn for the whole batch, so that it does not depend on the number of ranks.
     Tensor denoiser_loss(index step) {
-        const Tensor rows = rows_of_step(false, step);
+        const Tensor batch = rows_of_step(false, step), rows = own(batch);
         const Tensor sample =
             samples_.defined() ? samples_.index_select(0, rows) : scaled(images_.index_select(0, rows));
         at::Generator generator = generator_of(options_.seed, training_noise, std::uint64_t(step));
-        const index count = rows.size(0);
-        const Tensor times = at::empty({count}, at::kLong).random_(0, options_.times, generator);
-        const Tensor noise = at::empty_like(sample).normal_(0, 1, generator);
-        const Tensor untold = at::empty({count}, at::kFloat).uniform_(0, 1, generator) < options_.unconditional;
+        const index count = rows.size(0), drawn = batch.size(0);
+        auto sizes = sample.sizes().vec();
+        sizes[0] = drawn;
+        const Tensor times = own(at::empty({drawn}, at::kLong).random_(0, options_.times, generator));
+        const Tensor noise = own(at::empty(sizes, sample.options()).normal_(0, 1, generator));
+        const Tensor untold =
+            own(at::empty({drawn}, at::kFloat).uniform_(0, 1, generator) < options_.unconditional);
         const Tensor classes = at::where(untold, at::full_like(rows, class_count), classes_.index_select(0, rows));
         Tensor signals = at::empty({count, 1}), noises = at::empty({count, 1});
         for (index i = 0; i < count; ++i) {
@@ -328,9 +345,9 @@ private:
     void one_step(bool autoencoder, index& done, index steps, Optimisation& optimisation) {
         const auto start = std::chrono::steady_clock::now();
         optimisation.clear_gradients();
-        const Tensor loss = autoencoder ? autoencoder_loss(done) : denoiser_loss(done);
+        const Tensor loss = (autoencoder ? autoencoder_loss(done) : denoiser_loss(done)) / double(share_.ranks());
         DiffusionStep record{.autoencoder = autoencoder, .step = done + 1, .steps = steps};
-        record.loss = loss.item<double>();
+        record.loss = share_.sum(loss.item<double>());
         const auto diverged = [&](const char* what) {
             return TrainingDiverged(std::string("the ") + what + " of step " + std::to_string(record.step) +
                                     " of the " + (autoencoder ? "autoencoder" : "denoiser") +
@@ -349,8 +366,8 @@ private:
         const index left = steps - done + (autoencoder ? options_.steps : 0);
         record.remaining = record.elapsed / double(steps_here_) * double(left);
         result_.steps.push_back(record);
-        if (callbacks_.step) callbacks_.step(record);
-        result_.interrupted = callbacks_.interrupted && callbacks_.interrupted();
+        if (callbacks_.step && share_.speaks()) callbacks_.step(record);
+        result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
         if (options_.checkpoint_interval > 0 && done % options_.checkpoint_interval == 0) save();
     }
 
@@ -364,6 +381,7 @@ private:
 
     const DiffusionOptions& options_;
     const DiffusionCallbacks& callbacks_;
+    const Share share_;
     Networks networks_;
     NoiseSchedule schedule_;
     Optimisation autoencoder_, denoiser_;

@@ -17,6 +17,10 @@
 
 namespace deeppcr::nn {
 
+inline bool is_cell(Mixer mixer) {
+    return mixer == Mixer::para_gru || mixer == Mixer::para_lstm || mixer == Mixer::slstm;
+}
+
 /// What a mixer carries from step to step; empty before the first.
 using MixerState = std::vector<at::Tensor>;
 

@@ -21,6 +21,7 @@
 #include "nn/language_model.hpp"
 #include "nn/optimisation.hpp"
 #include "nn/saved_state.hpp"
+#include "nn/sharing.hpp"
 #include "nn/threads.hpp"
 
 namespace deeppcr::nn {
@@ -58,7 +59,6 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     auto& options = state.options;
     visit("context", options.context);
     visit("batch", options.batch);
-    visit("micro_batch", options.micro_batch);
     visit("steps", options.steps);
     visit("learning_rate", options.learning_rate);
     visit("warm_up", options.warm_up);
@@ -75,6 +75,7 @@ void visit_fields(S& state, const Visit& visit) {
     visit("updates", state.updates);
     visit_fixed_fields(state, visit);
     auto& options = state.options;
+    visit("micro_batch", options.micro_batch);
     visit("estimate_interval", options.estimate_interval);
     visit("recompute", options.recompute, yes_or_no);
     visit("on_divergence", options.on_divergence, on_divergence_names);
@@ -129,6 +130,45 @@ void require(bool condition, const char* argument, const std::string& expected, 
     if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
 }
 
+/// This process's share of every batch.
+class LanguageShare : public Share {
+public:
+    /// Throws InvalidArgument.
+    explicit LanguageShare(const LanguageTrainingOptions& options)
+        : Share(options.group), by_steps_(options.share == Sharing::steps) {
+        if (by_steps_ && !is_cell(options.model.mixer))
+            throw InvalidArgument("share",
+                                  "sequences, as steps can be shared where the mixer is a cell: para_gru, para_lstm "
+                                  "or slstm",
+                                  "steps, with " + std::string(name_of(mixer_names, options.model.mixer)));
+        if (by_steps_)
+            require(options.context >= ranks(), "context", "at least the " + std::to_string(ranks()) + " ranks",
+                    options.context);
+        else
+            require(options.batch % ranks() == 0, "batch", "a multiple of the " + std::to_string(ranks()) + " ranks",
+                    options.batch);
+    }
+
+    index ranks_of_sequences() const { return by_steps_ ? 1 : ranks(); }
+    /// This process's [first,last) of `count` sequences side by side, and of their steps.
+    std::pair<index, index> sequences(index count) const { return by_steps_ ? std::pair(index(0), count) : part(count); }
+    std::pair<index, index> steps(index count) const { return by_steps_ ? part(count) : std::pair(index(0), count); }
+    /// Whether each rank has a part of so many steps of a sequence.
+    bool divides(index count) const { return !by_steps_ || count >= ranks(); }
+    /// What evaluates the cells, where each rank has its part of the steps: for them together.
+    Options evaluation(Options options, bool together = true) const {
+        options.group = by_steps_ && together ? group() : nullptr;
+        return options;
+    }
+    /// Parameters whose gradients the core sums over the ranks.
+    std::vector<Tensor> complete(const LanguageModel& model) const {
+        return by_steps_ ? model.recurrent_parameters() : std::vector<Tensor>();
+    }
+
+private:
+    bool by_steps_;
+};
+
 OptimisationOptions optimisation_options(const LanguageTrainingOptions& options) {
     return {.learning_rate = options.learning_rate,
             .warm_up = options.warm_up,
@@ -140,8 +180,9 @@ OptimisationOptions optimisation_options(const LanguageTrainingOptions& options)
 void check(const LanguageTrainingOptions& options) {
     require(options.context >= 1, "context", "at least 1", options.context);
     require(options.batch >= 1, "batch", "at least 1", options.batch);
-    require(options.micro_batch >= 0 && (options.micro_batch == 0 || options.batch % options.micro_batch == 0),
-            "micro_batch", "a divisor of batch = " + std::to_string(options.batch) + ", or 0", options.micro_batch);
+    const index own = options.batch / LanguageShare(options).ranks_of_sequences();
+    require(options.micro_batch >= 0 && (options.micro_batch == 0 || own % options.micro_batch == 0), "micro_batch",
+            "a divisor of " + std::to_string(own) + ", a rank's sequences of a batch, or 0", options.micro_batch);
     require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
@@ -196,23 +237,32 @@ private:
 };
 
 LanguageValidation measure(LanguageModel& model, const files::TokenFile& file, index first, index count, index context,
-                           index batch, at::Device device, const std::function<void(double)>& progress,
-                           const std::function<bool()>& interrupted) {
+                           index batch, at::Device device, const Options& evaluation, const LanguageShare& share,
+                           const std::function<void(double)>& progress, const std::function<bool()>& interrupted) {
     const at::NoGradGuard no_gradients;
     const auto begin = Clock::now();
     LanguageValidation result;
     const index last = first + count - 1;  // the last token is only predicted
-    for (index at = first; at < last && !(interrupted && interrupted());) {
+    for (index at = first; at < last && !share.any(interrupted && interrupted());) {
         const index steps = std::min(context, last - at);
-        const index side_by_side = std::clamp<index>((last - at) / steps, 1, batch);
+        const index side_by_side = std::clamp<index>((last - at) / steps, 1, batch * share.ranks_of_sequences());
+        const bool together = share.divides(steps);  // else each rank computes them all
+        const auto [first_step, last_step] = together ? share.steps(steps) : std::pair(index(0), steps);
+        const auto [first_sequence, last_sequence] = share.sequences(side_by_side);
         std::vector<index> begins;
-        for (index i = 0; i < side_by_side; ++i, at += steps) begins.push_back(at);
-        const Tensor tokens = sequences(file, begins, steps + 1, device);
-        result.loss += model.loss(tokens).item<double>() * double(steps * side_by_side);
+        for (index i = first_sequence; i < last_sequence; ++i) begins.push_back(at + i * steps + first_step);
+        if (!begins.empty()) {
+            const index own_steps = last_step - first_step;
+            const Tensor tokens = sequences(file, begins, own_steps + 1, device);
+            model.set_evaluation(share.evaluation(evaluation, together));
+            const double loss = model.loss(tokens).item<double>() * double(own_steps * index(begins.size()));
+            result.loss += together || share.speaks() ? loss : 0;
+        }
+        at += steps * side_by_side;
         result.tokens += steps * side_by_side;
         if (progress) progress(double(result.tokens) / double(count - 1));
     }
-    result.loss /= double(std::max<index>(1, result.tokens));
+    result.loss = share.sum(result.loss) / double(std::max<index>(1, result.tokens));
     result.perplexity = std::exp(result.loss);
     result.seconds = seconds_since(begin);
     return result;
@@ -224,7 +274,8 @@ class Training {
 public:
     Training(const LanguageTrainingOptions& options, const LanguageCallbacks& callbacks)
         : options_(options),
-          callbacks_(callbacks),
+          share_(options),
+          callbacks_(share_.speaks() ? callbacks : LanguageCallbacks{.interrupted = callbacks.interrupted}),
           device_(device_of(options.device)),
           checkpoint_(options.checkpoint),
           file_(options.tokens),
@@ -248,12 +299,11 @@ public:
         for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
         const index first = state_.step;
         while (state_.step < options_.steps && !result_.interrupted) {
-            LanguageStep record = one_step();
+            LanguageStep record = one_step(result_.interrupted);
             record.elapsed = seconds_since(begin_);
             record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
             result_.steps.push_back(record);
             if (callbacks_.step) callbacks_.step(record);
-            result_.interrupted = callbacks_.interrupted && callbacks_.interrupted();
             const auto due = [&](index interval) {
                 return interval > 0 && state_.step % interval == 0 && state_.step < options_.steps;
             };
@@ -262,7 +312,10 @@ public:
         }
         save();
         if (!result_.interrupted) validate();
-        result_.peak_memory = peak_memory();
+        std::vector<double> none, most = {double(peak_memory())};
+        share_.reduce(none, most);
+        result_.peak_memory = index(most[0]);
+        share_.barrier();  // so that no rank ends the program before the first one has written
         result_.seconds = seconds_since(begin_);
         return std::move(result_);
     }
@@ -270,6 +323,7 @@ public:
 private:
     void make_optimisation() {
         optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+        if (share_.group() != nullptr) optimisation_->share(*share_.group(), share_.complete(*model_));
     }
 
     void resume() {
@@ -293,7 +347,7 @@ private:
     }
 
     void save() {
-        if (options_.checkpoint.empty()) return;
+        if (options_.checkpoint.empty() || !share_.speaks()) return;
         state_.tensors.clear();
         const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
         for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
@@ -302,7 +356,8 @@ private:
         state_.tensors.clear();
     }
 
-    LanguageStep one_step() {
+    /// interrupted: whether a rank was, during the step.
+    LanguageStep one_step(bool& interrupted) {
         const auto begin = Clock::now();
         LanguageStep record;
         record.step = state_.step + 1;
@@ -311,18 +366,21 @@ private:
         record.learning_rate = optimisation_->learning_rate(state_.step);
         optimisation_->clear_gradients();
         const index interval = options_.estimate_interval;
-        set_estimates(interval == 0 || state_.step % interval != 0 ? Estimates::none
-                      : device_.is_cuda()                          ? Estimates::quick
-                                                                   : Estimates::full);
-        const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
+        model_->set_evaluation(evaluation(interval == 0 || state_.step % interval != 0 ? Estimates::none
+                                          : device_.is_cuda()                          ? Estimates::quick
+                                                                                       : Estimates::full));
+        const auto [first_step, last_step] = share_.steps(options_.context);
+        const auto [first_sequence, last_sequence] = share_.sequences(options_.batch);
+        const index steps = last_step - first_step, at_once = sequences_at_once();
         index cells = 0;
-        for (index done = 0; done < options_.batch && std::isfinite(record.loss); done += at_once) {
+        for (index done = first_sequence; done < last_sequence && std::isfinite(record.loss); done += at_once) {
             std::vector<index> begins;
-            for (index i = 0; i < at_once; ++i) begins.push_back(order_.begin(state_.step * options_.batch + done + i));
-            const Tensor loss = model_->loss(sequences(file_, begins, options_.context + 1, device_)) *
-                                (double(at_once) / double(options_.batch));
+            for (index i = 0; i < at_once; ++i)
+                begins.push_back(order_.begin(state_.step * options_.batch + done + i) + first_step);
+            const Tensor loss = model_->loss(sequences(file_, begins, steps + 1, device_)) *
+                                (double(at_once * steps) / double(options_.batch * options_.context));
             for (const Report* const report : model_->reports()) add(record, *report, cells++);
-            record.loss += loss.item<double>();
+            record.loss += share_.sum(loss.item<double>());
             if (std::isfinite(record.loss)) loss.backward();
         }
         record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
@@ -338,15 +396,36 @@ private:
             limit_parameters();
         }
         ++state_.step;
+        interrupted = callbacks_.interrupted && callbacks_.interrupted();
+        gather(record, interrupted);
         record.seconds = seconds_since(begin);
         record.tokens_per_second = double(options_.batch * options_.context) / record.seconds;
         return record;
     }
 
-    void set_estimates(Estimates estimates) {
+    /// Of all ranks' cells, in place of this one's.
+    void gather(LanguageStep& record, bool& interrupted) const {
+        std::vector<double> sums = {record.mean_iterations, double(record.sequential_steps)},
+                            maxima = {double(record.iterations), record.residual, record.lyapunov,
+                                      double(record.status), double(interrupted)};
+        share_.reduce(sums, maxima);
+        record.mean_iterations = sums[0] / double(share_.ranks());
+        record.sequential_steps = index(sums[1]) / (share_.ranks() / share_.ranks_of_sequences());
+        record.iterations = index(maxima[0]);
+        record.residual = maxima[1];
+        record.lyapunov = maxima[2];
+        record.status = Status(int(maxima[3]));
+        interrupted = maxima[4] != 0;
+    }
+
+    index sequences_at_once() const {
+        return options_.micro_batch > 0 ? options_.micro_batch : options_.batch / share_.ranks_of_sequences();
+    }
+
+    Options evaluation(Estimates estimates) const {
         Options evaluation = options_.evaluation;
         evaluation.estimates = estimates;
-        model_->set_evaluation(evaluation);
+        return share_.evaluation(evaluation);
     }
 
     void limit_parameters() {
@@ -361,10 +440,9 @@ private:
                                  ? std::min(options_.validation_tokens + 1, counts.validation)
                                  : counts.validation;
         if (tokens < 2) return;
-        set_estimates(Estimates::none);
-        const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
-        LanguageValidation found = measure(*model_, file_, counts.training, tokens, options_.context, at_once, device_,
-                                           callbacks_.validating, callbacks_.interrupted);
+        LanguageValidation found =
+            measure(*model_, file_, counts.training, tokens, options_.context, sequences_at_once(), device_,
+                    evaluation(Estimates::none), share_, callbacks_.validating, callbacks_.interrupted);
         result_.interrupted = found.tokens < tokens - 1;
         if (result_.interrupted) return;
         found.step = state_.step;
@@ -377,7 +455,8 @@ private:
     }
 
     const LanguageTrainingOptions& options_;
-    const LanguageCallbacks& callbacks_;
+    const LanguageShare share_;
+    const LanguageCallbacks callbacks_;
     at::Device device_;
     SavedStates checkpoint_;
     files::TokenFile file_;
@@ -422,14 +501,14 @@ LanguageValidation validate_language_model(const std::filesystem::path& checkpoi
                               Vocabulary(file.vocabulary()).name());
     const auto model = make_model(checkpoint, state.options.model, state.tensors);
     model->to(device);
-    model->set_evaluation(options.evaluation);
     const index first = options.whole ? 0 : file.counts().training;
     index tokens = file.tokens() - first;
     if (options.at_most > 0) tokens = std::min(tokens, options.at_most + 1);
     if (tokens < 2) throw InvalidArgument("tokens", "a file with at least 2 for validation", std::to_string(tokens));
     LanguageValidation result =
         measure(*model, file, first, tokens, state.options.context,
-                options.batch > 0 ? options.batch : state.options.batch, device, options.progress, options.interrupted);
+                options.batch > 0 ? options.batch : state.options.batch, device, options.evaluation,
+                LanguageShare(state.options), options.progress, options.interrupted);
     result.step = state.step;
     return result;
 }

@@ -1,5 +1,6 @@
 #include "nn/optimisation.hpp"
 
+#include <ATen/ops/zeros_like.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/sgd.h>
 // Not self-contained in 1.13:
@@ -11,6 +12,7 @@
 #include <numbers>
 
 #include "nn/libtorch.hpp"
+#include "nn/sharing.hpp"
 
 namespace deeppcr::nn {
 
@@ -70,7 +72,23 @@ void Optimisation::clear_gradients() {
     for (auto& [name, parameter] : parameters_) parameter.mutable_grad() = Tensor();
 }
 
+void Optimisation::share(deeppcr::Group& ranks, const std::vector<Tensor>& complete) {
+    ranks_ = &ranks;
+    for (const auto& [name, parameter] : parameters_)
+        if (std::none_of(complete.begin(), complete.end(),
+                         [&parameter = parameter](const Tensor& other) { return parameter.is_same(other); }))
+            shared_.push_back(parameter);
+}
+
 double Optimisation::step(index number) {
+    if (ranks_ != nullptr) {
+        std::vector<Tensor> gradients;
+        for (Tensor& parameter : shared_) {
+            if (!parameter.grad().defined()) parameter.mutable_grad() = at::zeros_like(parameter);
+            gradients.push_back(parameter.grad());
+        }
+        sum_over(*ranks_, gradients);
+    }
     std::vector<Tensor> tensors;
     for (const auto& [name, parameter] : parameters_) tensors.push_back(parameter);
     const double limit = options_.gradient_clip > 0 ? options_.gradient_clip : std::numeric_limits<double>::infinity();

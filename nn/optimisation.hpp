@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <deeppcr/array.hpp>
+#include <deeppcr/group.hpp>
 #include <deeppcr/nn/names.hpp>
 
 namespace deeppcr::nn {
@@ -42,6 +43,10 @@ public:
     };
     Optimisation(std::vector<Group> groups, const OptimisationOptions& options);
 
+    /// From here on gradients are summed over the ranks before each step, but for those of `complete`, parameters whose
+    /// gradients all ranks have already. `step` is collective then.
+    void share(deeppcr::Group& ranks, const std::vector<at::Tensor>& complete = {});
+
     /// step: 0..steps-1.
     double learning_rate(index step) const;
     void clear_gradients();
@@ -60,6 +65,8 @@ private:
     std::vector<double> factors_;
     NamedTensors parameters_;
     std::unique_ptr<torch::optim::Optimizer> optimiser_;
+    deeppcr::Group* ranks_ = nullptr;
+    std::vector<at::Tensor> shared_;  ///< parameters whose gradients are summed
 };
 
 }  // namespace deeppcr::nn

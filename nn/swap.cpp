@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include <deeppcr/group.hpp>
 #include <deeppcr/nn/denoisers.hpp>
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/residual_network.hpp>
@@ -167,6 +168,9 @@ void check(const SwapOptions& options) {
     };
     at_least("workers", options.workers, 1);
     at_least("threads", options.threads, 1);
+    if (options.group != nullptr && options.group->size() > 1)
+        require(options.workers == options.group->size(), "workers",
+                std::to_string(options.group->size()) + ", as there are ranks", options.workers);
     at_least("large_epochs", options.large_epochs, 0);
     at_least("small_epochs", options.small_epochs, 0);
     require(options.large_epochs + options.small_epochs > 0, "small_epochs", "at least 1, as there is no phase 1",
@@ -283,18 +287,26 @@ public:
           file_(options.checkpoint),
           data_(load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images)),
           task_(options_, data_.training),
-          done_(std::size_t(options.workers)) {
+          group_(options.group != nullptr && options.group->size() > 1 ? options.group : nullptr),
+          done_(std::size_t(group_ != nullptr ? 1 : options.workers)) {
         if (options_.resume.empty()) return;
         SavedStates other(options_.resume);
         std::error_code error;
         const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
-        saved_ = read(options_.resume, same ? file_ : other, callbacks_.warning);
+        saved_ = read(options_.resume, same ? file_ : other,
+                      group_ == nullptr || group_->rank() == 0 ? callbacks_.warning : nullptr);
         check_continues(options_, *saved_);
     }
 
     SwapResult run() {
         const auto begin = std::chrono::steady_clock::now();
-        run_team(options_.workers, options_.threads, [this](Team& team) { work(team); });
+        if (group_ != nullptr) {
+            GroupTeam team(*group_);
+            work(team);
+            group_->barrier();  // so that no rank ends the program before the first one has written
+        } else {
+            run_team(options_.workers, options_.threads, [this](Team& team) { work(team); });
+        }
         result_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         return std::move(result_);
     }
@@ -340,7 +352,7 @@ private:
         }
         count(number, phase.step() - steps_before, phase.processor_seconds() - seconds_before, team);
         if (interrupted) {
-            if (team.rank() == 0) result_.interrupted = true;
+            if (team.rank() == 0 || group_ != nullptr) result_.interrupted = true;
             return false;
         }
         stale = phase.take_trajectory();
@@ -360,10 +372,11 @@ private:
         };
         callbacks.progress = [this, number, rank](double done, double loss) {
             const std::lock_guard lock(mutex_);
-            done_[std::size_t(rank)] = done;
+            done_[group_ != nullptr ? 0 : std::size_t(rank)] = done;
             double sum = 0;
             for (const double part : done_) sum += part;
-            if (callbacks_.progress) callbacks_.progress(number, sum / double(done_.size()), loss);
+            if (callbacks_.progress && (group_ == nullptr || rank == 0))
+                callbacks_.progress(number, sum / double(done_.size()), loss);
         };
         callbacks.interrupted = [this] {
             const std::lock_guard lock(mutex_);
@@ -479,6 +492,7 @@ private:
     const FashionMnist data_;
     const ImageTask task_;
     std::optional<State> saved_;
+    Group* group_;       // null: the workers are simulated
     SwapResult result_;  // worker 0's
     std::mutex mutex_;   // of the callbacks
     std::vector<double> done_;

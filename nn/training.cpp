@@ -17,6 +17,7 @@
 #include "nn/checkpoint.hpp"
 #include "nn/device_scope.hpp"
 #include "nn/optimisation.hpp"
+#include "nn/sharing.hpp"
 #include "nn/threads.hpp"
 
 namespace deeppcr::nn {
@@ -52,6 +53,9 @@ OptimisationOptions optimisation_options(const TrainingOptions& options, index s
 
 void check(const TrainingOptions& options) {
     require(options.batch >= 1, "batch", "at least 1", options.batch);
+    const index ranks = Share(options.group).ranks();
+    require(options.batch % ranks == 0, "batch", "a multiple of the " + std::to_string(ranks) + " ranks",
+            options.batch);
     require(options.epochs >= 1, "epochs", "at least 1", options.epochs);
     check(optimisation_options(options, options.steps));
     require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
@@ -121,7 +125,7 @@ index correct(const Tensor& logits, const Tensor& labels) {
 
 /// Loss and accuracy on a set. The network's memory is left as it is, so that a validation in between does not change
 /// the training.
-ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index batch,
+ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index batch, const Share& share,
                          const std::function<void(double)>& progress, const std::function<bool()>& interrupted) {
     const at::NoGradGuard no_gradients;
     const Stopwatch watch;
@@ -135,24 +139,30 @@ ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index ba
     network->memory->prediction = training_memory->prediction;
 
     ValidationResult result;
-    index batches = 0;
+    std::vector<double> sums(4), maxima(1);
+    double &loss = sums[0], &right = sums[1], &iterations = sums[2], &batches = sums[3];
     for (index first = 0; first < set.size(); first += batch) {
-        if (interrupted && interrupted()) break;
+        if (share.any(interrupted && interrupted())) break;
         const index last = std::min(first + batch, set.size());
-        const auto part = set.batch(first, last);
-        const Tensor logits = network->forward(part.images);
-        result.loss += at::cross_entropy_loss(logits, part.labels).item<double>() * double(last - first);
-        result.accuracy += double(correct(logits, part.labels));
-        result.iterations += double(network->memory->forward.iterations);
-        result.residual = std::max(result.residual, network->memory->forward.residual);
+        const auto [from, to] = share.part(last - first);
+        if (to > from) {
+            const auto part = set.batch(first + from, first + to);
+            const Tensor logits = network->forward(part.images);
+            loss += at::cross_entropy_loss(logits, part.labels).item<double>() * double(to - from);
+            right += double(correct(logits, part.labels));
+            iterations += double(network->memory->forward.iterations);
+            maxima[0] = std::max(maxima[0], network->memory->forward.residual);
+            ++batches;
+        }
         result.images = last;
-        ++batches;
         if (progress) progress(double(last) / double(set.size()));
     }
+    share.reduce(sums, maxima);
     if (result.images > 0) {
-        result.loss /= double(result.images);
-        result.accuracy /= double(result.images);
-        result.iterations /= double(batches);
+        result.loss = loss / double(result.images);
+        result.accuracy = right / double(result.images);
+        result.iterations = iterations / batches;
+        result.residual = maxima[0];
     }
     result.seconds = watch.seconds();
     return result;
@@ -172,6 +182,21 @@ Optimisation make_optimisation(ResidualNetwork& network, const TrainingOptions& 
     return {{ends, trunk}, optimisation_options(options, steps)};
 }
 
+/// Of all ranks, in place of this one's.
+void gather(StepRecord& record, bool& interrupted, const Share& share) {
+    std::vector<double> sums = {record.accuracy, record.mean_iterations, double(record.sequential_steps)},
+                        maxima = {double(record.iterations), record.residual, double(record.status),
+                                  double(interrupted)};
+    share.reduce(sums, maxima);
+    record.accuracy = sums[0];
+    record.mean_iterations = sums[1];
+    record.sequential_steps = index(sums[2]);
+    record.iterations = index(maxima[0]);
+    record.residual = maxima[1];
+    record.status = Status(int(maxima[2]));
+    interrupted = maxima[3] != 0;
+}
+
 Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor& logits) {
     logits = network->forward(batch.images);
     return at::cross_entropy_loss(logits, batch.labels);
@@ -181,8 +206,11 @@ Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor&
 
 // ------------------------------------------------------------------------------------------------ training
 
-TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks) {
+TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& all_callbacks) {
     check(options);
+    const Share share(options.group);
+    const TrainingCallbacks callbacks =
+        share.speaks() ? all_callbacks : TrainingCallbacks{.interrupted = all_callbacks.interrupted};
     const at::Device device = device_of(options.device);
     if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     limit_threads(1);
@@ -212,13 +240,14 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
                               std::to_string(steps));
 
     Optimisation optimisation = make_optimisation(network, options, steps);
+    if (share.group() != nullptr) optimisation.share(*share.group());
     if (state.step > 0)
         optimisation.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
             return find(options.resume, state.tensors, name, like).to(device, like.scalar_type(), false, /*copy=*/true);
         });
 
     const auto save = [&] {
-        if (options.checkpoint.empty()) return;
+        if (options.checkpoint.empty() || !share.speaks()) return;
         state.tensors.clear();
         for (const auto& parameter : network->named_parameters()) state.tensors[parameter.key()] = parameter.value();
         optimisation.visit_state([&](const std::string& name, const Tensor& tensor) { state.tensors[name] = tensor; });
@@ -235,15 +264,16 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         const Stopwatch step_watch;
         const index epoch = state.step / epoch_steps, position = state.step % epoch_steps;
         if (!order.defined() || position == 0) order = shuffled(data.training.size(), options.seed, epoch).to(device);
-        const auto batch =
-            data.training.batch(order.slice(0, position * options.batch, (position + 1) * options.batch));
+        const auto [first_row, last_row] = share.part(options.batch);
+        const auto batch = data.training.batch(
+            order.slice(0, position * options.batch + first_row, position * options.batch + last_row));
 
         optimisation.clear_gradients();
         Tensor logits;
-        const Tensor loss = mean_loss(network, batch, logits);
+        const Tensor loss = mean_loss(network, batch, logits) / double(share.ranks());
         StepRecord record;
         record.step = state.step + 1;
-        record.loss = loss.item<double>();
+        record.loss = share.sum(loss.item<double>());
         const auto diverged = [&](const std::string& what) {
             return TrainingDiverged(what + " of step " + std::to_string(record.step) +
                                     " is not finite; a smaller learning rate may help");
@@ -270,6 +300,8 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
             network->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
         record.forward_seconds = forward.seconds;
         record.backward_seconds = network->memory->backward.seconds;
+        result.interrupted = callbacks.interrupted && callbacks.interrupted();
+        gather(record, result.interrupted, share);
         record.seconds = step_watch.seconds();
         record.elapsed = watch.seconds();
         record.remaining = record.elapsed / double(record.step - first_step) * double(steps - record.step);
@@ -280,7 +312,6 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         state.epoch_accuracy += record.accuracy;
         state.epoch_seconds += record.seconds;
         if (callbacks.step) callbacks.step(record);
-        result.interrupted = callbacks.interrupted && callbacks.interrupted();
 
         if (const bool epoch_ends = position + 1 == epoch_steps; epoch_ends || state.step == steps) {
             EpochRecord summary{epoch + 1, state.step, 0, 0, {}, state.epoch_seconds};
@@ -289,7 +320,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
             if (epoch_ends) state.epoch_loss = state.epoch_accuracy = state.epoch_seconds = 0;
             if (data.held_out.size() > 0 && !result.interrupted) {
                 summary.validation =
-                    measure(network, data.held_out, options.batch, callbacks.validation, callbacks.interrupted);
+                    measure(network, data.held_out, options.batch, share, callbacks.validation, callbacks.interrupted);
                 result.interrupted = summary.validation.images < data.held_out.size();
             }
             if (!result.interrupted) {
@@ -303,9 +334,10 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& ca
         }
     }
     if (options.test && !result.interrupted) {
-        result.test = measure(network, data.test, options.batch, callbacks.validation, callbacks.interrupted);
+        result.test = measure(network, data.test, options.batch, share, callbacks.validation, callbacks.interrupted);
         result.interrupted = result.test.images < data.test.size();
     }
+    share.barrier();  // so that no rank ends the program before the first one has written
     result.seconds = watch.seconds();
     return result;
 }
@@ -324,8 +356,8 @@ ValidationResult validate(const std::filesystem::path& checkpoint, const Validat
         load_fashion_mnist(options.data, saved.options.seed, saved.options.held_out, saved.options.train_images)
             .to(device);
     return measure(network, options.held_out ? data.held_out : data.test,
-                   options.batch > 0 ? options.batch : std::max<index>(1, saved.options.batch), options.progress,
-                   options.interrupted);
+                   options.batch > 0 ? options.batch : std::max<index>(1, saved.options.batch), Share(nullptr),
+                   options.progress, options.interrupted);
 }
 
 MethodComparison compare_methods(const TrainingOptions& training, const std::filesystem::path& checkpoint,

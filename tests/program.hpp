@@ -41,8 +41,9 @@ protected:
 
     /// Starts `deeppcr arguments...` in `folder`; `prepare` runs in the child process, before the program.
     pid_t start(
-        const std::vector<std::string>& arguments, const std::function<void()>& prepare = [] {}) const {
-        std::vector<char*> words = {const_cast<char*>("deeppcr")};
+        const std::vector<std::string>& arguments, const std::function<void()>& prepare = [] {},
+        const char* program = DEEPPCR_PROGRAM) const {
+        std::vector<char*> words = {const_cast<char*>(program)};
         for (const std::string& argument : arguments) words.push_back(const_cast<char*>(argument.c_str()));
         words.push_back(nullptr);
         const pid_t child = fork();
@@ -52,7 +53,7 @@ protected:
             const int error_file = open(errors.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
             if (chdir(folder.c_str()) != 0 || dup2(output_file, 1) < 0 || dup2(error_file, 2) < 0) _exit(126);
             prepare();
-            execv(DEEPPCR_PROGRAM, words.data());
+            execv(program, words.data());
             _exit(127);
         }
         return child;

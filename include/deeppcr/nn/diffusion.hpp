@@ -33,8 +33,14 @@ struct DiffusionOptions {
     std::filesystem::path data = {};
     index train_images = 0;  ///< use this many; 0: all
 
+    /// The processes that train together, each with all parameters and its own images of every batch
+    /// (docs/scaling.md); null: this one alone. The numbers are those of one process to rounding, and the same bits with
+    /// a given number of ranks. `train_diffusion` is called by all ranks alike; files are read by all, and written by
+    /// the first one.
+    Group* group = nullptr;
+
     // The training: the autoencoder first (where the space is latent), then the denoiser.
-    index batch = 128;
+    index batch = 128;  ///< of all ranks together, a multiple of their number
     index autoencoder_steps = 2000, steps = 5000;
     double learning_rate = 1e-3;
     index warm_up = 100;
@@ -55,8 +61,8 @@ struct DiffusionStep {
     double seconds = 0, elapsed = 0, remaining = 0;
 };
 struct DiffusionCallbacks {
-    std::function<void(const DiffusionStep&)> step = {};
-    std::function<bool()> interrupted = {};
+    std::function<void(const DiffusionStep&)> step = {};  ///< of a group on the first rank alone
+    std::function<bool()> interrupted = {};               ///< true on any rank ends the training
 };
 struct DiffusionTraining {
     std::vector<DiffusionStep> steps;  ///< of this call

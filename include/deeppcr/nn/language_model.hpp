@@ -104,6 +104,13 @@ enum class OnDivergence { stop, skip };
 inline constexpr Names<OnDivergence, 2> on_divergence_names{
     {{"stop", OnDivergence::stop}, {"skip", OnDivergence::skip}}};
 
+/// What the ranks of a group divide among themselves.
+enum class Sharing {
+    sequences,  ///< those of every batch, which is then a multiple of the ranks
+    steps,      ///< those of every sequence: of cells alone, on processors
+};
+inline constexpr Names<Sharing, 2> sharing_names{{{"sequences", Sharing::sequences}, {"steps", Sharing::steps}}};
+
 struct LanguageTrainingOptions {
     LanguageTrainingOptions();
 
@@ -113,9 +120,16 @@ struct LanguageTrainingOptions {
     std::string device;            ///< "cpu", "cuda" or "cuda:<number>"
     std::filesystem::path tokens;  ///< what `prepare_tokens` wrote
 
-    index context = 256;    ///< steps per sequence
-    index batch = 16;       ///< sequences per optimiser step
-    index micro_batch = 0;  ///< sequences at once, whose gradients are added up; divides `batch`; 0: all
+    /// The processes that train together, each with all parameters and its own share of every batch (docs/scaling.md);
+    /// null: this one alone. The numbers are those of one process to rounding, and the same bits with a given number of
+    /// ranks. `train_language_model` is called by all ranks alike; files are read by all, and written by the first one.
+    Group* group = nullptr;
+    Sharing share = Sharing::sequences;
+
+    index context = 256;  ///< steps per sequence
+    index batch = 16;     ///< sequences per optimiser step
+    /// Sequences at once, whose gradients are added up; divides a rank's sequences of a batch; 0: all of them.
+    index micro_batch = 0;
     index steps = 1000;
     double learning_rate = 3e-3;  ///< at its highest
     index warm_up = 50;           ///< steps of linear growth; a cosine leads from there to 0
@@ -137,8 +151,8 @@ struct LanguageTrainingOptions {
     /// there before is kept beside it as <name>.previous.
     std::filesystem::path checkpoint;
     index checkpoint_interval = 0;
-    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads).
-    /// Where it is damaged, from <name>.previous.
+    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device, threads and
+    /// ranks; others: to rounding). Where it is damaged, from <name>.previous.
     std::filesystem::path resume;
 };
 
@@ -174,17 +188,18 @@ struct LanguageTraining {
     std::vector<LanguageValidation> validations;  ///< the last one is of the end, where there is validation text
     bool interrupted = false;
     index parameters = 0;
-    index peak_memory = 0;  ///< bytes of main memory that the process has taken at most; 0: unknown
+    index peak_memory = 0;  ///< bytes of main memory that a process has taken at most; 0: unknown
     double seconds = 0;
 };
 
+/// Of a group all but `interrupted` on the first rank alone.
 struct LanguageCallbacks {
     std::function<void(const LanguageStep&)> step = {};
     std::function<void(const LanguageValidation&)> validation = {};
     std::function<void(double done)> validating = {};  ///< how much of a validation is done, 0..1
     /// What a person should know: a damaged checkpoint whose predecessor is used, a step that was skipped.
     std::function<void(const std::string&)> note = {};
-    /// Asked after every step and batch of a validation; true ends the training with its checkpoint saved.
+    /// Asked after every step and batch of a validation; true on any rank ends the training with its checkpoint saved.
     std::function<bool()> interrupted = {};
 };
 

@@ -48,8 +48,11 @@ struct SwapOptions {
     index held_out = 6000;
     std::uint64_t seed = 1;  ///< of initial weights, split and orders
 
-    index workers = 4;  ///< simulated in this process
-    int threads = 1;    ///< so many workers side by side; the numbers do not depend on it
+    index workers = 4;
+    /// Each worker is a rank of this group, which has as many, to the same bits as workers that are simulated in this
+    /// process (null). `train_swap` is called by all ranks alike; files are read by all, and written by the first one.
+    Group* group = nullptr;
+    int threads = 1;  ///< so many simulated workers side by side; the numbers do not depend on it
 
     // Phase 1: all workers together, their gradients averaged in every step.
     index large_batch = 2048;  ///< of all workers together, a multiple of `workers`
@@ -86,7 +89,7 @@ struct SwapOptions {
     // <checkpoint>.previous.
     std::filesystem::path checkpoint = {};  ///< empty: none
     /// Continue from this file, to the same bits; from <resume>.previous where this one is missing or corrupt. All
-    /// other options but `threads`, `data` and `on_not_finite` must be those of the checkpoint.
+    /// other options but `group`, `threads`, `data` and `on_not_finite` must be those of the checkpoint.
     std::filesystem::path resume = {};
 
     bool test = true;      ///< measure the test set at the end
@@ -127,6 +130,7 @@ struct SwapComparison {
     std::vector<SwapMeasure> line;
 };
 
+/// Of a group complete on the first rank; on the others `interrupted` alone counts.
 struct SwapResult {
     std::vector<SwapStep> steps;  ///< of this call
     std::vector<SwapEpoch> epochs;
@@ -142,11 +146,13 @@ struct SwapResult {
     double modelled_seconds = 0;
 };
 
+/// Of a group all but `interrupted` on the first rank alone.
 struct SwapCallbacks {
     /// In the order of workers, once they have met: after each step of phase 1, after each epoch of a phase 2 alone.
     std::function<void(const SwapStep&)> step = {};
     std::function<void(const SwapEpoch&)> epoch = {};
-    /// After every step of a worker: how much of the phase is done, 0..1. From that worker's thread, never two at once.
+    /// After every step of a worker: how much of the phase is done, 0..1 (of a group, by the first rank). From that
+    /// worker's thread, never two at once.
     std::function<void(index phase, double done, double loss)> progress = {};
     std::function<void(const std::string&)> warning = {};  ///< steps skipped; a checkpoint that was not whole
     std::function<bool()> interrupted = {};                ///< asked after every step, from any thread

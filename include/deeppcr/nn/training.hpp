@@ -29,8 +29,14 @@ struct TrainingOptions {
     index train_images = 0;           ///< use this many of the 54,000; 0: all
     index held_out = 6000;
 
+    /// The processes that train together, each with all parameters and its own images of every batch
+    /// (docs/scaling.md); null: this one alone. The numbers are those of one process, to rounding and the evaluation's
+    /// tolerance, and the same bits with a given number of ranks. `train` is called by all ranks alike; files are read
+    /// by all, and written by the first one.
+    Group* group = nullptr;
+
     // The training. One epoch sees every training image once, but for those that do not fill a last batch.
-    index batch = 64;
+    index batch = 64;  ///< of all ranks together, a multiple of their number
     index epochs = 1;
     index steps = 0;  ///< 0: as `epochs` says
     Optimiser optimiser = Optimiser::adamw;
@@ -45,8 +51,8 @@ struct TrainingOptions {
     // Checkpoints: written at the end of every epoch and of the training, also of an interrupted one.
     std::filesystem::path checkpoint = {};  ///< empty: none
     index checkpoint_interval = 0;          ///< also every so many steps; 0: not
-    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads).
-    /// The network, the data and the seed must be those of the checkpoint.
+    /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads; of
+    /// several ranks within the evaluation's tolerance, as the first one's prediction is what is saved). The network, the data and the seed must be those of the checkpoint.
     std::filesystem::path resume = {};
 
     bool test = true;  ///< measure the test set at the end (not after an interruption)
@@ -92,12 +98,13 @@ struct TrainingResult {
     double seconds = 0;
 };
 
+/// Of a group all but `interrupted` on the first rank alone.
 struct TrainingCallbacks {
     std::function<void(const StepRecord&)> step = {};
     std::function<void(const EpochRecord&)> epoch = {};
     /// During validation on the held-out and test images: how much of it is done, 0..1.
     std::function<void(double done)> validation = {};
-    /// Asked after every step and every batch of a validation; true ends the training with its checkpoint saved.
+    /// Asked after every step and every batch of a validation; true on any rank ends the training with its checkpoint saved.
     std::function<bool()> interrupted = {};
 };
 

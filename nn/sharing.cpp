@@ -1,0 +1,61 @@
+#include "nn/sharing.hpp"
+
+#include <ATen/ops/cat.h>
+
+#include <span>
+
+namespace deeppcr::nn {
+namespace {
+
+using at::Tensor;
+
+template <class T>
+void sum_in_place(Group& group, const Tensor& values) {
+    group.sum(std::span(values.data_ptr<T>(), std::size_t(values.numel())));
+}
+
+}  // namespace
+
+void sum_over(Group& group, const std::vector<Tensor>& tensors) {
+    const at::NoGradGuard no_gradients;
+    for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
+        std::vector<Tensor> flat;
+        for (const Tensor& tensor : tensors)
+            if (tensor.scalar_type() == type) flat.push_back(tensor.detach().reshape({-1}).cpu());
+        if (flat.empty()) continue;
+        const Tensor values = at::cat(flat);
+        if (type == at::kFloat)
+            sum_in_place<float>(group, values);
+        else
+            sum_in_place<double>(group, values);
+        index first = 0;
+        for (const Tensor& tensor : tensors) {
+            if (tensor.scalar_type() != type) continue;
+            Tensor(tensor).copy_(values.narrow(0, first, tensor.numel()).view(tensor.sizes()));
+            first += tensor.numel();
+        }
+    }
+}
+
+double Share::sum(double value) const {
+    if (group_ != nullptr) group_->sum(std::span(&value, 1));
+    return value;
+}
+
+bool Share::any(bool condition) const {
+    index found = condition ? 1 : 0;
+    if (group_ != nullptr) group_->maximum(std::span(&found, 1));
+    return found != 0;
+}
+
+void Share::reduce(std::vector<double>& sums, std::vector<double>& maxima) const {
+    if (group_ == nullptr) return;
+    group_->sum(std::span(sums));
+    group_->maximum(std::span(maxima));
+}
+
+void Share::barrier() const {
+    if (group_ != nullptr) group_->barrier();
+}
+
+}  // namespace deeppcr::nn
