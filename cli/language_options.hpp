@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/tasks.hpp>
@@ -12,13 +13,17 @@
 
 namespace deeppcr::program {
 
+inline std::vector<std::string> configuration_names() {
+    std::vector<std::string> names;
+    for (const auto& known : nn::language_configurations) names.emplace_back(known.name);
+    return names;
+}
+
 /// access(Target&): the nn::LanguageModelOptions. The vocabulary is not among them.
 template <class Target, class Access>
 void add_model_options(GivenOptions<Target>& given, CLI::App& command, std::string& configuration, Access access) {
-    std::vector<std::string> names;
-    for (const auto& known : nn::language_configurations) names.emplace_back(known.name);
     command.add_option("--configuration", configuration, "A named size, which gives --width and --layers")
-        ->check(CLI::IsMember(names));
+        ->check(CLI::IsMember(configuration_names()));
     const auto field = [access](auto member) {
         return [=](Target & target) -> auto& { return access(target).*member; };
     };
@@ -40,8 +45,8 @@ void apply_configuration(const std::string& name, nn::LanguageModelOptions& mode
 void print_plan(const nn::LanguagePlan& plan, const nn::LanguagePlanOptions& options, Output& output);
 
 inline Json newton_json(const nn::NewtonFigures& figures) {
-    return {{"iterations", figures.iterations},       {"mean_iterations", figures.mean_iterations},
-            {"residual", figures.residual},           {"lyapunov", figures.lyapunov},
+    return {{"iterations", figures.iterations},    {"mean_iterations", figures.mean_iterations},
+            {"residual", figures.residual},        {"lyapunov", figures.lyapunov},
             {"status", to_string(figures.status)}, {"sequential_steps", figures.sequential_steps}};
 }
 

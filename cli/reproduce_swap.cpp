@@ -38,7 +38,7 @@ Sizes sizes_of(const Experiment& experiment) {
 
 nn::SwapOptions base(const Sizes& sizes, const Experiment& experiment, std::uint64_t seed) {
     nn::SwapOptions options;
-    options.train_images = sizes.train_images;
+    options.train_examples = sizes.train_images;
     options.held_out = sizes.held_out;
     options.data = experiment.data;
     options.seed = seed;
@@ -106,7 +106,7 @@ struct Job {
 
     /// At most, of all workers.
     double images() const {
-        return double(options.train_images) * double(options.large_epochs + options.small_epochs * options.workers);
+        return double(options.train_examples) * double(options.large_epochs + options.small_epochs * options.workers);
     }
 };
 
@@ -129,7 +129,7 @@ private:
         };
         nn::SwapCallbacks callbacks;
         callbacks.progress = [&](index phase, double done, double) {
-            const double first = double(job.options.train_images * job.options.large_epochs);
+            const double first = double(job.options.train_examples * job.options.large_epochs);
             count(phase == 1 ? done * first : first + done * (job.images() - first));
         };
         callbacks.interrupted = [&] { return threads_.stopped(); };
@@ -198,7 +198,7 @@ bool search(const std::vector<Arm>& arms, const Sizes& sizes, const Experiment& 
 Json to_json(const nn::SwapMeasure& measure) { return {{"accuracy", measure.accuracy}, {"loss", measure.loss}}; }
 
 Json cost_of(const nn::SwapResult& result) {
-    return {{"images", result.images},
+    return {{"images", result.examples},
             {"seconds", result.seconds},
             {"processor_seconds", result.processor_seconds},
             {"modelled_seconds", result.modelled_seconds}};

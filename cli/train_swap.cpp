@@ -1,4 +1,5 @@
-// deeppcr train swap: a classifier of Fashion-MNIST by workers whose gradients or weights are averaged.
+// deeppcr train swap: a classifier of Fashion-MNIST or a language model by workers whose gradients or weights are
+// averaged.
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -8,6 +9,7 @@
 
 #include "command.hpp"
 #include "given_options.hpp"
+#include "language_options.hpp"
 #include "report.hpp"
 
 namespace deeppcr::program {
@@ -16,14 +18,15 @@ namespace {
 using nn::SwapOptions;
 
 struct Arguments {
-    std::string checkpoint, resume, log, data;
+    std::string checkpoint, resume, log, data, configuration;
     bool overwrite = false, compare = false;
     std::unique_ptr<GivenOptions<SwapOptions>> given;
 };
 
 Json to_json(const nn::SwapMeasure& measure) {
-    return measure.images > 0 ? Json{{"images", measure.images}, {"loss", measure.loss}, {"accuracy", measure.accuracy}}
-                              : Json();
+    return measure.examples > 0
+               ? Json{{"examples", measure.examples}, {"loss", measure.loss}, {"accuracy", measure.accuracy}}
+               : Json();
 }
 
 Json to_json(const nn::SwapStep& step) {
@@ -49,11 +52,13 @@ Json to_json(const nn::SwapEpoch& epoch) {
 
 SwapOptions gather(const Arguments& arguments, Group& group) {
     SwapOptions options = arguments.resume.empty() ? SwapOptions{} : nn::swap_options(arguments.resume);
+    apply_configuration(arguments.configuration, options.language);
     if (arguments.resume.empty() && group.size() > 1) options.workers = group.size();
     options.group = &group;
     arguments.given->apply(options);
     options.resume = arguments.resume;
-    options.data = arguments.data;
+    if (!arguments.data.empty()) options.data = arguments.data;
+    if (options.network == nn::Network::language && options.data.empty()) options.data = "text.tokens";
     options.compare = arguments.compare;
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
                          : !arguments.resume.empty()   ? arguments.resume
@@ -63,8 +68,11 @@ SwapOptions gather(const Arguments& arguments, Group& group) {
 }
 
 std::string describe(const SwapOptions& options) {
-    std::string text = "Fashion-MNIST, " + std::string(nn::name_of(nn::network_names, options.network)) + " network, " +
-                       count_text(options.workers) + (options.workers == 1 ? " worker" : " workers");
+    const bool language = options.network == nn::Network::language;
+    std::string text =
+        (language ? "language model on " + options.data.string() + ", "
+                  : "Fashion-MNIST, " + std::string(nn::name_of(nn::network_names, options.network)) + " network, ") +
+        count_text(options.workers) + (options.workers == 1 ? " worker" : " workers");
     if (options.large_epochs > 0)
         text += "; together with batches of " + count_text(options.large_batch) + ", at most " +
                 count_text(options.large_epochs) + " epochs";
@@ -86,7 +94,7 @@ std::string describe(const nn::SwapEpoch& epoch) {
     std::string text = "phase " + std::to_string(epoch.phase) + ", epoch " + std::to_string(epoch.epoch) + "/" +
                        std::to_string(epoch.epochs) + ": loss " + number_text(epoch.loss) + ", accuracy " +
                        percent_text(epoch.accuracy);
-    return epoch.held_out.images > 0 ? text + "; held out " + describe(epoch.held_out) : text;
+    return epoch.held_out.examples > 0 ? text + "; held out " + describe(epoch.held_out) : text;
 }
 
 Json to_json(const nn::SwapComparison& comparison) {
@@ -144,12 +152,13 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
     const nn::SwapResult result = nn::train_swap(options, callbacks);
     bar.reset();
 
-    output.line(count_text(result.images) + " images trained on in " + seconds_text(result.seconds) + ", " +
+    output.line(count_text(result.examples) + " examples trained on in " + seconds_text(result.seconds) + ", " +
                 seconds_text(result.processor_seconds) +
                 " of processors; modelled with a processor for each worker: " + seconds_text(result.modelled_seconds));
     if (!result.comparison.workers.empty()) print(result.comparison, output);
-    if (result.test.images > 0)
-        output.line("test accuracy " + describe(result.test) + " on " + count_text(result.test.images) + " images");
+    if (result.test.examples > 0)
+        output.line("test accuracy " + describe(result.test) + " on " + count_text(result.test.examples) +
+                    (options.network == nn::Network::language ? " tokens" : " images"));
     output.line(result.interrupted
                     ? "interrupted; go on with: deeppcr train swap --resume " + options.checkpoint.string()
                     : "checkpoint: " + options.checkpoint.string());
@@ -158,7 +167,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
     json["checkpoint"] = options.checkpoint.string();
     json["interrupted"] = result.interrupted;
     json["parameters"] = result.parameters;
-    json["images"] = result.images;
+    json["examples"] = result.examples;
     json["seconds"] = result.seconds;
     json["processor_seconds"] = result.processor_seconds;
     json["modelled_seconds"] = result.modelled_seconds;
@@ -177,9 +186,10 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
 void add_train_swap(Program& program) {
     const auto arguments = std::make_shared<Arguments>();
     CLI::App& command = program.add(
-        "train swap", "Train a classifier by workers whose weights are averaged",
+        "train swap", "Train a classifier or language model by workers whose weights are averaged",
         "  deeppcr train swap --workers 8 --compare\n"
         "  deeppcr train swap --large-epochs 0 --period 100 --outer-learning-rate 0.7 --outer-momentum 0.9\n"
+        "  deeppcr train swap --network language --data text.tokens --optimiser adamw --large-batch 64 ..\n"
         "  deeppcr train swap --workers 1 --small-schedule constant --trajectory swa\n"
         "  deeppcr train swap --resume swap.safetensors\n"
         "  mpirun -n 4 deeppcr train swap",
@@ -190,19 +200,36 @@ void add_train_swap(Program& program) {
         return [=](SwapOptions & options) -> auto& { return options.*member; };
     };
     given.choice("--network", field(&SwapOptions::network), nn::network_names,
-                 "Three convolutions with batch norm, or a deep residual trunk");
-    given.value("--layers", field(&SwapOptions::layers), "Of the residual network");
-    given.value("--width", field(&SwapOptions::width), "Of the residual network's layers");
-    given.value("--workers", field(&SwapOptions::workers), "Workers, simulated in this process; under mpirun one for each rank");
+                 "Three convolutions with batch norm, a deep residual trunk, or a language model");
+    const auto of_network = [](auto residual, auto language) {
+        return [=](SwapOptions& options) -> nn::index& {
+            return options.network == nn::Network::language ? options.language.*language : options.*residual;
+        };
+    };
+    given.value("--layers", of_network(&SwapOptions::layers, &nn::LanguageModelOptions::layers),
+                "Of the residual network, or blocks of the language model (4)");
+    given.value("--width", of_network(&SwapOptions::width, &nn::LanguageModelOptions::width),
+                "Of the residual network's layers, or numbers per token (128)");
+    command
+        .add_option("--configuration", arguments->configuration,
+                    "Of the language model, a named size, which gives --width and --layers")
+        ->check(CLI::IsMember(configuration_names()));
+    given.choice(
+        "--mixer", [](SwapOptions & options) -> auto& { return options.language.mixer; }, nn::mixer_names,
+        "Of the language model: what mixes the steps of a block");
+    given.value("--context", field(&SwapOptions::context), "Tokens of a sequence");
+    given.value("--workers", field(&SwapOptions::workers),
+                "Workers, simulated in this process; under mpirun one for each rank");
     given.value("--threads", field(&SwapOptions::threads), "Workers that compute side by side");
-    given.value("--large-batch", field(&SwapOptions::large_batch), "Phase 1: images per step, of all workers together");
+    given.value("--large-batch", field(&SwapOptions::large_batch),
+                "Phase 1: examples per step, of all workers together");
     given.value("--large-epochs", field(&SwapOptions::large_epochs), "Phase 1: passes at most; 0: no phase 1");
     given.value("--large-learning-rate", field(&SwapOptions::large_learning_rate), "Phase 1: at its highest");
     given.value("--large-warm-up", field(&SwapOptions::large_warm_up),
                 "Phase 1: steps until the learning rate is at its highest");
     given.value("--stopping-accuracy", field(&SwapOptions::stopping_accuracy),
                 "Phase 1: ends after an epoch of this training accuracy, a part of 1; above 1: never");
-    given.value("--small-batch", field(&SwapOptions::small_batch), "Phase 2: images per step of each worker");
+    given.value("--small-batch", field(&SwapOptions::small_batch), "Phase 2: examples per step of each worker");
     given.value("--small-epochs", field(&SwapOptions::small_epochs), "Phase 2: passes of each worker; 0: no phase 2");
     given.value("--small-learning-rate", field(&SwapOptions::small_learning_rate), "Phase 2: at its highest");
     given.value("--small-warm-up", field(&SwapOptions::small_warm_up),
@@ -223,17 +250,19 @@ void add_train_swap(Program& program) {
     given.value("--weight-decay", field(&SwapOptions::weight_decay), "Decay of the parameters");
     given.value("--gradient-clip", field(&SwapOptions::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--micro-batch", field(&SwapOptions::micro_batch),
-                "Images that pass through the network at once; larger batches are accumulated");
+                "Examples that pass through the network at once; larger batches are accumulated");
     given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_not_finite_names,
                  "What to do about a loss or gradient that is not finite");
     given.value("--seed", field(&SwapOptions::seed), "Of initial weights, split and orders");
-    given.value("--train-images", field(&SwapOptions::train_images), "Train on so many images only; 0: all 54,000");
+    given.value("--train-examples", field(&SwapOptions::train_examples),
+                "Train on so many images or sequences only; 0: all");
     given.value("--held-out", field(&SwapOptions::held_out),
-                "Keep so many of the 60,000 training images for validation");
+                "Keep so many of the training images or sequences for validation");
     command.add_flag("--compare", arguments->compare,
                      "Measure also the workers before averaging, their ensemble and the line between two of them");
     command.add_option("--data", arguments->data,
-                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
+                       "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package), or token file "
+                       "(text.tokens)");
     command.add_option("--resume", arguments->resume,
                        "Continue this checkpoint, or the one before where it is not whole, with its options");
     command.add_option("--checkpoint", arguments->checkpoint,

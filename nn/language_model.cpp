@@ -23,7 +23,6 @@ void require(bool condition, const char* argument, const std::string& expected, 
     if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
 }
 
-
 CellKind cell_kind(Mixer mixer) {
     return mixer == Mixer::para_gru    ? CellKind::para_gru
            : mixer == Mixer::para_lstm ? CellKind::para_lstm
@@ -371,6 +370,13 @@ void add(NewtonFigures& figures, const Report& report, index number) {
     figures.lyapunov = std::fmax(figures.lyapunov, report.lyapunov);
     figures.status = std::max(figures.status, report.status);
     if (report.status == Status::finished_sequentially) figures.sequential_steps += report.sequential_steps;
+}
+
+Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device) {
+    Tensor rows = at::empty({index(begins.size()), count}, at::kLong);
+    auto* const numbers = rows.data_ptr<std::int64_t>();
+    for (std::size_t i = 0; i < begins.size(); ++i) file.read(begins[i], count, numbers + index(i) * count);
+    return rows.t().contiguous().to(device);
 }
 
 std::string not_finite(double loss, index step) {

@@ -11,6 +11,7 @@
 
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/recurrent.hpp>
+#include <files/tokens.hpp>
 
 #include "nn/optimisation.hpp"
 #include "nn/saved_state.hpp"
@@ -100,6 +101,9 @@ std::vector<Optimisation::Group> parameter_groups(const LanguageModel& model);
 
 /// Adds the report of the `number`th cell, from 0, of those that the figures are about.
 void add(NewtonFigures& figures, const Report& report, index number);
+
+/// `count` tokens from each of those places on, side by side: [count,begins], 64-bit. Throws as TokenFile::read.
+at::Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device);
 
 /// What is wrong with a step whose loss or, where that is finite, gradient is not.
 std::string not_finite(double loss, index step);

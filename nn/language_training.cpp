@@ -202,14 +202,6 @@ void check_continues(const State& wanted, const State& saved) {
 
 // ------------------------------------------------------------------------------------------------- the data
 
-/// Sequences of `count` tokens, side by side: [count,sequences], 64-bit.
-Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device) {
-    Tensor rows = at::empty({index(begins.size()), count}, at::kLong);
-    auto* const numbers = rows.data_ptr<std::int64_t>();
-    for (std::size_t i = 0; i < begins.size(); ++i) file.read(begins[i], count, numbers + index(i) * count);
-    return rows.t().contiguous().to(device);
-}
-
 /// The sequences of the training part in the order of the epochs.
 class Order {
 public:

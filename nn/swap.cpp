@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -15,9 +17,11 @@
 #include <deeppcr/nn/denoisers.hpp>
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/residual_network.hpp>
+#include <files/tokens.hpp>
 #include <files/write.hpp>
 
 #include "nn/averaging.hpp"
+#include "nn/language_model.hpp"
 #include "nn/optimisation.hpp"
 #include "nn/saved_state.hpp"
 #include "nn/threads.hpp"
@@ -29,9 +33,14 @@ const std::string format = "deeppcr swap 1";
 
 using at::Tensor;
 
-constexpr index rows_at_once = 1000;  // of images that are classified
-constexpr index all_images = 60'000;  // that Fashion-MNIST has for training
-constexpr index line_intervals = 4;   // of the line between two workers
+constexpr index images_at_once = 1000, sequences_at_once = 64;  // that are classified
+constexpr index all_images = 60'000;                            // that Fashion-MNIST has for training
+constexpr index line_intervals = 4;                             // of the line between two workers
+
+template <class Number>
+void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
+    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
+}
 
 // ------------------------------------------------------------------------------------------------- networks
 
@@ -78,56 +87,165 @@ struct ResidualClassifier : Classifier {
     ResidualNetwork network = nullptr;
 };
 
-class ImageTask : public Task {
+// ------------------------------------------------------------------------------------------------- subjects
+
+/// What is trained, and what it is measured on.
+class Subject : public Task {
 public:
-    ImageTask(const SwapOptions& options, ImageSet set) : options_(options), set_(std::move(set)) {}
+    enum class Part { held_out, test };
+    /// Probabilities, [examples,classes].
+    virtual Tensor classify(torch::nn::Module& model, Part part) const = 0;
+    /// The right classes, [examples].
+    virtual Tensor answers(Part part) const = 0;
+    /// Tells other data from these; empty where there are no others.
+    virtual std::string fingerprint() const { return {}; }
+
+protected:
+    static Loss loss_of(const Tensor& logits, const Tensor& answers) {
+        return {torch::nn::functional::cross_entropy(logits, answers),
+                logits.detach().argmax(1).eq(answers).to(at::kDouble).mean().item<double>()};
+    }
+    /// What body gives for [first, last) of `count` examples, `at_once` at a time, one after the other; the model
+    /// evaluates.
+    static Tensor in_pieces(torch::nn::Module& model, index count, index at_once,
+                            const std::function<Tensor(index first, index last)>& body) {
+        const at::NoGradGuard no_gradients;
+        const bool was_training = model.is_training();
+        model.eval();
+        std::vector<Tensor> pieces;
+        for (index first = 0; first < count; first += at_once)
+            pieces.push_back(body(first, std::min(first + at_once, count)).softmax(1));
+        model.train(was_training);
+        return at::cat(pieces);
+    }
+};
+
+class ImageSubject : public Subject {
+public:
+    explicit ImageSubject(const SwapOptions& options)
+        : options_(options),
+          data_(load_fashion_mnist(options.data, options.seed, options.held_out, options.train_examples)) {}
     std::shared_ptr<torch::nn::Module> make_model() const override {
         if (options_.network == Network::residual) return std::make_shared<ResidualClassifier>(options_);
         return std::make_shared<ConvolutionalNetwork>(options_.seed);
     }
-    index examples() const override { return set_.size(); }
+    index examples() const override { return data_.training.size(); }
     Loss loss(torch::nn::Module& model, const Tensor& rows) const override {
-        const ImageSet::Batch batch = set_.batch(rows);
-        const Tensor logits = dynamic_cast<Classifier&>(model).forward(batch.images);
-        return {torch::nn::functional::cross_entropy(logits, batch.labels),
-                logits.detach().argmax(1).eq(batch.labels).to(at::kDouble).mean().item<double>()};
+        const ImageSet::Batch batch = data_.training.batch(rows);
+        return loss_of(dynamic_cast<Classifier&>(model).forward(batch.images), batch.labels);
     }
+    Tensor classify(torch::nn::Module& model, Part part) const override {
+        const ImageSet& images = set(part);
+        return in_pieces(model, images.size(), images_at_once, [&](index first, index last) {
+            return dynamic_cast<Classifier&>(model).forward(images.batch(first, last).images);
+        });
+    }
+    Tensor answers(Part part) const override { return set(part).labels; }
 
 private:
-    const SwapOptions& options_;
-    ImageSet set_;
+    const ImageSet& set(Part part) const { return part == Part::test ? data_.test : data_.held_out; }
+
+    const SwapOptions options_;
+    const FashionMnist data_;
 };
 
-/// Probabilities of all classes, [images,10].
-Tensor classify(torch::nn::Module& model, const ImageSet& set) {
-    const at::NoGradGuard no_gradients;
-    const bool was_training = model.is_training();
-    model.eval();
-    std::vector<Tensor> parts;
-    for (index first = 0; first < set.size(); first += rows_at_once) {
-        const auto batch = set.batch(first, std::min(first + rows_at_once, set.size()));
-        parts.push_back(dynamic_cast<Classifier&>(model).forward(batch.images).log_softmax(1));
+class LanguageSubject : public Subject {
+public:
+    explicit LanguageSubject(const SwapOptions& options) : options_(options), file_(options.data) {
+        const index all = (file_.counts().training - 1) / options.context, held_out = options.held_out;
+        require(held_out < all, "held_out", "below the number of sequences, " + std::to_string(all), held_out);
+        const index most = all - held_out, wanted = options.train_examples;
+        require(wanted <= most, "train_examples", "at most " + std::to_string(most), wanted);
+        const Tensor order = shuffled(all, options.seed, 0);
+        held_out_ = order.narrow(0, 0, held_out);
+        training_ = order.narrow(0, held_out, wanted > 0 ? wanted : most);
+        options_.language.vocabulary = file_.counts().vocabulary_size;
+        options_.language.seed = options.seed;
+        options_.language = completed(options_.language);
+        evaluation_.execution.threads = 1;
     }
-    model.train(was_training);
-    return at::cat(parts).exp_();
+    std::shared_ptr<torch::nn::Module> make_model() const override {
+        auto model = std::make_shared<LanguageModel>(options_.language);
+        model->set_evaluation(evaluation_);
+        return model;
+    }
+    index examples() const override { return training_.numel(); }
+    Loss loss(torch::nn::Module& model, const Tensor& rows) const override {
+        const Tensor tokens = sequences_of(training_.index_select(0, rows));
+        return loss_of(logits(model, tokens), answers_in(tokens));
+    }
+    Tensor classify(torch::nn::Module& model, Part part) const override {
+        const std::vector<index> begins = begins_of(part);
+        return in_pieces(model, index(begins.size()), sequences_at_once, [&](index first, index last) {
+            return logits(model, read({begins.begin() + first, begins.begin() + last}));
+        });
+    }
+    Tensor answers(Part part) const override {
+        const std::vector<index> begins = begins_of(part);
+        std::vector<Tensor> pieces = {at::empty({0}, at::kLong)};
+        for (index first = 0; first < index(begins.size()); first += sequences_at_once)
+            pieces.push_back(answers_in(read(
+                {begins.begin() + first, begins.begin() + std::min(first + sequences_at_once, index(begins.size()))})));
+        return at::cat(pieces);
+    }
+
+    std::string fingerprint() const override { return std::to_string(file_.counts().checksum); }
+
+private:
+    Tensor read(const std::vector<index>& begins) const {
+        return sequences(file_, begins, options_.context + 1, at::kCPU);
+    }
+    Tensor sequences_of(const Tensor& numbers) const {
+        std::vector<index> begins;
+        for (index i = 0; i < numbers.numel(); ++i)
+            begins.push_back(numbers[i].item<std::int64_t>() * options_.context);
+        return read(begins);
+    }
+    /// Where the sequences of a part begin in the file; of the test so many whole ones as there is room for.
+    std::vector<index> begins_of(Part part) const {
+        std::vector<index> begins;
+        if (part == Part::held_out) {
+            for (index i = 0; i < held_out_.numel(); ++i)
+                begins.push_back(held_out_[i].item<std::int64_t>() * options_.context);
+        } else {
+            constexpr index probabilities = 1 << 24;
+            const index tokens = std::min(file_.counts().validation - 1, probabilities / options_.language.vocabulary);
+            for (index i = 0; i < tokens / options_.context; ++i)
+                begins.push_back(file_.counts().training + i * options_.context);
+        }
+        return begins;
+    }
+    Tensor logits(torch::nn::Module& model, const Tensor& tokens) const {
+        return dynamic_cast<LanguageModel&>(model)
+            .forward(tokens.narrow(0, 0, options_.context))
+            .reshape({-1, options_.language.vocabulary});
+    }
+    Tensor answers_in(const Tensor& tokens) const { return tokens.narrow(0, 1, options_.context).reshape({-1}); }
+
+    SwapOptions options_;
+    Options evaluation_ = LanguageTrainingOptions().evaluation;
+    const files::TokenFile file_;
+    Tensor training_, held_out_;  // the numbers of sequences
+};
+
+/// Throws FileError, InvalidArgument.
+std::unique_ptr<Subject> make_subject(const SwapOptions& options) {
+    if (options.network == Network::language) return std::make_unique<LanguageSubject>(options);
+    return std::make_unique<ImageSubject>(options);
 }
 
-SwapMeasure measure(const Tensor& probabilities, const ImageSet& set) {
-    const Tensor right = probabilities.gather(1, set.labels.unsqueeze(1)).to(at::kDouble);
-    return {set.size(), -right.clamp_min(1e-30).log().mean().item<double>(),
-            probabilities.argmax(1).eq(set.labels).to(at::kDouble).mean().item<double>()};
+SwapMeasure measure(const Tensor& probabilities, const Tensor& answers) {
+    const Tensor right = probabilities.gather(1, answers.unsqueeze(1)).to(at::kDouble);
+    return {answers.numel(), -right.clamp_min(1e-30).log().mean().item<double>(),
+            probabilities.argmax(1).eq(answers).to(at::kDouble).mean().item<double>()};
 }
 
-SwapMeasure measure(torch::nn::Module& model, const ImageSet& set) {
-    return set.size() > 0 ? measure(classify(model, set), set) : SwapMeasure();
+SwapMeasure measure(torch::nn::Module& model, const Subject& subject, Subject::Part part) {
+    const Tensor answers = subject.answers(part);
+    return answers.numel() > 0 ? measure(subject.classify(model, part), answers) : SwapMeasure();
 }
 
 // -------------------------------------------------------------------------------------------------- options
-
-template <class Number>
-void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 PhaseOptions phase_options(const SwapOptions& options, index number) {
     const bool large = number == 1;
@@ -162,6 +280,18 @@ PhaseOptions phase_options(const SwapOptions& options, index number) {
     return phase;
 }
 
+void check_batches(const SwapOptions& options, index examples) {
+    const std::string most = "at most the number of training examples, " + std::to_string(examples);
+    if (options.large_epochs > 0) {
+        require(options.large_batch <= examples, "large_batch", most, options.large_batch);
+        nn::check(phase_options(options, 1), examples, options.workers);
+    }
+    if (options.small_epochs > 0) {
+        require(options.small_batch <= examples, "small_batch", most, options.small_batch);
+        nn::check(phase_options(options, 2), examples, options.workers);
+    }
+}
+
 void check(const SwapOptions& options) {
     const auto at_least = [](const char* name, index value, index least) {
         require(value >= least, name, "at least " + std::to_string(least), value);
@@ -184,18 +314,15 @@ void check(const SwapOptions& options) {
     for (const auto& [name, rate] : {std::pair{"large_learning_rate", options.large_learning_rate},
                                      std::pair{"small_learning_rate", options.small_learning_rate}})
         require(std::isfinite(rate) && rate > 0, name, "a finite number above 0", rate);
+    if (options.network == Network::language) {  // what else depends on its file is checked with it
+        at_least("context", options.context, 1);
+        at_least("held_out", options.held_out, 0);
+        at_least("train_examples", options.train_examples, 0);
+        return check_batches(options, std::numeric_limits<index>::max());
+    }
     const bool holds_out = options.held_out > 0 && options.held_out < all_images;  // else reading the data refuses
-    const index examples =
-        options.train_images > 0 ? options.train_images : all_images - (holds_out ? options.held_out : 0);
-    const std::string most = "at most the number of training images, " + std::to_string(examples);
-    if (options.large_epochs > 0) {
-        require(options.large_batch <= examples, "large_batch", most, options.large_batch);
-        nn::check(phase_options(options, 1), examples, options.workers);
-    }
-    if (options.small_epochs > 0) {
-        require(options.small_batch <= examples, "small_batch", most, options.small_batch);
-        nn::check(phase_options(options, 2), examples, options.workers);
-    }
+    check_batches(
+        options, options.train_examples > 0 ? options.train_examples : all_images - (holds_out ? options.held_out : 0));
 }
 
 // ----------------------------------------------------------------------------------------------- checkpoints
@@ -206,6 +333,7 @@ struct State {
     /// Of phases 1 and 2: each worker's Phase::state under "worker.<rank>." (where all are equal, of worker 0 only); of
     /// phase 3 the network's parameters and buffers.
     SavedTensors tensors;
+    std::string data_fingerprint;  // Subject::fingerprint
 };
 
 template <class S, class Visit>
@@ -215,7 +343,10 @@ void visit_fields(S& state, const Visit& visit) {
     visit("network", options.network, network_names);
     visit("layers", options.layers);
     visit("width", options.width);
-    visit("train_images", options.train_images);
+    visit_model(options.language,
+                [&](const std::string& key, auto&... field) { visit(("language_" + key).c_str(), field...); });
+    visit("context", options.context);
+    visit("train_examples", options.train_examples);
     visit("held_out", options.held_out);
     visit("seed", options.seed);
     visit("workers", options.workers);
@@ -253,13 +384,15 @@ State read(const std::filesystem::path& path, SavedStates& file, const std::func
     } catch (const InvalidArgument& problem) {
         throw FileError(path, problem.what());
     }
+    state.options.data = saved.metadata["data"];
+    state.data_fingerprint = saved.metadata["data_fingerprint"];
     state.tensors = std::move(saved.tensors);
     return state;
 }
 
 /// Throws unless `options` continue the training of the checkpoint.
 void check_continues(const SwapOptions& options, const State& saved) {
-    const State wanted{options, saved.phase, {}};
+    const State wanted{options, saved.phase, {}, {}};
     Metadata ours, theirs;
     visit_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
     visit_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
@@ -285,10 +418,10 @@ public:
         : options_(options),
           callbacks_(callbacks),
           file_(options.checkpoint),
-          data_(load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images)),
-          task_(options_, data_.training),
+          subject_(make_subject(options)),
           group_(options.group != nullptr && options.group->size() > 1 ? options.group : nullptr),
           done_(std::size_t(group_ != nullptr ? 1 : options.workers)) {
+        check_batches(options, subject_->examples());
         if (options_.resume.empty()) return;
         SavedStates other(options_.resume);
         std::error_code error;
@@ -296,6 +429,8 @@ public:
         saved_ = read(options_.resume, same ? file_ : other,
                       group_ == nullptr || group_->rank() == 0 ? callbacks_.warning : nullptr);
         check_continues(options_, *saved_);
+        if (saved_->data_fingerprint != subject_->fingerprint())
+            throw InvalidArgument("data", "the token file of the checkpoint", options_.data.string());
     }
 
     SwapResult run() {
@@ -313,10 +448,11 @@ public:
 
 private:
     using Model = torch::nn::Module;
+    using Part = Subject::Part;
 
     /// One worker's whole training.
     void work(Team& team) {
-        const std::shared_ptr<Model> model = task_.make_model();
+        const std::shared_ptr<Model> model = subject_->make_model();
         if (team.rank() == 0)
             for (const Tensor& parameter : model->parameters()) result_.parameters += parameter.numel();
         const index first = saved_ ? saved_->phase : 1;
@@ -328,13 +464,13 @@ private:
         else
             finish(*model, team, stale);
         if (team.rank() != 0) return;
-        result_.held_out = measure(*model, data_.held_out);
-        if (options_.test) result_.test = measure(*model, data_.test);
+        result_.held_out = measure(*model, *subject_, Part::held_out);
+        if (options_.test) result_.test = measure(*model, *subject_, Part::test);
     }
 
     /// False: interrupted. stale: the weights are a mean over a trajectory, with other weights' running statistics.
     bool work_on_phase(index number, const std::shared_ptr<Model>& model, Team& team, bool& stale) {
-        Phase phase(model, task_, phase_options(options_, number), team);
+        Phase phase(model, *subject_, phase_options(options_, number), team);
         if (saved_ && saved_->phase == number) {
             const std::string prefix = prefix_of(all_are_equal(number) ? 0 : team.rank());
             phase.restore([&](const std::string& name, const Tensor& like) -> Tensor {
@@ -395,7 +531,7 @@ private:
 
     void report_epoch(index number, const Phase& phase, Model& model, Team& team) {
         if (team.rank() != 0) return;
-        const SwapMeasure held_out = measure(model, data_.held_out);
+        const SwapMeasure held_out = measure(model, *subject_, Part::held_out);
         const index epochs = number == 1 ? options_.large_epochs : options_.small_epochs;
         result_.epochs.push_back({number, phase.epoch(), epochs, phase.epoch_loss(), phase.epoch_accuracy(), held_out});
         const std::lock_guard lock(mutex_);
@@ -410,10 +546,12 @@ private:
         SavedTensors tensors;
         for (std::size_t worker = 0; worker < (all_are_equal(number) ? 1 : all.size()); ++worker)
             for (const auto& [name, tensor] : all[worker]) tensors[prefix_of(index(worker)) + name] = tensor;
-        write({options_, number, std::move(tensors)});
+        write({options_, number, std::move(tensors), {}});
     }
     void write(const State& state) {
-        SavedState saved{{{"format", format}}, state.tensors};
+        SavedState saved{
+            {{"format", format}, {"data", options_.data.string()}, {"data_fingerprint", subject_->fingerprint()}},
+            state.tensors};
         visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
         file_.save(saved);
     }
@@ -424,7 +562,7 @@ private:
         if (team.rank() != 0) return;
         double slowest = 0;
         for (const auto& one : all) {
-            result_.images += index(one[0]);
+            result_.examples += index(one[0]);
             result_.processor_seconds += one[1];
             slowest = std::max(slowest, one[1]);
         }
@@ -436,7 +574,7 @@ private:
         const bool averages = has_phase(2) && !all_are_equal(2);
         const bool compares = averages && options_.compare && options_.test;
         if (compares) {
-            if (stale) recompute_statistics(model, task_, options_.micro_batch);
+            if (stale) recompute_statistics(model, *subject_, options_.micro_batch);
             compare_workers(model, team);
         }
         SavedTensors own;
@@ -445,17 +583,17 @@ private:
         if (team.rank() != 0) return;
         if (compares) {
             const at::NoGradGuard no_gradients;
-            result_.comparison.averaged_statistics = measure(model, data_.test);
+            result_.comparison.averaged_statistics = measure(model, *subject_, Part::test);
             for (auto& buffer : model.named_buffers()) buffer.value().copy_(own.at(buffer.key()));
-            result_.comparison.stale = measure(model, data_.test);
+            result_.comparison.stale = measure(model, *subject_, Part::test);
         }
         const double begin = thread_seconds();
-        if (averages || stale) recompute_statistics(model, task_, options_.micro_batch);
+        if (averages || stale) recompute_statistics(model, *subject_, options_.micro_batch);
         const double seconds = thread_seconds() - begin;
         result_.processor_seconds += seconds;
         result_.modelled_seconds += seconds;
         if (options_.checkpoint.empty()) return;
-        State state{options_, 3, {}};
+        State state{options_, 3, {}, {}};
         for (const auto& [name, tensor] : state_of(model)) state.tensors[name] = tensor;
         write(state);
     }
@@ -463,34 +601,34 @@ private:
     void compare_workers(Model& model, Team& team) {
         SavedTensors tensors;
         for (const auto& [name, tensor] : state_of(model)) tensors[name] = tensor;
-        tensors["probabilities"] = classify(model, data_.test);
+        tensors["probabilities"] = subject_->classify(model, Part::test);
         const std::vector<SavedTensors> all = team.collect(tensors);
         if (team.rank() != 0) return;
         SwapComparison& comparison = result_.comparison;
+        const Tensor answers = subject_->answers(Part::test);
         Tensor sum = at::zeros_like(tensors.at("probabilities"));
         for (const SavedTensors& worker : all) {
-            comparison.workers.push_back(measure(worker.at("probabilities"), data_.test));
+            comparison.workers.push_back(measure(worker.at("probabilities"), answers));
             sum.add_(worker.at("probabilities"));
         }
-        comparison.ensemble = measure(sum.div_(double(all.size())), data_.test);
+        comparison.ensemble = measure(sum.div_(double(all.size())), answers);
 
-        const std::shared_ptr<Model> between = task_.make_model();
+        const std::shared_ptr<Model> between = subject_->make_model();
         const at::NoGradGuard no_gradients;
         for (index i = 0; i <= line_intervals; ++i) {
             const double weight = double(i) / double(line_intervals);
             for (auto& parameter : between->named_parameters())
                 parameter.value().copy_(at::lerp(all[0].at(parameter.key()), all[1].at(parameter.key()), weight));
-            recompute_statistics(*between, task_, options_.micro_batch);
+            recompute_statistics(*between, *subject_, options_.micro_batch);
             comparison.line_weights.push_back(weight);
-            comparison.line.push_back(measure(*between, data_.test));
+            comparison.line.push_back(measure(*between, *subject_, Part::test));
         }
     }
 
     const SwapOptions& options_;
     const SwapCallbacks& callbacks_;
     SavedStates file_;
-    const FashionMnist data_;
-    const ImageTask task_;
+    const std::unique_ptr<Subject> subject_;
     std::optional<State> saved_;
     Group* group_;       // null: the workers are simulated
     SwapResult result_;  // worker 0's
@@ -519,11 +657,12 @@ SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::fi
     limit_threads(1);
     SavedStates file(checkpoint);
     const State saved = read(checkpoint, file, warning);
-    const FashionMnist images =
-        load_fashion_mnist(data, saved.options.seed, saved.options.held_out, saved.options.train_images);
-    const auto model = ImageTask(saved.options, images.training).make_model();
+    SwapOptions options = saved.options;
+    if (!data.empty() || options.network != Network::language) options.data = data;
+    const std::unique_ptr<Subject> subject = make_subject(options);
+    const auto model = subject->make_model();
     copy_to(*model, checkpoint, saved);
-    return measure(*model, held_out ? images.held_out : images.test);
+    return measure(*model, *subject, held_out ? Subject::Part::held_out : Subject::Part::test);
 }
 
 }  // namespace deeppcr::nn

@@ -42,7 +42,7 @@ protected:
                       more);
     }
     static Words swap(const Words& more = {}) {
-        return joined({"train", "swap", "--train-images", "256", "--held-out", "0", "--large-batch", "64",
+        return joined({"train", "swap", "--train-examples", "256", "--held-out", "0", "--large-batch", "64",
                        "--large-epochs", "2", "--small-epochs", "2", "--small-batch", "16"},
                       more);
     }

@@ -22,7 +22,7 @@ protected:
     /// A training that takes no time, with the options that `more` does not give.
     static std::vector<std::string> small(const std::vector<std::string>& more = {}) {
         std::vector<std::string> arguments = {"train", "swap"};
-        for (const auto& [option, value] : std::map<std::string, std::string>{{"--train-images", "256"},
+        for (const auto& [option, value] : std::map<std::string, std::string>{{"--train-examples", "256"},
                                                                               {"--held-out", "64"},
                                                                               {"--workers", "2"},
                                                                               {"--large-batch", "64"},
@@ -49,14 +49,14 @@ TEST_F(TrainSwap, TrainsSavesAndReports) {
     const Json result = outcome.json();
     EXPECT_EQ(result["interrupted"], false);
     EXPECT_EQ(result["parameters"], 33658);
-    EXPECT_EQ(result["images"], 256 * 2 + 2 * 256 * 2);
+    EXPECT_EQ(result["examples"], 256 * 2 + 2 * 256 * 2);
     ASSERT_EQ(result["steps"].size(), 2u * 4 + 2 * 2 * 16);
     EXPECT_EQ(result["steps"][0]["phase"], 1);
     EXPECT_EQ(result["steps"].back()["phase"], 2);
     EXPECT_EQ(result["steps"].back()["worker"], 1);
     ASSERT_EQ(result["epochs"].size(), 4u);
-    EXPECT_EQ(result["epochs"][0]["held_out"]["images"], 64);
-    EXPECT_EQ(result["test"]["images"], 10000);
+    EXPECT_EQ(result["epochs"][0]["held_out"]["examples"], 64);
+    EXPECT_EQ(result["test"]["examples"], 10000);
     EXPECT_GT(result["test"]["accuracy"], 0.3) << "better than guessing";
     const Json& comparison = result["comparison"];
     ASSERT_EQ(comparison["workers"].size(), 2u);
@@ -167,6 +167,46 @@ TEST_F(TrainSwap, TrainsOtherwiseToo) {
               0.3)
         << "DiLoCo";
     EXPECT_GT(accuracy({"--workers", "1", "--small-schedule", "constant", "--trajectory", "swa"}), 0.3) << "SWA";
+}
+
+/// Words in an order that can be learnt.
+TEST_F(TrainSwap, TrainsLanguageModels) {
+    std::string text;
+    for (int i = 0; i < 2000; ++i) text += i % 7 < 4 ? "abc " : "xyz. ";
+    std::ofstream(folder / "text") << text;
+    ASSERT_EQ(run({"prepare", "text", "--validation", "0.1"}).exit_code, 0);
+    const std::vector<std::string> arguments = small(
+        {"--network", "language", "--width", "16", "--layers", "1", "--context", "16", "--train-examples", "512",
+         "--held-out", "8", "--optimiser", "adamw", "--large-learning-rate", "1e-2", "--small-learning-rate", "5e-3"});
+    auto first = arguments;
+    first.insert(first.end(), {"--compare", "--json"});
+    const Outcome outcome = run(first);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    const Json result = outcome.json();
+    EXPECT_EQ(result["examples"], 512 * 2 + 2 * 512 * 2) << "sequences";
+    EXPECT_EQ(result["epochs"][0]["held_out"]["examples"], 8 * 16) << "tokens";
+    EXPECT_GT(result["test"]["accuracy"], 0.6) << "of the next character";
+    EXPECT_EQ(result["comparison"]["workers"].size(), 2U);
+    EXPECT_GE(result["comparison"]["ensemble"]["accuracy"], 0.6);
+    const Outcome validated = run({"validate", "swap.safetensors", "--json"});
+    ASSERT_EQ(validated.exit_code, 0) << validated.errors;
+    EXPECT_EQ(validated.json()["loss"], result["test"]["loss"]);
+
+    // The same bits whatever the threads, and from the end of the second phase.
+    auto again = arguments;
+    again.insert(again.end(), {"--threads", "2", "--checkpoint", "again.safetensors", "--json"});
+    EXPECT_EQ(run(again).json()["test"]["loss"], result["test"]["loss"]);
+    std::filesystem::rename(folder / "again.safetensors.previous", folder / "again.safetensors");
+    const Outcome resumed = run({"train", "swap", "--resume", "again.safetensors", "--json"});
+    ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
+    EXPECT_EQ(resumed.json()["test"]["loss"], result["test"]["loss"]);
+
+    std::ofstream(folder / "other") << text.substr(5);
+    ASSERT_EQ(run({"prepare", "other"}).exit_code, 0);
+    expect_error({"train", "swap", "--resume", "again.safetensors", "--data", "other.tokens"},
+                 HasSubstr("data: expected the token file of the checkpoint, got other.tokens"));
+    expect_error(small({"--network", "language", "--context", "20000"}), HasSubstr("held_out: expected below"));
+    expect_error(small({"--network", "language", "--data", "none.tokens"}), HasSubstr("none.tokens"));
 }
 
 TEST_F(TrainSwap, RefusesBadOptions) {

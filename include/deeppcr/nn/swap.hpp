@@ -1,6 +1,6 @@
-// SWAP, Stochastic Weight Averaging in Parallel (arXiv 2001.02312): classifiers of Fashion-MNIST trained by workers
-// whose weights are averaged; and what else the averaging engine knows: data-parallel training, local SGD, DiLoCo, SWA,
-// LAWA. No LibTorch in here.
+// SWAP, Stochastic Weight Averaging in Parallel (arXiv 2001.02312): classifiers of Fashion-MNIST and language models
+// trained by workers whose weights are averaged; and what else the averaging engine knows: data-parallel training,
+// local SGD, DiLoCo, SWA, LAWA. No LibTorch in here.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/names.hpp>
 #include <deeppcr/nn/training.hpp>
 
@@ -17,9 +18,10 @@ namespace deeppcr::nn {
 enum class Network {
     convolutional,  ///< three convolutions with batch norm, 33,658 parameters
     residual,       ///< ResidualNetwork: a deep trunk of dense layers
+    language,       ///< a LanguageModel; what it predicts rightly are tokens
 };
-inline constexpr Names<Network, 2> network_names{
-    {{"convolutional", Network::convolutional}, {"residual", Network::residual}}};
+inline constexpr Names<Network, 3> network_names{
+    {{"convolutional", Network::convolutional}, {"residual", Network::residual}, {"language", Network::language}}};
 
 /// What one worker's own trajectory gives in place of its last weights.
 enum class Trajectory {
@@ -42,11 +44,16 @@ struct SwapOptions {
     Network network = Network::convolutional;
     index layers = 32, width = 32;  ///< of the residual one; its layers are evaluated one after the other
 
-    // The data: as in TrainingOptions.
-    std::filesystem::path data = {};
-    index train_images = 0;
-    index held_out = 6000;
-    std::uint64_t seed = 1;  ///< of initial weights, split and orders
+    LanguageModelOptions language;  ///< `vocabulary` is the token file's, `seed` the one below
+
+    // The data. Examples are images, or sequences of tokens that follow one another in the training part of a token
+    // file. The test set is Fashion-MNIST's, or of the file's validation part as many tokens as have 2^24
+    // probabilities.
+    std::filesystem::path data = {};  ///< the folder of Fashion-MNIST, as in TrainingOptions, or the token file
+    index context = 128;              ///< tokens of a sequence
+    index train_examples = 0;         ///< train on so many only; 0: all
+    index held_out = 6000;            ///< so many of the training data are kept apart, chosen by the seed
+    std::uint64_t seed = 1;           ///< of initial weights, split and orders
 
     index workers = 4;
     /// Each worker is a rank of this group, which has as many, to the same bits as workers that are simulated in this
@@ -55,7 +62,7 @@ struct SwapOptions {
     int threads = 1;  ///< so many simulated workers side by side; the numbers do not depend on it
 
     // Phase 1: all workers together, their gradients averaged in every step.
-    index large_batch = 2048;  ///< of all workers together, a multiple of `workers`
+    index large_batch = 2048;  ///< examples, of all workers together, a multiple of `workers`
     index large_epochs = 10;   ///< at most; 0: no phase 1
     double large_learning_rate = 0.2;
     index large_warm_up = 20;        ///< steps of linear growth; a cosine leads from there to 0 after large_epochs
@@ -108,7 +115,7 @@ struct SwapStep {
 };
 
 struct SwapMeasure {
-    index images = 0;  ///< 0: not measured
+    index examples = 0;  ///< images, or tokens that are predicted; 0: not measured
     double loss = 0, accuracy = 0;
 };
 
@@ -138,7 +145,7 @@ struct SwapResult {
     SwapComparison comparison;
     bool interrupted = false;
     index parameters = 0;
-    index images = 0;              ///< that all workers together have trained on in this call
+    index examples = 0;            ///< that all workers together have trained on in this call
     double seconds = 0;            ///< wall clock
     double processor_seconds = 0;  ///< of all workers' steps and phase 3
     /// Modelled: as if each worker had a processor of its own and communication were free. For each phase the processor
@@ -169,8 +176,9 @@ SwapOptions swap_options(const std::filesystem::path& checkpoint);
 /// Whether a file is a checkpoint of `train_swap`. Throws FileError where it cannot be read.
 bool is_swap(const std::filesystem::path& checkpoint);
 
-/// Loss and accuracy of a checkpoint's network, before its third phase of worker 0's, on the test set or the images
-/// held out of the training. data: as in TrainingOptions; warning: as in SwapCallbacks. Throws FileError.
+/// Loss and accuracy of a checkpoint's network, before its third phase of worker 0's, on the test set or the examples
+/// held out of the training. data: as in SwapOptions; empty: Fashion-MNIST where it usually is, or the training's token
+/// file. warning: as in SwapCallbacks. Throws FileError.
 SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
                           const std::function<void(const std::string&)>& warning = {});
 
