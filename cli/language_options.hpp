@@ -40,8 +40,8 @@ void apply_configuration(const std::string& name, nn::LanguageModelOptions& mode
 void print_plan(const nn::LanguagePlan& plan, const nn::LanguagePlanOptions& options, Output& output);
 
 inline Json newton_json(const nn::NewtonFigures& figures) {
-    return {{"iterations", figures.iterations},       {"mean_iterations", figures.mean_iterations},
-            {"residual", figures.residual},           {"lyapunov", figures.lyapunov},
+    return {{"iterations", figures.iterations},    {"mean_iterations", figures.mean_iterations},
+            {"residual", figures.residual},        {"lyapunov", figures.lyapunov},
             {"status", to_string(figures.status)}, {"sequential_steps", figures.sequential_steps}};
 }
 

@@ -126,13 +126,13 @@ Exit run_validate(const Arguments& arguments, Output& output) {
 
 void add_validate(Program& program) {
     const auto arguments = std::make_shared<Arguments>();
-    CLI::App& command =
-        program.add("validate", "Accuracy of a trained network on the test set or on its task, or perplexity of a language model",
-                    "  deeppcr validate resnet.safetensors\n"
-                    "  deeppcr validate resnet.safetensors --method sequential --json\n"
-                    "  deeppcr validate lm.safetensors --data other.tokens\n"
-                    "  deeppcr validate task.safetensors --length 200",
-                    [arguments](Output& output) { return run_validate(*arguments, output); });
+    CLI::App& command = program.add(
+        "validate", "Accuracy of a trained network on the test set or on its task, or perplexity of a language model",
+        "  deeppcr validate resnet.safetensors\n"
+        "  deeppcr validate resnet.safetensors --method sequential --json\n"
+        "  deeppcr validate lm.safetensors --data other.tokens\n"
+        "  deeppcr validate task.safetensors --length 200",
+        [arguments](Output& output) { return run_validate(*arguments, output); });
     command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
     arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
     auto& given = *arguments->given;
@@ -145,8 +145,7 @@ void add_validate(Program& program) {
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package); of a language model a "
                        "token file (default: its training's)");
-    command.add_option("--length", arguments->length,
-                       "Of a task: steps of the sequences; 0: as in the training");
+    command.add_option("--length", arguments->length, "Of a task: steps of the sequences; 0: as in the training");
     command.add_flag("--held-out", arguments->held_out, "The images held out of the training, instead of the test set");
 }
 

@@ -268,9 +268,7 @@ public:
     }
 
 private:
-    void make_optimisation() {
-        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
-    }
+    void make_optimisation() { optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_)); }
 
     void resume() {
         SavedStates other(options_.resume);
