@@ -29,18 +29,19 @@ constexpr Arm arms[] = {
 
 struct Setting {
     SequenceTask task;
-    index layers, steps;
+    index layers, steps, first_length;
     double learning_rate;
 };
 
 std::vector<Setting> settings_of(const Experiment& experiment) {
     if (experiment.quick)
-        return {
-            {SequenceTask::parity, 1, 6, 1e-2}, {SequenceTask::recall, 2, 6, 5e-3}, {SequenceTask::hops, 2, 6, 5e-3}};
+        return {{SequenceTask::parity, 1, 6, 4, 1e-2},
+                {SequenceTask::recall, 2, 6, 4, 3e-3},
+                {SequenceTask::hops, 2, 6, 4, 3e-3}};
     const index times = experiment.full ? 4 : 1;
-    return {{SequenceTask::parity, 1, 300 * times, 1e-2},
-            {SequenceTask::recall, 2, 700 * times, 5e-3},
-            {SequenceTask::hops, 3, 300 * times, 5e-3}};
+    return {{SequenceTask::parity, 1, 300 * times, 4, 1e-2},
+            {SequenceTask::recall, 2, 700 * times, 24, 3e-3},
+            {SequenceTask::hops, 3, 300 * times, 16, 3e-3}};
 }
 
 // -------------------------------------------------------------------------------------------- the trainings
@@ -63,6 +64,7 @@ Job make_job(const Arm& arm, const Setting& setting, const Experiment& experimen
     options.model.layers = setting.layers;
     options.model.mlp = options.model.width;
     options.steps = setting.steps;
+    options.first_length = setting.first_length;
     options.learning_rate = setting.learning_rate;
     options.model.seed = options.seed = seed;
     options.evaluation.execution.threads = 1;
@@ -296,6 +298,7 @@ Json run_tasks(const Experiment& experiment) {
         result["settings"].push_back({{"task", nn::name_of(nn::sequence_task_names, setting.task)},
                                       {"layers", setting.layers},
                                       {"steps", setting.steps},
+                                      {"first_length", setting.first_length},
                                       {"learning_rate", setting.learning_rate}});
     SideBySide threads(experiment, work);
     const bool done = threads.run(jobs.size(), [&](std::size_t i) { run(jobs[i], threads); });
@@ -321,6 +324,7 @@ void describe_tasks(const Json& tasks, Page& page) {
         const auto task = setting["task"].get<std::string>();
         page.paragraph(definition(tasks, task) + " Blocks: " + count_text(setting["layers"].get<index>()) +
                        ", steps at most: " + count_text(setting["steps"].get<index>()) +
+                       ", first length: " + count_text(setting["first_length"].get<index>()) +
                        ", learning rate: " + number_text(number(setting["learning_rate"]), 2) + ".");
         page.table(results_table(tasks, task));
         page.plots(plots_of(tasks, task));

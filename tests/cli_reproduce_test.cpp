@@ -468,8 +468,7 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_language_models(found["lm"]);
     expect_tasks(found["tasks"]);
     expect_page(contents(folder / "deeppcr-report" / "report.html"),
-                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots + language_plots +
-                    task_plots,
+                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots + language_plots + task_plots,
                 1);
 }
 
@@ -541,8 +540,8 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
-    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "tasks", "all", "--model", "--output", "--quick",
-                                 "--full", "--text", "--seed", "Example", "deeppcr reproduce"})
+    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "tasks", "all", "--model",
+                                 "--output", "--quick", "--full", "--text", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 

@@ -15,9 +15,28 @@ using Json = nlohmann::json;
 class TrainTask : public ProgramTest {
 protected:
     static std::vector<std::string> small(const std::vector<std::string>& more = {}, const std::string& steps = "6") {
-        std::vector<std::string> arguments = {"train",   "task", "--width", "8",         "--mlp", "8",       "--layers", "1",
-                                              "--batch", "4",    "--chunk", "8",         "--length", "20",   "--steps",  steps,
-                                              "--threads", "1",  "--validation-interval", "3", "--validation-sequences", "20"};
+        std::vector<std::string> arguments = {"train",
+                                              "task",
+                                              "--width",
+                                              "8",
+                                              "--mlp",
+                                              "8",
+                                              "--layers",
+                                              "1",
+                                              "--batch",
+                                              "4",
+                                              "--chunk",
+                                              "8",
+                                              "--length",
+                                              "20",
+                                              "--steps",
+                                              steps,
+                                              "--threads",
+                                              "1",
+                                              "--validation-interval",
+                                              "3",
+                                              "--validation-sequences",
+                                              "20"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
@@ -76,7 +95,7 @@ TEST_F(TrainTask, GoesOnAfterSigterm) {
 TEST_F(TrainTask, SaysWhatIsWrong) {
     expect_error(small({"sorting"}), HasSubstr("sorting"));
     expect_error(small({"--mixer", "toaster"}), HasSubstr("--mixer"));
-    expect_error(small({"recall", "--pairs", "10"}), HasSubstr("pairs: expected 1 to keys = 8, got 10"));
+    expect_error(small({"recall", "--pairs", "10"}), HasSubstr("pairs: expected 1 to keys = 4, got 10"));
     expect_error(small({"--first-length", "21"}), HasSubstr("first_length: expected 1 to length = 20"));
     expect_error(small({"--checkpoint", "nowhere/task.safetensors"}), HasSubstr("nowhere"));
     const Outcome diverged = run(small({"--learning-rate", "1e30", "--gradient-clip", "0"}));

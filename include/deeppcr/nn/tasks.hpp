@@ -33,7 +33,7 @@ struct SequenceTaskOptions {
     index length = 100;  ///< steps of a sequence
     /// Of recall: shorter sequences, of the beginning of a training, have at most a pair for each 12 steps.
     index pairs = 4;
-    index keys = 8, values = 8;   ///< of recall: so many different ones
+    index keys = 4, values = 4;   ///< of recall: so many different ones
     index hops = 2, symbols = 4;  ///< of hops
 };
 
@@ -66,6 +66,10 @@ struct TaskTrainingOptions {
     /// The cells' recurrent parameters are initially so many times those of the modules, which have a standard
     /// deviation of 1/2: a state that a one turns over, as parity asks for, needs some of more than 1 in size.
     double recurrent_scale = 3;
+    /// The gates of a cell, and of LibTorch's LSTM, that keep a state begin with biases so that it lasts about 1 to this
+    /// many steps, one channel shorter and one longer: log(uniform(1, memory)) ("chrono initialisation", Tallec and
+    /// Ollivier, arXiv 1804.11188). 0: the modules' own.
+    index memory = 0;
     index batch = 32;  ///< sequences per step, drawn anew for each; of shorter ones more, up to four times as many
     index steps = 2000;
     /// Sequences have this length at first. They get longer, by an eighth and a step, whenever the mean accuracy of the
@@ -73,7 +77,7 @@ struct TaskTrainingOptions {
     /// case after the part `growth` of all steps. 0: task.length from the beginning.
     index first_length = 4;
     double growth = 0.5;
-    double learning_rate = 1e-2;   ///< at its highest
+    double learning_rate = 3e-3;   ///< at its highest
     index warm_up = 50;            ///< steps of linear growth; a cosine leads from there to 0
     double weight_decay = 0;       ///< of matrices
     double gradient_clip = 1;      ///< the norm of all gradients is limited to this; 0: not
