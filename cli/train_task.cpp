@@ -157,8 +157,6 @@ void add_train_task(Program& program) {
     given.value("--device", field(&Training::device), "Where to train: cpu, cuda or cuda:<number>");
     given.value("--recurrent-scale", field(&Training::recurrent_scale),
                 "The cells' recurrent parameters are initially so many times the usual ones");
-    given.value("--memory", field(&Training::memory),
-                "Initial gates keep a state for up to so many steps; 0: the modules' usual ones");
     given.value("--batch", field(&Training::batch), "Sequences per step");
     given.value("--steps", field(&Training::steps), "Optimiser steps");
     given.value("--first-length", field(&Training::first_length),

@@ -1,6 +1,5 @@
 #include <deeppcr/nn/tasks.hpp>
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -176,7 +175,6 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     visit_model(state.options.model, visit);
     auto& options = state.options;
     visit("recurrent_scale", options.recurrent_scale);
-    visit("memory", options.memory);
     visit("batch", options.batch);
     visit("steps", options.steps);
     visit("first_length", options.first_length);
@@ -260,7 +258,6 @@ void check(const TaskTrainingOptions& options) {
     require(options.enough >= 0 && options.enough <= 1, "enough", "0 to 1", options.enough);
     require(std::isfinite(options.recurrent_scale) && options.recurrent_scale >= 0, "recurrent_scale",
             "a finite number, at least 0", options.recurrent_scale);
-    require(options.memory == 0 || options.memory >= 2, "memory", "at least 2, or 0", options.memory);
     require(options.batch >= 1, "batch", "at least 1", options.batch);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
@@ -326,36 +323,6 @@ TaskValidation measure(LanguageModel& model, const SequenceTaskOptions& task, in
 
 // --------------------------------------------------------------------------------------------- the training
 
-/// Gates that keep the state for 1 to `memory` steps, drawn log-uniformly in effect: biases of +-log(uniform).
-void remember(const std::string& bias_name, const Tensor& bias, Mixer mixer, index memory, at::Generator& generator) {
-    const auto gate = [&](index number, index gates) {
-        const index channels = bias.numel() / gates;
-        return bias.narrow(0, number * channels, channels);
-    };
-    const auto keep = [&](index channels) {
-        return at::empty({channels}).uniform_(1, double(memory), generator).log_();
-    };
-    if (mixer == Mixer::lstm && bias_name.ends_with("bias_ih")) {  // i, f, g, o
-        Tensor forget = gate(1, 4);
-        forget.copy_(keep(forget.numel()));
-        gate(0, 4).copy_(-forget);
-    } else if (bias_name.ends_with("bias_ih_l0")) {
-        const bool is_gru = mixer == Mixer::para_gru;                     // z, r, h
-        Tensor forget = mixer == Mixer::slstm ? gate(1, 4) : gate(0, 3);  // i, f, z, o; f, o, c
-        forget.copy_(keep(forget.numel()));
-        if (is_gru) forget.neg_();
-    }
-}
-
-void initialise(LanguageModel& model, const TaskTrainingOptions& options) {
-    const at::NoGradGuard no_gradients;
-    for (Tensor& parameters : model.recurrent_parameters()) parameters.mul_(options.recurrent_scale);
-    if (options.memory == 0) return;
-    at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(options.model.seed);
-    for (auto& parameter : model.named_parameters())
-        remember(parameter.key(), parameter.value(), options.model.mixer, options.memory, generator);
-}
-
 class Training {
 public:
     Training(const TaskTrainingOptions& options, const TaskCallbacks& callbacks)
@@ -369,7 +336,8 @@ public:
         state_.length = options.first_length > 0 ? options.first_length : options.task.length;
         if (options.resume.empty()) {
             model_ = std::make_shared<LanguageModel>(state_.options.model);
-            initialise(*model_, options);
+            const at::NoGradGuard no_gradients;
+            for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
             model_->to(device_);
             optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
         } else {

@@ -66,10 +66,6 @@ struct TaskTrainingOptions {
     /// The cells' recurrent parameters are initially so many times those of the modules, which have a standard
     /// deviation of 1/2: a state that a one turns over, as parity asks for, needs some of more than 1 in size.
     double recurrent_scale = 3;
-    /// The gates of a cell, and of LibTorch's LSTM, that keep a state begin with biases so that it lasts about 1 to this
-    /// many steps, one channel shorter and one longer: log(uniform(1, memory)) ("chrono initialisation", Tallec and
-    /// Ollivier, arXiv 1804.11188). 0: the modules' own.
-    index memory = 0;
     index batch = 32;  ///< sequences per step, drawn anew for each; of shorter ones more, up to four times as many
     index steps = 2000;
     /// Sequences have this length at first. They get longer, by an eighth and a step, whenever the mean accuracy of the
