@@ -6,10 +6,13 @@
 #include <vector>
 
 #include <deeppcr/nn/language_model.hpp>
-#include <deeppcr/nn/tasks.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
+
+namespace deeppcr::nn {
+struct TaskValidation;
+}
 
 namespace deeppcr::program {
 

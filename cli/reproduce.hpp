@@ -75,6 +75,11 @@ Json run_language_model(const Experiment& experiment);
 void describe_language_model(const Json& lm, Page& page);
 std::string summarise_language_model(const Json& lm);
 
+/// Parity, recall and k-hop induction by models of every mixer: accuracy, and Newton's method over the trainings.
+Json run_tasks(const Experiment& experiment);
+void describe_tasks(const Json& tasks, Page& page);
+std::string summarise_tasks(const Json& tasks);
+
 /// For what an experiment trains, as long as it needs it.
 class TemporaryFolder {
 public:

@@ -32,8 +32,7 @@ Json to_json(const nn::TaskStep& step) {
 }
 
 TaskTrainingOptions gather(const Arguments& arguments) {
-    TaskTrainingOptions options =
-        arguments.resume.empty() ? TaskTrainingOptions{} : nn::task_options(arguments.resume);
+    TaskTrainingOptions options = arguments.resume.empty() ? TaskTrainingOptions{} : nn::task_options(arguments.resume);
     if (!arguments.task.empty()) options.task.task = nn::choice_of(nn::sequence_task_names, "task", arguments.task);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
@@ -71,7 +70,8 @@ Exit run_train(const Arguments& arguments, Output& output) {
     };
     callbacks.validation = [&](const nn::TaskValidation& validation) {
         log.write(validation_json(validation));
-        const bool shown = !output.json() && validation.step % (10 * std::max<index>(1, options.validation_interval)) == 0;
+        const bool shown =
+            !output.json() && validation.step % (10 * std::max<index>(1, options.validation_interval)) == 0;
         if (!shown) return;
         bar.reset();
         output.line("step " + count_text(validation.step) + ": " + validation_text(validation));
@@ -161,7 +161,8 @@ void add_train_task(Program& program) {
     given.value("--steps", field(&Training::steps), "Optimiser steps");
     given.value("--first-length", field(&Training::first_length),
                 "Steps of the first sequences, which get longer once they are answered; 0: --length");
-    given.value("--growth", field(&Training::growth), "Part of --steps after which sequences have --length in any case");
+    given.value("--growth", field(&Training::growth),
+                "Part of --steps after which sequences have --length in any case");
     given.value("--learning-rate", field(&Training::learning_rate), "At its highest");
     given.value("--warm-up", field(&Training::warm_up), "Steps until the learning rate is at its highest");
     given.value("--weight-decay", field(&Training::weight_decay), "Decay of the matrices");

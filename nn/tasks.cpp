@@ -68,7 +68,7 @@ void fill_parity(const Column& column, Random& random) {
 }
 
 void fill_recall(const SequenceTaskOptions& options, const Column& column, Random& random) {
-    const index pairs = std::clamp<index>(column.length / 4, 1, options.pairs);
+    const index pairs = std::clamp<index>(column.length / 12, 1, options.pairs);
     std::vector<std::int64_t> keys(static_cast<std::size_t>(options.keys)), values;
     std::iota(keys.begin(), keys.end(), 0);
     for (index pair = 0; pair < pairs; ++pair) {
@@ -155,8 +155,8 @@ namespace {
 struct State {
     TaskTrainingOptions options;
     index step = 0, updates = 0;  // done; a step that was skipped is no update
-    index length = 0;     // of the next step's sequences
-    index sequences = 0;  // drawn
+    index length = 0;             // of the next step's sequences
+    index sequences = 0;          // drawn
     double recent_accuracy = 0;
     SavedTensors tensors;
 };
@@ -230,8 +230,9 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     if (state.sequences < 0)
         throw FileError(path, "at least 0 as metadata \"sequences\"", std::to_string(state.sequences));
     if (state.length < least_length(state.options.task.task) || state.length > state.options.task.length)
-        throw FileError(path, "a length of at most " + std::to_string(state.options.task.length) + " as metadata \"next_length\"",
-                        std::to_string(state.length));
+        throw FileError(
+            path, "a length of at most " + std::to_string(state.options.task.length) + " as metadata \"next_length\"",
+            std::to_string(state.length));
     state.tensors = std::move(saved.tensors);
     return state;
 }
@@ -303,8 +304,8 @@ TaskValidation measure(LanguageModel& model, const SequenceTaskOptions& task, in
     index cells = 0;
     while (result.sequences < sequences) {
         const index count = std::min(at_once, sequences - result.sequences);
-        const auto batch = make_batch(task, length, count, validation_seed,
-                                      validation_first + std::uint64_t(result.sequences));
+        const auto batch =
+            make_batch(task, length, count, validation_seed, validation_first + std::uint64_t(result.sequences));
         const Answered found = answer(model, batch, device);
         for (const Report* const report : model.reports()) add(result.newton, *report, cells++);
         result.loss += found.loss.item<double>() * double(found.answers);
@@ -325,17 +326,18 @@ TaskValidation measure(LanguageModel& model, const SequenceTaskOptions& task, in
 class Training {
 public:
     Training(const TaskTrainingOptions& options, const TaskCallbacks& callbacks)
-        : options_(options), callbacks_(callbacks), device_(device_of(options.device)), checkpoint_(options.checkpoint) {
+        : options_(options),
+          callbacks_(callbacks),
+          device_(device_of(options.device)),
+          checkpoint_(options.checkpoint) {
         state_.options = options;
         state_.options.model.vocabulary = vocabulary_of(options.task);
         state_.options.model = completed(state_.options.model);
         state_.length = options.first_length > 0 ? options.first_length : options.task.length;
         if (options.resume.empty()) {
             model_ = std::make_shared<LanguageModel>(state_.options.model);
-            {
-                const at::NoGradGuard no_gradients;
-                for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
-            }
+            const at::NoGradGuard no_gradients;
+            for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
             model_->to(device_);
             optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
         } else {
@@ -446,9 +448,9 @@ private:
     /// Longer sequences once these are answered.
     void lengthen(double accuracy) {
         state_.recent_accuracy += (accuracy - state_.recent_accuracy) / 5;
-        if (state_.recent_accuracy < 0.95) return;
+        if (state_.recent_accuracy < 0.9) return;
         state_.length = std::min(options_.task.length, state_.length + 1 + state_.length / 8);
-        state_.recent_accuracy = 0.8;
+        state_.recent_accuracy = 0.7;
     }
 
     void set_estimates(Estimates estimates) {

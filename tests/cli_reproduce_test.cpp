@@ -410,6 +410,51 @@ TEST_F(ReproduceTest, LanguageModelsOfAnotherText) {
     EXPECT_FALSE(std::filesystem::exists(folder / "report"));
 }
 
+void expect_tasks(const Json& tasks) {
+    EXPECT_EQ(tasks["complete"], true);
+    EXPECT_EQ(tasks["agreement"], true);
+    ASSERT_EQ(tasks["trainings"].size(), 18U) << "three tasks, six mixers";
+    for (const Json& training : tasks["trainings"]) {
+        const auto steps = training["steps_done"].get<std::size_t>();
+        EXPECT_LE(steps, 6U);
+        EXPECT_EQ(training["accuracy"], training["validations"]["accuracy"].back());
+        EXPECT_GE(training["accuracy"], 0.0);
+        EXPECT_LE(training["accuracy"], 1.0);
+        EXPECT_EQ(training["validations"]["step"].back(), steps);
+        const Json& curve = training["curve"];
+        for (const char* list : {"step", "loss", "accuracy", "length"}) ASSERT_EQ(curve[list].size(), steps) << list;
+        EXPECT_EQ(curve["length"].front(), 4);
+        EXPECT_EQ(curve.contains("mean_iterations"), training["is_cell"].get<bool>());
+        EXPECT_EQ(training.contains("lyapunov"), training["is_cell"].get<bool>());
+        if (!training["is_cell"].get<bool>()) continue;
+        for (std::size_t i = 0; i < steps; ++i) {
+            EXPECT_GE(curve["mean_iterations"][i], 1);
+            EXPECT_LE(curve["residual"][i], 1e-4);
+            EXPECT_EQ(curve["lyapunov"][i].is_number(), i % 10 == 0);
+        }
+    }
+}
+
+constexpr std::size_t task_plots = 3 * 5;
+
+TEST_F(ReproduceTest, Tasks) {
+    const Outcome outcome = reproduce("tasks --quick");
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    for (const char* expected : {"Accuracy, parity", "Accuracy, recall", "Accuracy, hops", "linear recurrence"})
+        EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
+    const Json found = results();
+    expect_header(found);
+    expect_tasks(found["tasks"]);
+    const std::string page = contents(folder / "deeppcr-report" / "report.html");
+    expect_page(page, task_plots);
+    EXPECT_NE(page.find("Right by guessing: 50 %"), std::string::npos);
+    const std::string explained = found["schema"]["tasks.trainings[]"];
+    for (const auto& [field, value] : found["tasks"]["trainings"][0].items())
+        if (field != "title" && field != "is_cell") {
+            EXPECT_NE(explained.find(field), std::string::npos) << field;
+        }
+}
+
 TEST_F(ReproduceTest, AllIsTheDefault) {
     const Outcome outcome = reproduce("--quick");
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
@@ -421,8 +466,9 @@ TEST_F(ReproduceTest, AllIsTheDefault) {
     expect_diffusion(found["diffusion"]);
     expect_swap(found["swap"]);
     expect_language_models(found["lm"]);
+    expect_tasks(found["tasks"]);
     expect_page(contents(folder / "deeppcr-report" / "report.html"),
-                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots + language_plots,
+                mlp_plots + resnet_plots + rnn_pictures + diffusion_plots + swap_plots + language_plots + task_plots,
                 1);
 }
 
@@ -494,8 +540,8 @@ TEST_F(ReproduceTest, ArgumentsThatMakeNoSenseAreRefused) {
 TEST_F(ReproduceTest, HelpNamesThePartsAndAnExample) {
     const Outcome outcome = reproduce("--help");
     EXPECT_EQ(outcome.exit_code, 0);
-    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "all", "--model", "--output", "--quick",
-                                 "--full", "--text", "--seed", "Example", "deeppcr reproduce"})
+    for (const char* expected : {"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "tasks", "all", "--model",
+                                 "--output", "--quick", "--full", "--text", "--seed", "Example", "deeppcr reproduce"})
         EXPECT_NE(outcome.output.find(expected), std::string::npos) << expected;
 }
 

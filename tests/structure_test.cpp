@@ -159,8 +159,8 @@ TEST(Structure, TheSolverNeverSeesARecurrence) {
 
 TEST(Structure, TrainingCanBeUsedWithoutLibTorch) {
     const Tree tree = read_tree();
-    for (const char* header : {"cell_kind.hpp", "language_model.hpp", "names.hpp", "swap.hpp", "tokens.hpp",
-                               "trained_cell.hpp", "training.hpp"}) {
+    for (const char* header : {"cell_kind.hpp", "language_model.hpp", "names.hpp", "swap.hpp", "tasks.hpp",
+                               "tokens.hpp", "trained_cell.hpp", "training.hpp"}) {
         ASSERT_TRUE(tree.contains(nn_headers + header));
         for (const std::string& included : closure(tree, nn_headers + header))
             EXPECT_FALSE(std::regex_match(included, libraries.front().include)) << header << ": " << included;

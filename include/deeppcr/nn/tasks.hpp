@@ -16,9 +16,11 @@ namespace deeppcr::nn {
 // ------------------------------------------------------------------------------------------------- the data
 
 /// parity: tokens are bits; the answer at each step is whether the ones so far are odd in number.
-/// recall: multi-query associative recall (arXiv 2312.04927): `pairs` pairs of a key and its value, keys different, then
+/// recall: multi-query associative recall (arXiv 2312.04927): `pairs` pairs of a key and its value, keys different,
+/// then
 ///     keys among them in any order; the answer at each of these steps is the key's value.
-/// hops: k-hop induction (arXiv 2402.09268, section 4): tokens x_1, x_2, .. are drawn from `symbols`; find(i) is the last
+/// hops: k-hop induction (arXiv 2402.09268, section 4): tokens x_1, x_2, .. are drawn from `symbols`; find(i) is the
+/// last
 ///     j <= i with x_{j-1} = x_i; the answer at step i is x at find(find(..(i))), `hops` times, or a token of its own
 ///     where there is no such place. hops = 1 is the induction head.
 enum class SequenceTask { parity, recall, hops };
@@ -29,9 +31,9 @@ inline constexpr Names<SequenceTask, 3> sequence_task_names{
 struct SequenceTaskOptions {
     SequenceTask task = SequenceTask::parity;
     index length = 100;  ///< steps of a sequence
-    /// Of recall: shorter sequences, of the beginning of a training, have at most a pair for each 4 steps.
+    /// Of recall: shorter sequences, of the beginning of a training, have at most a pair for each 12 steps.
     index pairs = 4;
-    index keys = 8, values = 8;    ///< of recall: so many different ones
+    index keys = 4, values = 4;   ///< of recall: so many different ones
     index hops = 2, symbols = 4;  ///< of hops
 };
 
@@ -46,8 +48,8 @@ struct SequenceTaskBatch {
     std::vector<std::int64_t> tokens, answers;  ///< [length,batch], contiguous
 };
 
-/// The sequences first, first + 1, .. of all that there are by this seed, of `length` steps. Each is drawn by its number
-/// and the seed alone, and is the same on any machine. Throws InvalidArgument.
+/// The sequences first, first + 1, .. of all that there are by this seed, of `length` steps. Each is drawn by its
+/// number and the seed alone, and is the same on any machine. Throws InvalidArgument.
 SequenceTaskBatch make_batch(const SequenceTaskOptions& options, index length, index batch, std::uint64_t seed,
                              std::uint64_t first);
 
@@ -61,26 +63,26 @@ struct TaskTrainingOptions {
     Options evaluation;          ///< of the cells; as in LanguageTrainingOptions
     std::string device;          ///< "cpu", "cuda" or "cuda:<number>"
 
-    /// The cells' recurrent parameters are initially so many times those of the modules, which have a standard deviation
-    /// of 1/2: a state that a one turns over, as parity asks for, needs some of more than 1 in size.
+    /// The cells' recurrent parameters are initially so many times those of the modules, which have a standard
+    /// deviation of 1/2: a state that a one turns over, as parity asks for, needs some of more than 1 in size.
     double recurrent_scale = 3;
     index batch = 32;  ///< sequences per step, drawn anew for each; of shorter ones more, up to four times as many
     index steps = 2000;
     /// Sequences have this length at first. They get longer, by an eighth and a step, whenever the mean accuracy of the
-    /// last steps (the last counts 1/5, the one before it 4/25, ..) is 95 %, up to task.length, which they have in any
+    /// last steps (the last counts 1/5, the one before it 4/25, ..) is 90 %, up to task.length, which they have in any
     /// case after the part `growth` of all steps. 0: task.length from the beginning.
     index first_length = 4;
     double growth = 0.5;
-    double learning_rate = 1e-2;  ///< at its highest
-    index warm_up = 50;           ///< steps of linear growth; a cosine leads from there to 0
-    double weight_decay = 0;      ///< of matrices
-    double gradient_clip = 1;     ///< the norm of all gradients is limited to this; 0: not
+    double learning_rate = 3e-3;   ///< at its highest
+    index warm_up = 50;            ///< steps of linear growth; a cosine leads from there to 0
+    double weight_decay = 0;       ///< of matrices
+    double gradient_clip = 1;      ///< the norm of all gradients is limited to this; 0: not
     index estimate_interval = 10;  ///< as in LanguageTrainingOptions
     OnDivergence on_divergence = OnDivergence::stop;
     std::uint64_t seed = 1;  ///< of the training data; model.seed: of the weights
 
-    index validation_interval = 100;     ///< steps between validations, besides the end; 0: none
-    index validation_sequences = 500;    ///< of task.length, the same for all seeds and trainings
+    index validation_interval = 100;   ///< steps between validations, besides the end; 0: none
+    index validation_sequences = 500;  ///< of task.length, the same for all seeds and trainings
     /// The training ends after a validation of at least this accuracy, as a fraction; 0: not before the last step.
     double enough = 0;
 
@@ -91,12 +93,12 @@ struct TaskTrainingOptions {
 };
 
 struct TaskStep : NewtonFigures {
-    index step = 0, steps = 0;         ///< 1..steps
-    index length = 0;                  ///< of this step's sequences
-    double loss = 0;                   ///< nats per answer, of this step's batch before the update
-    double accuracy = 0;               ///< of its answers, the part that is right
+    index step = 0, steps = 0;  ///< 1..steps
+    index length = 0;           ///< of this step's sequences
+    double loss = 0;            ///< nats per answer, of this step's batch before the update
+    double accuracy = 0;        ///< of its answers, the part that is right
     double learning_rate = 0, gradient_norm = 0;
-    bool skipped = false;              ///< as the loss or gradient was not finite
+    bool skipped = false;  ///< as the loss or gradient was not finite
     double seconds = 0;
     double elapsed = 0, remaining = 0;  ///< of the training (remaining: estimated)
 };
