@@ -193,7 +193,8 @@ void add_train_swap(Program& program) {
                  "Three convolutions with batch norm, or a deep residual trunk");
     given.value("--layers", field(&SwapOptions::layers), "Of the residual network");
     given.value("--width", field(&SwapOptions::width), "Of the residual network's layers");
-    given.value("--workers", field(&SwapOptions::workers), "Workers, simulated in this process; under mpirun one for each rank");
+    given.value("--workers", field(&SwapOptions::workers),
+                "Workers, simulated in this process; under mpirun one for each rank");
     given.value("--threads", field(&SwapOptions::threads), "Workers that compute side by side");
     given.value("--large-batch", field(&SwapOptions::large_batch), "Phase 1: images per step, of all workers together");
     given.value("--large-epochs", field(&SwapOptions::large_epochs), "Phase 1: passes at most; 0: no phase 1");

@@ -23,7 +23,6 @@ void require(bool condition, const char* argument, const std::string& expected, 
     if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
 }
 
-
 CellKind cell_kind(Mixer mixer) {
     return mixer == Mixer::para_gru    ? CellKind::para_gru
            : mixer == Mixer::para_lstm ? CellKind::para_lstm
