@@ -73,13 +73,13 @@ Exit run_train(const Arguments& arguments, Output& output) {
     if (arguments.plan) return run_plan(options, output);
     refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
     Log log(output.follows() ? "" : arguments.log);
-    output.line("language model on " + options.tokens.string() + ": " +
-                nn::name_of(nn::mixer_names, options.model.mixer) + ", " + count_text(options.model.layers) +
-                " blocks x " + count_text(options.model.width) + ", cells evaluated by the method " +
-                nn::name_of(nn::cell_method_names, options.evaluation.method) +
-                (group.size() > 1 ? "; " + count_text(group.size()) + " ranks share the " +
-                                        nn::name_of(nn::sharing_names, options.share)
-                                  : std::string()));
+    output.line(
+        "language model on " + options.tokens.string() + ": " + nn::name_of(nn::mixer_names, options.model.mixer) +
+        ", " + count_text(options.model.layers) + " blocks x " + count_text(options.model.width) +
+        ", cells evaluated by the method " + nn::name_of(nn::cell_method_names, options.evaluation.method) +
+        (group.size() > 1
+             ? "; " + count_text(group.size()) + " ranks share the " + nn::name_of(nn::sharing_names, options.share)
+             : std::string()));
     warn_about_slow_blas(output);
 
     std::optional<Progress> bar;

@@ -18,7 +18,7 @@ endif()
 
 # A test that mpirun runs with so many ranks, one thread each, here whoever one is and however many processors there are.
 set(mpirun_environment OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
-                       OMPI_MCA_btl_vader_single_copy_mechanism=none DEEPPCR_THREADS=1)
+                       OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_btl_vader_single_copy_mechanism=none DEEPPCR_THREADS=1)
 function(add_test_on_ranks name ranks label)
   if(DEEPPCR_BUILD_MPI)
     add_test(NAME ${name}.${ranks}_ranks COMMAND "${MPIEXEC_EXECUTABLE}" -n ${ranks} ${ARGN})

@@ -320,8 +320,7 @@ private:
         sizes[0] = drawn;
         const Tensor times = own(at::empty({drawn}, at::kLong).random_(0, options_.times, generator));
         const Tensor noise = own(at::empty(sizes, sample.options()).normal_(0, 1, generator));
-        const Tensor untold =
-            own(at::empty({drawn}, at::kFloat).uniform_(0, 1, generator) < options_.unconditional);
+        const Tensor untold = own(at::empty({drawn}, at::kFloat).uniform_(0, 1, generator) < options_.unconditional);
         const Tensor classes = at::where(untold, at::full_like(rows, class_count), classes_.index_select(0, rows));
         Tensor signals = at::empty({count, 1}), noises = at::empty({count, 1});
         for (index i = 0; i < count; ++i) {

@@ -151,7 +151,9 @@ public:
 
     index ranks_of_sequences() const { return by_steps_ ? 1 : ranks(); }
     /// This process's [first,last) of `count` sequences side by side, and of their steps.
-    std::pair<index, index> sequences(index count) const { return by_steps_ ? std::pair(index(0), count) : part(count); }
+    std::pair<index, index> sequences(index count) const {
+        return by_steps_ ? std::pair(index(0), count) : part(count);
+    }
     std::pair<index, index> steps(index count) const { return by_steps_ ? part(count) : std::pair(index(0), count); }
     /// Whether each rank has a part of so many steps of a sequence.
     bool divides(index count) const { return !by_steps_ || count >= ranks(); }
@@ -497,10 +499,9 @@ LanguageValidation validate_language_model(const std::filesystem::path& checkpoi
     index tokens = file.tokens() - first;
     if (options.at_most > 0) tokens = std::min(tokens, options.at_most + 1);
     if (tokens < 2) throw InvalidArgument("tokens", "a file with at least 2 for validation", std::to_string(tokens));
-    LanguageValidation result =
-        measure(*model, file, first, tokens, state.options.context,
-                options.batch > 0 ? options.batch : state.options.batch, device, options.evaluation,
-                LanguageShare(state.options), options.progress, options.interrupted);
+    LanguageValidation result = measure(
+        *model, file, first, tokens, state.options.context, options.batch > 0 ? options.batch : state.options.batch,
+        device, options.evaluation, LanguageShare(state.options), options.progress, options.interrupted);
     result.step = state.step;
     return result;
 }

@@ -34,9 +34,9 @@ struct DiffusionOptions {
     index train_images = 0;  ///< use this many; 0: all
 
     /// The processes that train together, each with all parameters and its own images of every batch
-    /// (docs/scaling.md); null: this one alone. The numbers are those of one process to rounding, and the same bits with
-    /// a given number of ranks. `train_diffusion` is called by all ranks alike; files are read by all, and written by
-    /// the first one.
+    /// (docs/scaling.md); null: this one alone. The numbers are those of one process to rounding, and the same bits
+    /// with a given number of ranks. `train_diffusion` is called by all ranks alike; files are read by all, and written
+    /// by the first one.
     Group* group = nullptr;
 
     // The training: the autoencoder first (where the space is latent), then the denoiser.

@@ -52,7 +52,8 @@ struct TrainingOptions {
     std::filesystem::path checkpoint = {};  ///< empty: none
     index checkpoint_interval = 0;          ///< also every so many steps; 0: not
     /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads; of
-    /// several ranks within the evaluation's tolerance, as the first one's prediction is what is saved). The network, the data and the seed must be those of the checkpoint.
+    /// several ranks within the evaluation's tolerance, as the first one's prediction is what is saved). The network,
+    /// the data and the seed must be those of the checkpoint.
     std::filesystem::path resume = {};
 
     bool test = true;  ///< measure the test set at the end (not after an interruption)
@@ -104,7 +105,8 @@ struct TrainingCallbacks {
     std::function<void(const EpochRecord&)> epoch = {};
     /// During validation on the held-out and test images: how much of it is done, 0..1.
     std::function<void(double done)> validation = {};
-    /// Asked after every step and every batch of a validation; true on any rank ends the training with its checkpoint saved.
+    /// Asked after every step and every batch of a validation; true on any rank ends the training with its checkpoint
+    /// saved.
     std::function<bool()> interrupted = {};
 };
 
