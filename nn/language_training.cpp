@@ -74,6 +74,8 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     visit("weight_decay", options.weight_decay);
     visit("gradient_clip", options.gradient_clip);
     visit("bound", options.bound);
+    visit("penalty", options.penalty);
+    visit("number", options.number, number_names);
     visit("seed", options.seed);
     visit("tokens_checksum", state.tokens_checksum);
 }
@@ -109,6 +111,8 @@ void check(const LanguageTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
+    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have neither
+    saved.metadata.try_emplace("number", "float32");
     visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
     state.options.tokens = saved.metadata["tokens"];
     try {
@@ -141,6 +145,7 @@ std::shared_ptr<LanguageModel> make_model(const std::filesystem::path& path, con
     if (const index expected = plan_language_model(planned).parameters; numbers != expected)
         throw FileError(path, std::to_string(expected) + " parameters", std::to_string(numbers));
     auto model = std::make_shared<LanguageModel>(state.options.model);
+    model->bfloat16 = state.options.number == Number::bfloat16;
     const at::NoGradGuard no_gradients;
     for (auto& parameter : model->named_parameters())
         parameter.value().copy_(find(path, state.tensors, parameter.key(), parameter.value()));
@@ -168,6 +173,8 @@ void check(const LanguageTrainingOptions& options) {
     require(options.micro_batch >= 0 && (options.micro_batch == 0 || options.batch % options.micro_batch == 0),
             "micro_batch", "a divisor of batch = " + std::to_string(options.batch) + ", or 0", options.micro_batch);
     require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
+    require(std::isfinite(options.penalty) && options.penalty >= 0, "penalty", "a finite number, at least 0",
+            options.penalty);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
@@ -267,6 +274,10 @@ public:
             resume();
         }
         model_->recompute = options.recompute;
+        model_->bfloat16 = options.number == Number::bfloat16;
+        if (options.penalty > 0 && model_->recurrent_parameters().empty())
+            throw InvalidArgument("penalty", "0, as " + name_of(mixer_names, options.model.mixer) + " is no cell",
+                                  std::to_string(options.penalty));
     }
 
     LanguageTraining run() {
@@ -346,14 +357,22 @@ private:
                                                                    : Estimates::full);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         index cells = 0;
-        for (index done = 0; done < options_.batch && std::isfinite(record.loss); done += at_once) {
+        model_->measure_growth(options_.penalty > 0);
+        for (index done = 0; done < options_.batch; done += at_once) {
             std::vector<index> begins;
             for (index i = 0; i < at_once; ++i) begins.push_back(order_.begin(state_.step * options_.batch + done + i));
-            const Tensor loss = model_->loss(sequences(file_, begins, options_.context + 1, device_)) *
-                                (double(at_once) / double(options_.batch));
+            const double part = double(at_once) / double(options_.batch);
+            const Tensor loss = model_->loss(sequences(file_, begins, options_.context + 1, device_)) * part;
             for (const Report* const report : model_->reports()) add(record, *report, cells++);
             record.loss += loss.item<double>();
-            if (std::isfinite(record.loss)) loss.backward();
+            if (!std::isfinite(record.loss)) break;
+            if (options_.penalty > 0) {
+                const Tensor growth = model_->growth() * part;
+                record.growth = (done > 0 ? record.growth : 0) + growth.item<double>();
+                (loss + growth * options_.penalty).backward();
+            } else {
+                loss.backward();
+            }
         }
         record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
         if (std::isfinite(record.loss)) record.gradient_norm = optimisation_->step(state_.step);
@@ -403,6 +422,7 @@ private:
                                  : counts.validation;
         if (tokens < 2) return;
         set_estimates(Estimates::none);
+        model_->measure_growth(false);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         LanguageValidation found = measure(*model_, file_, counts.training, tokens, options_.context, at_once, device_,
                                            callbacks_.validating, callbacks_.interrupted);
@@ -568,6 +588,7 @@ struct TextGenerator::Implementation {
         model = make_model(checkpoint, state);
         model->to(device);
         model->eval();
+        model->bfloat16 = false;
         evaluation = state.options.evaluation;
         evaluation.estimates = Estimates::none;
     }
