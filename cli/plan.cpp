@@ -110,7 +110,7 @@ void add_plan(Program& program) {
     given.value("--recompute", field(&nn::LanguagePlanOptions::recompute),
                 "Whether blocks are computed again in the backward pass");
     given.value("--number-bytes", field(&nn::LanguagePlanOptions::number_bytes),
-                "Bytes of an activation: 4, or 2 for bfloat16");
+                "Bytes of what lies between matrix products: 4, or 2 for bfloat16");
 }
 
 }  // namespace deeppcr::program

@@ -233,7 +233,7 @@ ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
 .notice { border-left: 4px solid var(--soft); background: var(--shade); padding: .6rem 1rem; margin: .8rem 0; }
 .notice.good { border-color: var(--good); background: var(--good-shade); }
 .notice.bad { border-color: var(--bad); background: var(--bad-shade); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.6rem;
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 1.6rem;
   margin: 1.2rem 0; }
 figure { margin: 0; }
 figcaption, .caption { color: var(--soft); font-size: .87rem; line-height: 1.45; margin-top: .4rem; max-width: 90ch; }

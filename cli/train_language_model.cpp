@@ -25,6 +25,7 @@ Json to_json(const nn::LanguageStep& step) {
               {"loss", step.loss},
               {"learning_rate", step.learning_rate},
               {"gradient_norm", step.gradient_norm},
+              {"growth", std::isfinite(step.growth) ? Json(step.growth) : Json()},
               {"skipped", step.skipped}};
     json.update(newton_json(step));
     json["tokens_per_second"] = step.tokens_per_second;
@@ -63,6 +64,7 @@ Exit run_plan(const LanguageTrainingOptions& options, Output& output) {
     plan.batch = options.batch;
     plan.micro_batch = options.micro_batch;
     plan.recompute = options.recompute;
+    plan.number_bytes = options.number == nn::Number::bfloat16 ? 2 : 4;
     print_plan(nn::plan_language_model(plan), plan, output);
     return Exit::done;
 }
@@ -192,6 +194,9 @@ void add_train_language_model(Program& program) {
     given.value("--gradient-clip", field(&Training::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--bound", field(&Training::bound),
                 "Limit the cells' recurrent parameters to +-this, and so their Jacobians; 0: not");
+    given.value("--penalty", field(&Training::penalty),
+                "Times the growth of disturbances along the sequences is added to the loss; 0: not");
+    given.choice("--number", field(&Training::number), nn::number_names, "Of matrix products and activations");
     given.value("--estimate-interval", field(&Training::estimate_interval),
                 "Estimate the Lyapunov exponent every so many steps; 0: never");
     given.value("--recompute", field(&Training::recompute),

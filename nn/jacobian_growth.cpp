@@ -90,11 +90,14 @@ auto jacobians(const CellTensors& layer) {
     constexpr std::size_t states = Cell::states, inputs = Cell::inputs, parameters = Cell::parameters;
     using Number = TensorDual<states>;
     const index steps = layer.states.size(0), sequences = layer.states.size(1);
-    const Tensor all = layer.states.view({steps, sequences, -1, index(states)});
-    const Tensor first = layer.initial.defined() ? layer.initial.view({1, sequences, -1, index(states)})
+    const auto wide = [](const Tensor& numbers) {
+        return numbers.to(c10::promoteTypes(numbers.scalar_type(), at::kFloat));
+    };
+    const Tensor all = wide(layer.states).view({steps, sequences, -1, index(states)});
+    const Tensor first = layer.initial.defined() ? wide(layer.initial).view({1, sequences, -1, index(states)})
                                                  : at::zeros_like(all.narrow(0, 0, 1));
     const Tensor before = at::cat({first, all.narrow(0, 0, steps - 1)});
-    const std::vector<Tensor> gates = layer.gates.chunk(index(inputs), 2);
+    const std::vector<Tensor> gates = wide(layer.gates).chunk(index(inputs), 2);
     const auto numbers = [&]<std::size_t... i>(std::index_sequence<i...>, const auto& part) {
         return std::array{Number(part(index(i)))...};
     };
@@ -102,7 +105,7 @@ auto jacobians(const CellTensors& layer) {
     for (std::size_t i = 0; i < states; ++i) x[i].derivative[i] = at::ones({}, before.options());
     const auto next = Cell::step(
         x, numbers(std::make_index_sequence<inputs>(), [&](index i) { return gates[std::size_t(i)]; }),
-        numbers(std::make_index_sequence<parameters>(), [&](index i) { return layer.parameters.select(0, i); }));
+        numbers(std::make_index_sequence<parameters>(), [&](index i) { return wide(layer.parameters).select(0, i); }));
     Matrices<states> result;
     for (std::size_t i = 0; i < states; ++i)
         for (std::size_t j = 0; j < states; ++j)
@@ -122,13 +125,12 @@ Matrices<n> map(const Matrices<n>& matrices, const auto& function) {
 /// Each step's matrix times that of the step before, for every second step.
 template <std::size_t n>
 Matrices<n> pairs(const Matrices<n>& matrices) {
-    const Matrices<n> earlier = map(matrices, [](const Tensor& entry) { return entry.slice(0, 0, {}, 2); }),
-                      later = map(matrices, [](const Tensor& entry) { return entry.slice(0, 1, {}, 2); });
+    const Matrices<n> earlier = map(matrices, [](const Tensor&entry) { return entry.slice(0, 0, {}, 2); }),
+                      later = map(matrices, [](const Tensor&entry) { return entry.slice(0, 1, {}, 2); });
     Matrices<n> result;
     for (std::size_t i = 0; i < n; ++i)
         for (std::size_t j = 0; j < n; ++j)
-            for (std::size_t k = 0; k < n; ++k)
-                result[i][j] = sum(result[i][j], product(later[i][k], earlier[k][j]));
+            for (std::size_t k = 0; k < n; ++k) result[i][j] = sum(result[i][j], product(later[i][k], earlier[k][j]));
     return result;
 }
 
@@ -138,9 +140,8 @@ Tensor growth(const CellTensors& layer) {
     const index steps = layer.states.size(0);
     index window = 16;
     while (window > steps) window /= 2;
-    Matrices<states> matrices = map(jacobians<Cell>(layer), [&](const Tensor& entry) {
-        return entry.narrow(0, 0, steps / window * window);
-    });
+    Matrices<states> matrices =
+        map(jacobians<Cell>(layer), [&](const Tensor& entry) { return entry.narrow(0, 0, steps / window * window); });
     for (index length = 1; length < window; length *= 2) matrices = pairs(matrices);
     Tensor squares;
     for (const auto& row : matrices)
@@ -153,20 +154,17 @@ Tensor growth(const CellTensors& layer) {
 }  // namespace
 
 Tensor jacobian_growth(CellKind kind, const CellTensors& layer) {
-    if (layer.reversed || layer.packed)
-        throw InvalidArgument("layer", "one that ran forward in time, one sequence per row",
-                              layer.reversed ? "a reversed one" : "packed sequences");
     switch (kind) {
         case CellKind::para_gru:
-            return growth<ParaGRU>(layer);
+            return growth<deeppcr::ParaGRU>(layer);
         case CellKind::para_lstm:
-            return growth<ParaLSTM>(layer);
+            return growth<deeppcr::ParaLSTM>(layer);
         case CellKind::diagonal_elman:
             return growth<DiagonalElman>(layer);
         case CellKind::slstm:
             break;
     }
-    return growth<SLSTM>(layer);
+    return growth<deeppcr::SLSTM>(layer);
 }
 
 }  // namespace deeppcr::nn

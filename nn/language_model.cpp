@@ -9,6 +9,8 @@
 
 #include <deeppcr/nn/cell.hpp>
 
+#include "nn/jacobian_growth.hpp"
+#include "nn/libtorch.hpp"
 #include "nn/threads.hpp"
 
 namespace deeppcr::nn {
@@ -72,42 +74,50 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight) {
     return x * at::rsqrt(x.square().mean(-1, /*keepdim=*/true) + 1e-6) * weight;
 }
 
+/// Where 16 bits are too few.
+Tensor at_least_float(const Tensor& x) { return x.to(c10::promoteTypes(x.scalar_type(), at::kFloat)); }
+
 class CellMixer : public MixerModule {
 public:
-    CellMixer(const LanguageModelOptions& options, at::Generator& generator) : layer_(make(options, generator)) {
-        std::visit([&](auto& layer) { register_module("cell", layer); }, layer_);
-    }
+    CellMixer(const LanguageModelOptions& options, at::Generator& generator)
+        : kind_(cell_kind(options.mixer)), layer_(register_module("cell", make(options, generator))) {}
 
     Tensor forward(const Tensor& input, MixerState* state) override {
         const Tensor initial = state != nullptr && !state->empty() ? state->front() : Tensor();
-        auto [output, last] = std::visit([&](auto& layer) { return layer->forward(input, initial); }, layer_);
+        std::vector<CellTensors> cells;
+        RecurrentCall call;
+        call.batch_first = false;
+        call.evaluation = evaluation_;
+        call.reports = &reports_;
+        if (measures_growth_) call.cells = &cells;
+        auto [output, last] = recurrent(kind_, input, layer_->parameters(), initial, call);
+        growth_ = measures_growth_ ? jacobian_growth(kind_, cells.front()) : Tensor();
         if (state != nullptr) *state = {last};
         return output;
     }
 
-    const Report* report() const override {
-        return std::visit([](const auto& layer) { return layer->reports().data(); }, layer_);
-    }
-    void set_evaluation(const Options& evaluation) override {
-        std::visit([&](auto& layer) { layer->options.evaluation(evaluation); }, layer_);
-    }
-    Tensor recurrent_parameters() override {
-        return std::visit([](auto& layer) { return layer->named_parameters()["parameters_l0"]; }, layer_);
-    }
+    const Report* report() const override { return reports_.data(); }
+    void measure_growth(bool measures) override { measures_growth_ = measures; }
+    Tensor growth() const override { return growth_; }
+    void set_evaluation(const Options& evaluation) override { evaluation_ = evaluation; }
+    Tensor recurrent_parameters() override { return layer_->named_parameters()["parameters_l0"]; }
 
 private:
-    using Layer = std::variant<ParaGRU, ParaLSTM, SLSTM>;
-    static Layer make(const LanguageModelOptions& options, at::Generator& generator) {
+    static std::shared_ptr<torch::nn::Module> make(const LanguageModelOptions& options, at::Generator& generator) {
         const auto seed = at::empty({1}, at::kLong).random_(generator).item<std::int64_t>();
-        const RecurrentOptions layer = RecurrentOptions(options.width, options.hidden)
-                                           .heads(options.heads)
-                                           .batch_first(false)
-                                           .seed(std::uint64_t(seed));
-        if (options.mixer == Mixer::para_gru) return ParaGRU(layer);
-        if (options.mixer == Mixer::para_lstm) return ParaLSTM(layer);
-        return SLSTM(layer);
+        const RecurrentOptions layer =
+            RecurrentOptions(options.width, options.hidden).heads(options.heads).seed(std::uint64_t(seed));
+        if (options.mixer == Mixer::para_gru) return ParaGRU(layer).ptr();
+        if (options.mixer == Mixer::para_lstm) return ParaLSTM(layer).ptr();
+        return SLSTM(layer).ptr();
     }
-    Layer layer_;
+
+    CellKind kind_;
+    std::shared_ptr<torch::nn::Module> layer_;
+    Options evaluation_;
+    std::vector<Report> reports_;
+    bool measures_growth_ = false;
+    Tensor growth_;
 };
 
 /// h_t = a h_{t-1} + sqrt(1 - a^2) u_t, a = exp(-exp(rate)): all steps as a product of Fourier transforms.
@@ -186,13 +196,14 @@ public:
         if (state != nullptr) *state = {k, v};
         const Tensor later = at::ones({steps, before + steps}, input.options().dtype(at::kBool)).triu(before + 1);
         const Tensor scores = at::matmul(q * (1 / std::sqrt(double(q.size(3)))), k.transpose(2, 3));
-        const Tensor weights = at::softmax(scores.masked_fill(later, -INFINITY), 3);
+        const Tensor weights = at::softmax(at_least_float(scores).masked_fill(later, -INFINITY), 3);
         return at::matmul(weights, v).permute({2, 0, 1, 3}).reshape({steps, batch, -1});
     }
 
 private:
     /// Each pair of channels (i, i + half) of step t is turned by the angle t / 10000^(i / half).
-    static Tensor rotated(const Tensor& x, index before) {
+    static Tensor rotated(const Tensor& projected, index before) {
+        const Tensor x = at_least_float(projected);
         const index half = x.size(3) / 2;
         const auto options = x.options();
         const Tensor angles = (at::arange(x.size(2), options) + double(before)).unsqueeze(1) *
@@ -219,24 +230,33 @@ std::shared_ptr<MixerModule> make_mixer(const LanguageModelOptions& options, at:
     }
 }
 
-/// A block whose backward pass computes its forward pass again, from its input.
+/// A block whose backward pass computes its forward pass again, from its input. Gives the block's output and its
+/// growth, 0 where that is not measured.
 struct RecomputedBlock : torch::autograd::Function<RecomputedBlock> {
-    static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& input, LanguageBlock* block) {
+    static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const Tensor& input,
+                                                  LanguageBlock* block, bool bfloat16) {
         context->save_for_backward({input});
         context->saved_data["block"] = std::int64_t(reinterpret_cast<std::intptr_t>(block));
-        return block->forward(input, nullptr);
+        context->saved_data["bfloat16"] = bfloat16;
+        const Tensor output = block->forward(input, nullptr), growth = block->mixer->growth();
+        return {output, growth.defined() ? growth : at::zeros({}, input.options())};
     }
     static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                    const torch::autograd::variable_list& output_gradients) {
         const Tensor input = context->get_saved_variables()[0].detach().requires_grad_();
         auto* const block = reinterpret_cast<LanguageBlock*>(std::intptr_t(context->saved_data["block"].toInt()));
-        Tensor output;
+        torch::autograd::variable_list outputs, gradients = {output_gradients[0]};
         {
             const at::AutoGradMode with_gradients(true);
-            output = block->forward(input, nullptr);
+            const Bfloat16Products products(input.device(), context->saved_data["bfloat16"].toBool());
+            outputs.push_back(block->forward(input, nullptr));
         }
-        torch::autograd::backward({output}, {output_gradients[0]});  // adds to the parameters' gradients
-        return {input.grad(), Tensor()};
+        if (const Tensor growth = block->mixer->growth(); growth.defined()) {
+            outputs.push_back(growth);
+            gradients.push_back(output_gradients[1]);
+        }
+        torch::autograd::backward(outputs, gradients);  // adds to the parameters' gradients
+        return {input.grad(), Tensor(), Tensor()};
     }
 };
 
@@ -302,19 +322,34 @@ LanguageModel::LanguageModel(const LanguageModelOptions& options) : options_(com
 }
 
 Tensor LanguageModel::forward(const Tensor& tokens, State* state) {
+    const Bfloat16Products products(tokens.device(), bfloat16);
     if (state != nullptr) state->resize(blocks_.size());
     Tensor x = at::embedding(embedding_, tokens);
-    for (std::size_t i = 0; i < blocks_.size(); ++i)
-        x = recompute && at::GradMode::is_enabled() && state == nullptr
-                ? RecomputedBlock::apply(x, blocks_[i].get())
-                : blocks_[i]->forward(x, state != nullptr ? &(*state)[i] : nullptr);
+    std::vector<Tensor> growths;
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+        Tensor growth;
+        if (recompute && at::GradMode::is_enabled() && state == nullptr) {
+            const auto results = RecomputedBlock::apply(x, blocks_[i].get(), bfloat16);
+            x = results[0];
+            if (blocks_[i]->mixer->growth().defined()) growth = results[1];
+        } else {
+            x = blocks_[i]->forward(x, state != nullptr ? &(*state)[i] : nullptr);
+            growth = blocks_[i]->mixer->growth();
+        }
+        if (growth.defined()) growths.push_back(growth);
+    }
+    growth_ = growths.empty() ? Tensor() : at::stack(growths).mean();
     return at::linear(rms_norm(x, norm_), head_.defined() ? head_ : embedding_);
 }
 
 Tensor LanguageModel::loss(const Tensor& tokens) {
     const index steps = tokens.size(0) - 1;
-    const Tensor logits = forward(tokens.narrow(0, 0, steps));
+    const Tensor logits = at_least_float(forward(tokens.narrow(0, 0, steps)));
     return at::cross_entropy_loss(logits.view({-1, logits.size(2)}), tokens.narrow(0, 1, steps).reshape({-1}));
+}
+
+void LanguageModel::measure_growth(bool measures) {
+    for (const auto& block : blocks_) block->mixer->measure_growth(measures);
 }
 
 void LanguageModel::set_evaluation(const Options& evaluation) {
@@ -392,29 +427,35 @@ void set_threads(const Options& evaluation) {
 
 namespace {
 
-/// Numbers per token that a block keeps for its backward pass. Exact for the cells; LibTorch's LSTM and attention keep
-/// about so many.
-index kept_by_block(const LanguageModelOptions& options, index context) {
+/// Per token, for the backward pass: floats, and numbers of the type in which products are computed.
+struct Kept {
+    index floats = 0, numbers = 0;
+    index bytes(index number_bytes) const { return 4 * floats + number_bytes * numbers; }
+};
+
+/// Of a block. Exact for the cells; LibTorch's LSTM and attention keep about so many.
+Kept kept_by_block(const LanguageModelOptions& options, index context, index number_bytes) {
     const index hidden = options.hidden;
-    index mixer = 0;  // what goes into it is counted below, as the norm's result
+    // Of each norm: what came, normed, both float; and weighted, rounded for each of the two products that read it.
+    Kept kept{4 * options.width, (number_bytes == 4 ? 2 : 4) * options.width};
     switch (options.mixer) {
         case Mixer::linear:  // the projection, scaled; two transforms of twice the length
-            mixer = hidden * 7;
+            kept.floats += hidden * 7;
             break;
         case Mixer::lstm:  // gates before and after their functions, c, tanh c, h
-            mixer = 11 * hidden;
+            kept.numbers += 11 * hidden;
             break;
         case Mixer::attention:  // q, k, v, the first two turned, the result; the weights
-            mixer = 6 * hidden + options.heads * context;
+            kept.numbers += 6 * hidden + options.heads * context;
             break;
         default: {
             const CellSizes sizes = sizes_of(cell_kind(options.mixer));
-            mixer = (sizes.inputs + sizes.states) * hidden;
+            kept.numbers += (sizes.inputs + sizes.states) * hidden;
         }
     }
-    const index gate = has_gate(options.mixer) ? 3 * hidden : 0;  // before and after silu, the product
-    const index norms = 6 * options.width;                        // of each: what came, normed, weighted
-    return norms + mixer + gate + 4 * options.mlp;                // two parts, silu of one, the product
+    if (has_gate(options.mixer)) kept.numbers += 3 * hidden;  // before and after silu, the product
+    kept.numbers += 4 * options.mlp;                          // two parts, silu of one, the product
+    return kept;
 }
 
 }  // namespace
@@ -443,10 +484,11 @@ LanguagePlan plan_language_model(const LanguagePlanOptions& options) {
 
     plan.weights = plan.gradients = 4 * plan.parameters;  // floats, also where activations are not
     plan.optimiser = 8 * plan.parameters;
-    const index block = kept_by_block(model, options.context);
-    const index end = 3 * width + 3 * model.vocabulary;  // the norm; logits, their logarithms, their gradients
+    const index block = kept_by_block(model, options.context, options.number_bytes).bytes(options.number_bytes);
+    // The norm; logits, their logarithms, their gradients.
+    const Kept end{2 * width + 2 * model.vocabulary, width + model.vocabulary};
     plan.activations_per_token =
-        options.number_bytes * ((options.recompute ? layers * width + block : layers * block) + end);
+        (options.recompute ? 4 * layers * width + block : layers * block) + end.bytes(options.number_bytes);
     const index at_once = options.micro_batch > 0 ? options.micro_batch : own;
     plan.activations = plan.activations_per_token * options.context * at_once;
     plan.bytes = plan.weights + plan.gradients + plan.optimiser + plan.activations;

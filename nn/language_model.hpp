@@ -32,6 +32,9 @@ public:
     virtual at::Tensor forward(const at::Tensor& input, MixerState* state) = 0;
     /// Of the last call, where the mixer is a cell.
     virtual const Report* report() const { return nullptr; }
+    /// Whether forward passes also compute `jacobian_growth` of the cell; and that of the last one, undefined else.
+    virtual void measure_growth(bool) {}
+    virtual at::Tensor growth() const { return {}; }
     virtual void set_evaluation(const Options&) {}
     /// The parameters that the cell multiplies its states by; undefined where there are none.
     virtual at::Tensor recurrent_parameters() { return {}; }
@@ -67,11 +70,18 @@ public:
     std::vector<at::Tensor> recurrent_parameters() const;
     const LanguageModelOptions& options() const { return options_; }
 
+    /// Whether forward passes also compute `growth`.
+    void measure_growth(bool measures);
+    /// The mean of `jacobian_growth` over the blocks in the last forward pass, differentiable with its logits;
+    /// undefined where it was not computed, or no mixer is a cell.
+    const at::Tensor& growth() const { return growth_; }
+
     bool recompute = false;
+    bool bfloat16 = false;  ///< matrix products, and what lies between them, in bfloat16
 
 private:
     LanguageModelOptions options_;
-    at::Tensor embedding_, norm_, head_;
+    at::Tensor embedding_, norm_, head_, growth_;
     std::vector<std::shared_ptr<LanguageBlock>> blocks_;
 };
 

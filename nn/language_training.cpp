@@ -65,6 +65,8 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     visit("weight_decay", options.weight_decay);
     visit("gradient_clip", options.gradient_clip);
     visit("bound", options.bound);
+    visit("penalty", options.penalty);
+    visit("number", options.number, number_names);
     visit("seed", options.seed);
     visit("tokens_checksum", state.tokens_checksum);
 }
@@ -101,6 +103,8 @@ void check(const LanguageTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
+    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have neither
+    saved.metadata.try_emplace("number", "float32");
     visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
     state.options.tokens = saved.metadata["tokens"];
     try {
@@ -186,6 +190,10 @@ void check(const LanguageTrainingOptions& options) {
     require(options.micro_batch >= 0 && (options.micro_batch == 0 || own % options.micro_batch == 0), "micro_batch",
             "a divisor of " + std::to_string(own) + ", a rank's sequences of a batch, or 0", options.micro_batch);
     require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
+    require(std::isfinite(options.penalty) && options.penalty >= 0, "penalty", "a finite number, at least 0",
+            options.penalty);
+    if (options.penalty > 0 && options.share == Sharing::steps && LanguageShare(options).ranks() > 1)
+        throw InvalidArgument("penalty", "0 where processes share the steps", std::to_string(options.penalty));
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
@@ -287,6 +295,10 @@ public:
             resume();
         }
         model_->recompute = options.recompute;
+        model_->bfloat16 = options.number == Number::bfloat16;
+        if (options.penalty > 0 && model_->recurrent_parameters().empty())
+            throw InvalidArgument("penalty", "0, as " + name_of(mixer_names, options.model.mixer) + " is no cell",
+                                  std::to_string(options.penalty));
     }
 
     LanguageTraining run() {
@@ -367,15 +379,23 @@ private:
         const auto [first_sequence, last_sequence] = share_.sequences(options_.batch);
         const index steps = last_step - first_step, at_once = sequences_at_once();
         index cells = 0;
+        model_->measure_growth(options_.penalty > 0);
         for (index done = first_sequence; done < last_sequence && std::isfinite(record.loss); done += at_once) {
             std::vector<index> begins;
             for (index i = 0; i < at_once; ++i)
                 begins.push_back(order_.begin(state_.step * options_.batch + done + i) + first_step);
-            const Tensor loss = model_->loss(sequences(file_, begins, steps + 1, device_)) *
-                                (double(at_once * steps) / double(options_.batch * options_.context));
+            const double part = double(at_once * steps) / double(options_.batch * options_.context);
+            const Tensor loss = model_->loss(sequences(file_, begins, steps + 1, device_)) * part;
             for (const Report* const report : model_->reports()) add(record, *report, cells++);
             record.loss += share_.sum(loss.item<double>());
-            if (std::isfinite(record.loss)) loss.backward();
+            if (!std::isfinite(record.loss)) break;
+            if (options_.penalty > 0) {
+                const Tensor growth = model_->growth() * part;
+                record.growth = (done > first_sequence ? record.growth : 0) + share_.sum(growth.item<double>());
+                (loss + growth * options_.penalty).backward();
+            } else {
+                loss.backward();
+            }
         }
         record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
         if (std::isfinite(record.loss)) record.gradient_norm = optimisation_->step(state_.step);
@@ -434,6 +454,7 @@ private:
                                  ? std::min(options_.validation_tokens + 1, counts.validation)
                                  : counts.validation;
         if (tokens < 2) return;
+        model_->measure_growth(false);
         LanguageValidation found =
             measure(*model_, file_, counts.training, tokens, options_.context, sequences_at_once(), device_,
                     evaluation(Estimates::none), share_, callbacks_.validating, callbacks_.interrupted);
@@ -494,6 +515,7 @@ LanguageValidation validate_language_model(const std::filesystem::path& checkpoi
         throw InvalidArgument("tokens", "the vocabulary of the checkpoint, " + Vocabulary(state.vocabulary).name(),
                               Vocabulary(file.vocabulary()).name());
     const auto model = make_model(checkpoint, state.options.model, state.tensors);
+    model->bfloat16 = state.options.number == Number::bfloat16;
     model->to(device);
     const index first = options.whole ? 0 : file.counts().training;
     index tokens = file.tokens() - first;

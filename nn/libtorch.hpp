@@ -16,6 +16,21 @@ CUstream_st* current_cuda_stream(c10::Device device);
 /// Bytes that the current GPU has available, those included that LibTorch holds and does not use; 0: unknown.
 index available_cuda_memory(c10::Device device);
 
+/// While it lives, and where `on`, LibTorch's autocast computes matrix products on the device in bfloat16, in this
+/// thread.
+class Bfloat16Products {
+public:
+    Bfloat16Products(c10::Device device, bool on);
+    ~Bfloat16Products();
+    Bfloat16Products(const Bfloat16Products&) = delete;
+    Bfloat16Products& operator=(const Bfloat16Products&) = delete;
+
+private:
+    c10::DeviceType device_;
+    bool on_, was_on_ = false;
+    c10::ScalarType type_before_ = c10::ScalarType::BFloat16;
+};
+
 /// Under which key an optimiser keeps the state of a parameter: its address, which 1.13 writes out as text.
 template <class Optimiser>
 auto state_key(Optimiser& optimiser, const at::Tensor& parameter) {

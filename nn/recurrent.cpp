@@ -98,6 +98,7 @@ Result run_direction(CellKind kind, const Tensor& gates, const Tensor& parameter
     Report report;
     const Tensor states = cell(kind, gates, parameters, initial, options, &report);
     if (call.reports != nullptr) call.reports->push_back(std::move(report));
+    if (call.cells != nullptr) call.cells->push_back({gates, parameters, initial, states});
     Result result;
     if (layout != nullptr) {
         std::vector<std::int64_t> rows;
@@ -219,6 +220,7 @@ std::tuple<Tensor, Tensor> recurrent(CellKind kind, const Tensor& input, const s
         require_weight("initial", initial, {layers * index(directions), sequences, hidden * sizes.states}, type,
                        device);
     if (call.reports != nullptr) call.reports->clear();
+    if (call.cells != nullptr) call.cells->clear();
     std::vector<Tensor> last;
     for (index layer = 0; layer < layers; ++layer) {
         std::vector<Tensor> outputs;

@@ -6,12 +6,14 @@
 #include <cmath>
 #include <fstream>
 
+#include <deeppcr/nn/cell.hpp>
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/tokens.hpp>
 #include <files/error.hpp>
 #include <files/safetensors.hpp>
 #include <files/tokens.hpp>
 
+#include "nn/jacobian_growth.hpp"
 #include "nn/language_model.hpp"
 
 namespace deeppcr::nn {
@@ -142,6 +144,107 @@ TEST_P(LanguageModels, RecomputeTheSameGradients) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Each, LanguageModels, testing::ValuesIn(mixers),
+                         [](const auto& mixer) { return name_of(mixer_names, mixer.param); });
+
+// ------------------------------------------------------------------------------------------------- the penalty
+
+class JacobianGrowth : public testing::TestWithParam<Mixer> {
+protected:
+    CellKind kind() const {
+        return GetParam() == Mixer::para_gru    ? CellKind::para_gru
+               : GetParam() == Mixer::para_lstm ? CellKind::para_lstm
+                                                : CellKind::slstm;
+    }
+    /// A model in double, recurrent enough for disturbances to grow here and there.
+    LanguageModel growing() const {
+        LanguageModelOptions options = small(GetParam());
+        LanguageModel model(options);
+        model.to(at::kDouble);
+        model.set_evaluation(sequential());
+        model.measure_growth(true);
+        const at::NoGradGuard no_gradients;
+        for (Tensor& parameters : model.recurrent_parameters()) parameters.mul_(5);
+        return model;
+    }
+};
+
+TEST_P(JacobianGrowth, IsWhatDisturbancesOfTheStateGrowBy) {
+    const CellSizes sizes = sizes_of(kind());
+    const index channels = 6, batch = 3, window = 16, states = sizes.states;
+    at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(std::uint64_t(3));
+    const auto random = [&](at::IntArrayRef shape, double scale) {
+        return at::empty(shape, at::kDouble).normal_(0, scale, generator);
+    };
+    CellTensors layer;
+    layer.gates = random({3 * window + 7, batch, sizes.inputs * channels}, 1);
+    layer.parameters = random({sizes.parameters, channels}, 2);
+    CellOptions options;
+    options.evaluation = sequential();
+    layer.states = cell(kind(), layer.gates, layer.parameters, {}, options);
+
+    double expected = 0;
+    for (const index first : {index(0), window, 2 * window}) {
+        const Tensor gates = layer.gates.narrow(0, first, window);
+        const Tensor before = first == 0 ? at::zeros({batch, channels * states}, at::kDouble) : layer.states[first - 1];
+        Tensor squares = at::zeros({batch, channels}, at::kDouble);
+        for (index k = 0; k < states; ++k) {
+            Tensor disturbance = at::zeros({batch, channels, states}, at::kDouble);
+            const double size = 1e-6;
+            disturbance.select(2, k).fill_(size);
+            disturbance = disturbance.view({batch, -1});
+            const auto end = [&](const Tensor& initial) {
+                return cell(kind(), gates, layer.parameters, initial, options)[window - 1];
+            };
+            const Tensor gain = (end(before + disturbance) - end(before - disturbance)) / (2 * size);
+            squares += gain.view({batch, channels, states}).square().sum(2);
+        }
+        expected += (at::log(squares / double(states)) / (2 * window)).clamp_min(0).mean().item<double>() / 3;
+    }
+    EXPECT_GT(expected, 1e-3);
+    EXPECT_NEAR(jacobian_growth(kind(), layer).item<double>(), expected, 1e-6);
+}
+
+TEST_P(JacobianGrowth, HasTheGradientOfFiniteDifferences) {
+    LanguageModel model = growing();
+    const Tensor tokens = some_tokens(38, 2);
+    const auto goal = [&] {
+        const Tensor loss = model.loss(tokens);
+        return loss + 3 * model.growth();
+    };
+    goal().backward();
+    EXPECT_GT(model.growth().item<double>(), 1e-3);
+    const at::NoGradGuard no_gradients;
+    for (auto& named : model.named_parameters()) {
+        Tensor values = named.value().view({-1});
+        const Tensor gradient = named.value().grad().reshape({-1});
+        const auto at = gradient.abs().argmax().item<index>();
+        const double step = 1e-6, before = values[at].item<double>();
+        values[at] = before + step;
+        const double above = goal().item<double>();
+        values[at] = before - step;
+        const double below = goal().item<double>();
+        values[at] = before;
+        EXPECT_NEAR((above - below) / (2 * step), gradient[at].item<double>(), 1e-6) << named.key();
+    }
+}
+
+TEST_P(JacobianGrowth, IsTheSameWhereBlocksAreRecomputed) {
+    std::vector<Tensor> gradients[2];
+    double growths[2];
+    for (const bool recompute : {false, true}) {
+        LanguageModel model = growing();
+        model.recompute = recompute;
+        const Tensor loss = model.loss(some_tokens(20, 2));
+        growths[recompute] = model.growth().item<double>();
+        (loss + model.growth()).backward();
+        for (const auto& parameter : model.parameters()) gradients[recompute].push_back(parameter.grad());
+    }
+    EXPECT_EQ(growths[0], growths[1]);
+    for (std::size_t i = 0; i < gradients[0].size(); ++i)
+        EXPECT_LT(difference(gradients[0][i], gradients[1][i]), 1e-12);
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, JacobianGrowth, testing::Values(Mixer::para_gru, Mixer::para_lstm, Mixer::slstm),
                          [](const auto& mixer) { return name_of(mixer_names, mixer.param); });
 
 TEST(LanguagePlan, CountsBytesAndOperations) {
@@ -381,6 +484,80 @@ TEST_F(LanguageTrainings, LimitTheRecurrentParameters) {
     EXPECT_EQ(largest, 0.25F);  // half of the initial ones are beyond
 }
 
+TEST_F(LanguageTrainings, ArePenalisedForGrowth) {
+    LanguageTrainingOptions plain = options(), penalised = options();
+    plain.learning_rate = penalised.learning_rate = 3e-2;
+    plain.steps = penalised.steps = 60;
+    plain.penalty = 1e-9;
+    penalised.penalty = 3;
+    LanguageTrainingOptions none = plain;
+    none.penalty = 0;
+    none.steps = 1;
+    const LanguageTraining first = train_language_model(plain), second = train_language_model(penalised);
+    const LanguageStep without = train_language_model(none).steps.front();
+    EXPECT_TRUE(std::isnan(without.growth));
+    EXPECT_EQ(second.steps.front().loss, without.loss) << "the penalty is no part of the loss";
+    EXPECT_EQ(first.steps.front().growth, second.steps.front().growth);
+    EXPECT_GT(first.steps.back().growth, 1e-4);
+    EXPECT_LT(second.steps.back().growth, 0.5 * first.steps.back().growth);
+    plain.model.mixer = Mixer::lstm;
+    EXPECT_THROW(train_language_model(plain), InvalidArgument);
+    penalised.penalty = -1;
+    EXPECT_THROW(train_language_model(penalised), InvalidArgument);
+}
+
+TEST_F(LanguageTrainings, InBfloat16HaveAboutTheSameLosses) {
+    for (const Mixer mixer : mixers) {
+        LanguageTrainingOptions wide = options(mixer), narrow = options(mixer);
+        narrow.number = Number::bfloat16;
+        narrow.recompute = mixer == Mixer::para_lstm;
+        const LanguageTraining first = train_language_model(wide), second = train_language_model(narrow);
+        EXPECT_NE(losses(first), losses(second)) << "computed in float";
+        for (std::size_t i = 0; i < first.steps.size(); ++i)
+            EXPECT_NEAR(first.steps[i].loss, second.steps[i].loss, 0.05) << name_of(mixer_names, mixer) << " " << i;
+        LanguageValidationOptions validation;
+        validation.evaluation = narrow.evaluation;
+        EXPECT_EQ(validate_language_model(narrow.checkpoint, validation).loss, second.validations.back().loss);
+        EXPECT_EQ(TextGenerator(narrow.checkpoint).generate({.tokens = 5}).tokens, 5);
+        // Weights are kept in float.
+        const auto contents = files::read_safetensors(narrow.checkpoint);
+        EXPECT_TRUE(std::holds_alternative<std::vector<float>>(contents.tensors.at("embedding").values));
+    }
+}
+
+TEST_F(LanguageTrainings, KeepPenaltyAndNumberWhereTheyResume) {
+    LanguageTrainingOptions whole = options();
+    whole.penalty = 0.5;
+    whole.number = Number::bfloat16;
+    whole.steps = 12;
+    const auto expected = losses(train_language_model(whole));
+    LanguageTrainingOptions part = whole;
+    part.checkpoint = folder / "part.safetensors";
+    LanguageCallbacks callbacks;
+    index steps = 0;
+    callbacks.interrupted = [&] { return ++steps == 7; };
+    auto found = losses(train_language_model(part, callbacks));
+    part = language_options(part.checkpoint);
+    EXPECT_EQ(part.penalty, 0.5);
+    EXPECT_EQ(part.number, Number::bfloat16);
+    part.checkpoint = part.resume = folder / "part.safetensors";
+    for (const double loss : losses(train_language_model(part))) found.push_back(loss);
+    EXPECT_EQ(found, expected);
+}
+
+TEST_F(LanguageTrainings, ResumeCheckpointsOfEarlierVersions) {
+    LanguageTrainingOptions training = options();
+    training.steps = 3;
+    train_language_model(training);
+    auto contents = files::read_safetensors(training.checkpoint);
+    for (const char* field : {"penalty", "number", "checksum"}) EXPECT_EQ(contents.metadata.erase(field), 1U) << field;
+    files::write_safetensors(training.checkpoint, contents);
+    const LanguageTrainingOptions read = language_options(training.checkpoint);
+    EXPECT_EQ(read.penalty, 0);
+    EXPECT_EQ(read.number, Number::float32);
+    EXPECT_EQ(TextGenerator(training.checkpoint).generate({.tokens = 5}).tokens, 5);
+}
+
 TEST_F(LanguageTrainings, RefuseWhatDoesNotContinue) {
     LanguageTrainingOptions training = options();
     training.steps = 3;
@@ -401,6 +578,8 @@ TEST_F(LanguageTrainings, RefuseWhatDoesNotContinue) {
     };
     EXPECT_THAT(with([](auto& o) { o.batch = 5; }), HasSubstr("batch: expected 6, as in the checkpoint, got 5"));
     EXPECT_THAT(with([](auto& o) { o.model.mixer = Mixer::lstm; }), HasSubstr("mixer: expected para_gru"));
+    EXPECT_THAT(with([](auto& o) { o.penalty = 1; }), HasSubstr("penalty: expected 0, as in the checkpoint, got 1"));
+    EXPECT_THAT(with([](auto& o) { o.number = Number::bfloat16; }), HasSubstr("number: expected float32"));
     EXPECT_THAT(with([](auto& o) { o.context = 1 << 20; }), HasSubstr("context: expected less than the"));
     EXPECT_THAT(with([](auto& o) { o.micro_batch = 4; }), HasSubstr("micro_batch: expected a divisor of batch = 6"));
     EXPECT_THAT(with([&](auto& o) { o.resume = folder / "tokens"; }), HasSubstr("tokens"));

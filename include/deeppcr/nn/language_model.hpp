@@ -72,7 +72,7 @@ struct LanguagePlanOptions {
     index micro_batch = 0;            ///< sequences that a device computes at once; 0: all of its own
     index devices = 1;                ///< that share the batch, each with all parameters
     bool recompute = false;           ///< as in LanguageTrainingOptions
-    index number_bytes = 4;           ///< of an activation: 4 float, 2 bfloat16
+    index number_bytes = 4;           ///< of what lies between matrix products: 4 float, 2 bfloat16
 };
 
 /// What a training takes, counted from the model's equations.
@@ -99,6 +99,11 @@ struct LanguagePlan {
 LanguagePlan plan_language_model(const LanguagePlanOptions& options);
 
 // ---------------------------------------------------------------------------------------------- the training
+
+/// In which a training computes: bfloat16 for matrix products and what lies between them, with weights, norms, losses
+/// and the recurrences themselves in float.
+enum class Number { float32, bfloat16 };
+inline constexpr Names<Number, 2> number_names{{{"float32", Number::float32}, {"bfloat16", Number::bfloat16}}};
 
 enum class OnDivergence { stop, skip };
 inline constexpr Names<OnDivergence, 2> on_divergence_names{
@@ -138,6 +143,11 @@ struct LanguageTrainingOptions {
     /// After each step the cells' recurrent parameters are limited to +-this, which bounds their Jacobians and so keeps
     /// an evaluation in parallel fast (docs/language-models.md); 0: not.
     double bound = 0;
+    /// So many times the growth of disturbances along the sequences (the mean over windows of 16 steps, sequences,
+    /// channels and blocks of the rate at which one grows, where it does; docs/language-models.md) is added to what is
+    /// minimised: keeps an evaluation in parallel fast, too. 0: not; above 0 the mixer must be a cell.
+    double penalty = 0;
+    Number number = Number::float32;  ///< of matrix products and activations
     /// Steps between those whose Lyapunov exponent is estimated, along all sequences (on a GPU along some); 0: none.
     index estimate_interval = 10;
     bool recompute = false;  ///< keep each block's input alone, and compute the rest again in the backward pass
@@ -170,7 +180,8 @@ struct LanguageStep : NewtonFigures {
     index tokens = 0;           ///< seen so far, in all steps
     double loss = 0;            ///< nats per token, of this step's batch before the update
     double learning_rate = 0, gradient_norm = 0;
-    bool skipped = false;  ///< as the loss or gradient was not finite
+    double growth = std::numeric_limits<double>::quiet_NaN();  ///< what `penalty` multiplies; NaN where that is 0
+    bool skipped = false;                                      ///< as the loss or gradient was not finite
     double seconds = 0, tokens_per_second = 0;
     double elapsed = 0, remaining = 0;  ///< of the training (remaining: estimated)
 };

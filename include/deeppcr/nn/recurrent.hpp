@@ -37,6 +37,11 @@ using ParaLSTMOptions = RecurrentOptions;
 using SLSTMOptions = RecurrentOptions;
 using ElmanOptions = RecurrentOptions;
 
+/// What a layer's cell has computed with, in one direction: as in `cell`. Steps come first.
+struct CellTensors {
+    at::Tensor gates, parameters, initial, states;
+};
+
 /// How `recurrent` reads its tensors.
 struct RecurrentCall {
     bool bidirectional = false;
@@ -44,7 +49,8 @@ struct RecurrentCall {
     at::Tensor batch_sizes;   ///< of a PackedSequence, whose data are the input; undefined: not packed
     double dropout = 0;       ///< 0 unless training
     Options evaluation = {};
-    std::vector<Report>* reports = nullptr;  ///< receives one per layer and direction, where not null
+    std::vector<Report>* reports = nullptr;     ///< receives one per layer and direction, where not null
+    std::vector<CellTensors>* cells = nullptr;  ///< likewise
 };
 
 /// What the modules compute, from their parameters: {output, last}, differentiable once.
