@@ -31,12 +31,13 @@ Json to_json(const nn::TaskStep& step) {
     return json;
 }
 
-TaskTrainingOptions gather(const Arguments& arguments) {
+TaskTrainingOptions gather(const Arguments& arguments, Group& group) {
     TaskTrainingOptions options = arguments.resume.empty() ? TaskTrainingOptions{} : nn::task_options(arguments.resume);
     if (!arguments.task.empty()) options.task.task = nn::choice_of(nn::sequence_task_names, "task", arguments.task);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
     options.resume = arguments.resume;
+    options.group = &group;
     options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
                          : !arguments.resume.empty()   ? arguments.resume
                                                        : "task.safetensors";
@@ -44,9 +45,9 @@ TaskTrainingOptions gather(const Arguments& arguments) {
 }
 
 Exit run_train(const Arguments& arguments, Output& output) {
-    const TaskTrainingOptions options = gather(arguments);
+    const TaskTrainingOptions options = gather(arguments, output.group());
     refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
-    Log log(arguments.log);
+    Log log(output.follows() ? "" : arguments.log);
     output.line(std::string(nn::name_of(nn::sequence_task_names, options.task.task)) + " of " +
                 count_text(options.task.length) + " steps: " + nn::name_of(nn::mixer_names, options.model.mixer) +
                 ", " + count_text(options.model.layers) + " blocks x " + count_text(options.model.width) +

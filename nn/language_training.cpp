@@ -411,25 +411,10 @@ private:
         }
         ++state_.step;
         interrupted = callbacks_.interrupted && callbacks_.interrupted();
-        gather(record, interrupted);
+        gather(record, interrupted, share_, share_.ranks() / share_.ranks_of_sequences());
         record.seconds = seconds_since(begin);
         record.tokens_per_second = double(options_.batch * options_.context) / record.seconds;
         return record;
-    }
-
-    /// Of all ranks' cells, in place of this one's.
-    void gather(LanguageStep& record, bool& interrupted) const {
-        std::vector<double> sums = {record.mean_iterations, double(record.sequential_steps)},
-                            maxima = {double(record.iterations), record.residual, record.lyapunov,
-                                      double(record.status), double(interrupted)};
-        share_.reduce(sums, maxima);
-        record.mean_iterations = sums[0] / double(share_.ranks());
-        record.sequential_steps = index(sums[1]) / (share_.ranks() / share_.ranks_of_sequences());
-        record.iterations = index(maxima[0]);
-        record.residual = maxima[1];
-        record.lyapunov = maxima[2];
-        record.status = Status(int(maxima[3]));
-        interrupted = maxima[4] != 0;
     }
 
     index sequences_at_once() const {

@@ -259,6 +259,9 @@ void check(const TaskTrainingOptions& options) {
     require(std::isfinite(options.recurrent_scale) && options.recurrent_scale >= 0, "recurrent_scale",
             "a finite number, at least 0", options.recurrent_scale);
     require(options.batch >= 1, "batch", "at least 1", options.batch);
+    const index ranks = Share(options.group).ranks();
+    require(options.batch % ranks == 0, "batch", "a multiple of the " + std::to_string(ranks) + " ranks",
+            options.batch);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_sequences >= 1, "validation_sequences", "at least 1", options.validation_sequences);
@@ -327,7 +330,8 @@ class Training {
 public:
     Training(const TaskTrainingOptions& options, const TaskCallbacks& callbacks)
         : options_(options),
-          callbacks_(callbacks),
+          share_(options.group),
+          callbacks_(share_.speaks() ? callbacks : TaskCallbacks{.interrupted = callbacks.interrupted}),
           device_(device_of(options.device)),
           checkpoint_(options.checkpoint) {
         state_.options = options;
@@ -339,7 +343,7 @@ public:
             const at::NoGradGuard no_gradients;
             for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
             model_->to(device_);
-            optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+            make_optimisation();
         } else {
             resume();
         }
@@ -350,12 +354,11 @@ public:
         const index first = state_.step;
         bool validated = false;
         while (state_.step < options_.steps && !result_.interrupted && !enough()) {
-            TaskStep record = one_step();
+            TaskStep record = one_step(result_.interrupted);
             record.elapsed = seconds_since(begin_);
             record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
             result_.steps.push_back(record);
             if (callbacks_.step) callbacks_.step(record);
-            result_.interrupted = callbacks_.interrupted && callbacks_.interrupted();
             const auto due = [&](index interval) { return interval > 0 && state_.step % interval == 0; };
             validated = !result_.interrupted && due(options_.validation_interval);
             if (validated) validate();
@@ -363,11 +366,17 @@ public:
         }
         if (!result_.interrupted && !validated) validate();
         save();
+        share_.barrier();  // so that no rank ends the program before the first one has written
         result_.seconds = seconds_since(begin_);
         return std::move(result_);
     }
 
 private:
+    void make_optimisation() {
+        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+        if (share_.group() != nullptr) optimisation_->share(*share_.group());
+    }
+
     void resume() {
         SavedStates other(options_.resume);
         std::error_code error;
@@ -378,7 +387,7 @@ private:
         check_continues(state_, saved);
         model_ = make_model(options_.resume, saved.options.model, saved.tensors);
         model_->to(device_);
-        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
+        make_optimisation();
         if (saved.updates > 0)
             optimisation_->restore_state(saved.updates, [&](const std::string& name, const Tensor& like) {
                 return find(options_.resume, saved.tensors, name, like.cpu())
@@ -392,7 +401,7 @@ private:
     }
 
     void save() {
-        if (options_.checkpoint.empty()) return;
+        if (options_.checkpoint.empty() || !share_.speaks()) return;
         state_.tensors.clear();
         const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
         for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
@@ -401,7 +410,8 @@ private:
         state_.tensors.clear();
     }
 
-    TaskStep one_step() {
+    /// interrupted: whether a rank was, during the step.
+    TaskStep one_step(bool& interrupted) {
         const auto begin = Clock::now();
         if (double(state_.step) >= options_.growth * double(options_.steps)) state_.length = options_.task.length;
         TaskStep record;
@@ -416,17 +426,20 @@ private:
                                                                    : Estimates::full);
         // Of shorter sequences more, as they have fewer answers.
         const index count = options_.batch * std::clamp<index>(options_.task.length / state_.length, 1, 4);
-        const auto batch =
-            make_batch(options_.task, state_.length, count, options_.seed, std::uint64_t(state_.sequences));
+        const auto [first, last] = share_.part(count);
+        const auto batch = make_batch(options_.task, state_.length, last - first, options_.seed,
+                                      std::uint64_t(state_.sequences + first));
         state_.sequences += count;
         const Answered found = answer(*model_, batch, device_);
         index cells = 0;
         for (const Report* const report : model_->reports()) add(record, *report, cells++);
-        record.loss = found.loss.item<double>();
-        record.accuracy = double(found.right) / double(found.answers);
+        // All sequences of a batch have as many answers, and all ranks as many sequences.
+        const Tensor loss = found.loss / double(share_.ranks());
+        record.loss = share_.sum(loss.item<double>());
+        record.accuracy = share_.sum(double(found.right)) / share_.sum(double(found.answers));
         record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
         if (std::isfinite(record.loss)) {
-            found.loss.backward();
+            loss.backward();
             record.gradient_norm = optimisation_->step(state_.step);
         }
         record.skipped = !std::isfinite(record.gradient_norm);
@@ -441,6 +454,8 @@ private:
             lengthen(record.accuracy);
         }
         ++state_.step;
+        interrupted = callbacks_.interrupted && callbacks_.interrupted();
+        gather(record, interrupted, share_);
         record.seconds = seconds_since(begin);
         return record;
     }
@@ -478,7 +493,8 @@ private:
     }
 
     const TaskTrainingOptions& options_;
-    const TaskCallbacks& callbacks_;
+    const Share share_;
+    const TaskCallbacks callbacks_;
     at::Device device_;
     SavedStates checkpoint_;
     State state_;

@@ -200,6 +200,17 @@ TEST_F(Ranks, TrainTheOtherModelsTogether) {
         EXPECT_NEAR(shared.json()["steps"][step]["loss"].get<double>(), alone.json()["steps"][step]["loss"], 1e-4);
 }
 
+TEST_F(Ranks, TrainOnTasksTogether) {
+    const Words task = {"train",    "task",      "recall",  "--length", "12",      "--width", "8",
+                        "--layers", "1",         "--batch", "4",        "--steps", "12",      "--validation-sequences",
+                        "4",        "--threads", "1",       "--log"};
+    ASSERT_EQ(run(joined(task, {"alone.log", "--checkpoint", "alone"})).exit_code, 0);
+    const Outcome outcome = run_on(2, joined(task, {"log"}));
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    expect_same_losses("log", "alone.log", 1e-3);
+    EXPECT_EQ(run({"validate", "task.safetensors"}).exit_code, 0);
+}
+
 TEST_F(Ranks, SayWhatIsWrongOnce) {
     prepare_tokens();
     const Outcome batch = run_on(2, {"train", "lm", "--batch", "3"});

@@ -62,6 +62,7 @@ struct TaskTrainingOptions {
     LanguageModelOptions model;  ///< `vocabulary` is the task's
     Options evaluation;          ///< of the cells; as in LanguageTrainingOptions
     std::string device;          ///< "cpu", "cuda" or "cuda:<number>"
+    Group* group = nullptr;      ///< as in LanguageTrainingOptions, with shares of the sequences
 
     /// The cells' recurrent parameters are initially so many times those of the modules, which have a standard
     /// deviation of 1/2: a state that a one turns over, as parity asks for, needs some of more than 1 in size.
