@@ -168,7 +168,8 @@ Json schema() {
          "task, mixer, seed, parameters; steps: at most, steps_done: until every answer of a validation was right; "
          "seconds (beside another training); accuracy and loss (nats) of all answers and last_accuracy of each "
          "sequence's last one, on validation_sequences sequences after the last step; of cells there iterations (the "
-         "most) and lyapunov (the largest exponent); validations: the same during the training; curve: lists by "
+         "most), lyapunov (the largest exponent), sequential_loss (of the same model evaluated sequentially) and "
+         "loss_difference, at most loss_tolerance; validations: the same during the training; curve: lists by "
          "optimiser step: loss, accuracy, length of the sequences, and of cells as in lm.trainings[]; or failure: why "
          "the training failed"}};
 }

@@ -40,8 +40,8 @@ std::vector<Setting> settings_of(const Experiment& experiment) {
                 {SequenceTask::hops, 2, 6, 4, 3e-3}};
     const index times = experiment.full ? 4 : 1;
     return {{SequenceTask::parity, 1, 300 * times, 4, 1e-2},
-            {SequenceTask::recall, 2, 700 * times, 24, 3e-3},
-            {SequenceTask::hops, 3, 300 * times, 16, 3e-3}};
+            {SequenceTask::recall, 2, 1000 * times, 24, 3e-3},
+            {SequenceTask::hops, 3, 600 * times, 16, 3e-3}};
 }
 
 // -------------------------------------------------------------------------------------------- the trainings
@@ -50,6 +50,7 @@ struct Job {
     const Arm* arm;
     nn::TaskTrainingOptions options;
     nn::TaskTraining result = {};
+    nn::TaskValidation sequential = {};  ///< of a cell's training, at its end
     std::string failure = {};
 
     std::string task() const { return nn::name_of(nn::sequence_task_names, options.task.task); }
@@ -57,7 +58,8 @@ struct Job {
     double work() const { return double(options.steps * options.model.layers * options.task.length); }
 };
 
-Job make_job(const Arm& arm, const Setting& setting, const Experiment& experiment, std::uint64_t seed) {
+Job make_job(const Arm& arm, const Setting& setting, const Experiment& experiment, std::uint64_t seed,
+             const std::filesystem::path& folder) {
     nn::TaskTrainingOptions options;
     options.task.task = setting.task;
     options.model.mixer = arm.mixer;
@@ -71,6 +73,8 @@ Job make_job(const Arm& arm, const Setting& setting, const Experiment& experimen
     options.validation_interval = 50;
     options.validation_sequences = 200;
     options.enough = 1;
+    options.checkpoint = folder / (std::string(nn::name_of(nn::sequence_task_names, setting.task)) + "-" +
+                                   nn::name_of(nn::mixer_names, arm.mixer) + "-" + std::to_string(seed));
     if (experiment.quick) {
         options.model.width = options.model.mlp = 8;
         options.task.length = 20;
@@ -93,6 +97,12 @@ void run(Job& job, SideBySide& threads) {
     callbacks.interrupted = [&] { return threads.stopped(); };
     try {
         job.result = nn::train_task(job.options, callbacks);
+        if (job.arm->is_cell && !job.result.interrupted) {
+            nn::TaskValidationOptions plain;
+            plain.evaluation.method = Method::sequential;
+            plain.evaluation.execution.threads = 1;
+            job.sequential = nn::validate_task(job.options.checkpoint, plain);
+        }
     } catch (const nn::TrainingDiverged& problem) {
         job.failure = problem.what();
     }
@@ -145,6 +155,8 @@ Json training_of(const Job& job) {
     if (job.arm->is_cell) {
         entry["iterations"] = last.newton.iterations;
         entry["lyapunov"] = last.newton.lyapunov;
+        entry["sequential_loss"] = job.sequential.loss;
+        entry["loss_difference"] = std::abs(last.loss - job.sequential.loss);
     }
     return entry;
 }
@@ -189,29 +201,31 @@ Sample sample(const Json& trainings, const Arm& arm, const char* field) {
 Table results_table(const Json& tasks, const std::string& task) {
     const Json trainings = trainings_of(tasks, task);
     const index seeds = tasks["seeds"].get<index>();
-    Table table{.title = "Accuracy, " + task,
-                .caption = "On " + count_text(tasks["validation_sequences"].get<index>()) + " sequences of " +
-                           count_text(tasks["length"].get<index>()) +
-                           " steps that no training saw, after the last step" +
-                           (seeds > 1 ? "; means over " + count_text(seeds) + " seeds" : std::string()) +
-                           ". Solved: every answer right, after so many steps, at which the training ends. Iterations, "
-                           "Lyapunov exponent: of the cells at the end, the largest of these sequences.",
-                .columns = {{"mixer", false},
-                            {"parameters"},
-                            {"accuracy"},
-                            {"of the last answers"},
-                            {"solved"},
-                            {"after steps"},
-                            {"seconds"},
-                            {"iterations"},
-                            {"Lyapunov exponent"}},
-                .rows = {}};
+    Table table{
+        .title = "Accuracy, " + task,
+        .caption = "On " + count_text(tasks["validation_sequences"].get<index>()) + " sequences of " +
+                   count_text(tasks["length"].get<index>()) + " steps that no training saw, after the last step" +
+                   (seeds > 1 ? "; means over " + count_text(seeds) + " seeds" : std::string()) +
+                   ". Solved: every answer right, after so many steps, at which the training ends. Iterations, "
+                   "Lyapunov exponent: of the cells at the end, the largest of these sequences. Differs by: the "
+                   "loss there, evaluated in parallel, from that of the same model evaluated sequentially, nats.",
+        .columns = {{"mixer", false},
+                    {"parameters"},
+                    {"accuracy"},
+                    {"of the last answers"},
+                    {"solved"},
+                    {"after steps"},
+                    {"seconds"},
+                    {"iterations"},
+                    {"Lyapunov exponent"},
+                    {"differs by"}},
+        .rows = {}};
     for (const Arm& arm : arms) {
         const Sample accuracy = sample(trainings, arm, "accuracy");
         const Sample parameters = sample(trainings, arm, "parameters");
         if (parameters.values.empty()) continue;
         if (accuracy.values.empty()) {
-            table.rows.push_back({arm.title, "", {"failed", Table::Tone::bad}, "", "", "", "", "", ""});
+            table.rows.push_back({arm.title, "", {"failed", Table::Tone::bad}, "", "", "", "", "", "", ""});
             continue;
         }
         Sample solved_after;
@@ -227,7 +241,8 @@ Table results_table(const Json& tasks, const std::string& task) {
                               solved_after.values.empty() ? "-" : count_text(index(std::llround(solved_after.mean()))),
                               seconds_text(sample(trainings, arm, "seconds").mean()),
                               arm.is_cell ? number_text(sample(trainings, arm, "iterations").mean()) : "",
-                              arm.is_cell ? number_text(sample(trainings, arm, "lyapunov").mean(), 2) : ""});
+                              arm.is_cell ? number_text(sample(trainings, arm, "lyapunov").mean(), 2) : "",
+                              arm.is_cell ? scientific_text(sample(trainings, arm, "loss_difference").mean()) : ""});
     }
     return table;
 }
@@ -269,18 +284,20 @@ std::vector<std::string> task_names() {
 Json run_tasks(const Experiment& experiment) {
     const std::vector<Setting> settings = settings_of(experiment);
     const index seeds = experiment.full ? 3 : 1;
+    const TemporaryFolder folder;
     std::vector<Job> jobs;
     double work = 0;
     for (index seed = 0; seed < seeds; ++seed)
         for (const Setting& setting : settings)
             for (const Arm& arm : arms) {
-                jobs.push_back(make_job(arm, setting, experiment, experiment.seed + std::uint64_t(seed)));
+                jobs.push_back(make_job(arm, setting, experiment, experiment.seed + std::uint64_t(seed), folder.path));
                 work += jobs.back().work();
             }
     const nn::TaskTrainingOptions& any = jobs.front().options;
     Json result{{"complete", false},
                 {"agreement", nullptr},
                 {"full", experiment.full},
+                {"loss_tolerance", experiment.tolerance},
                 {"length", any.task.length},
                 {"width", any.model.width},
                 {"batch", any.batch},
@@ -302,13 +319,15 @@ Json run_tasks(const Experiment& experiment) {
                                       {"learning_rate", setting.learning_rate}});
     SideBySide threads(experiment, work);
     const bool done = threads.run(jobs.size(), [&](std::size_t i) { run(jobs[i], threads); });
-    bool failed = false;
+    bool agreement = true;
     for (const Job& job : jobs) {
         if (job.failure.empty() && (job.result.interrupted || job.result.validations.empty())) continue;
-        failed = failed || !job.failure.empty();
-        result["trainings"].push_back(training_of(job));
+        Json entry = training_of(job);
+        agreement = agreement && job.failure.empty() &&
+                    (!entry.contains("loss_difference") || number(entry["loss_difference"]) <= experiment.tolerance);
+        result["trainings"].push_back(std::move(entry));
     }
-    if (!result["trainings"].empty()) result["agreement"] = !failed;
+    if (!result["trainings"].empty()) result["agreement"] = agreement;
     result["complete"] = done;
     return result;
 }

@@ -427,6 +427,8 @@ void expect_tasks(const Json& tasks) {
         EXPECT_EQ(curve.contains("mean_iterations"), training["is_cell"].get<bool>());
         EXPECT_EQ(training.contains("lyapunov"), training["is_cell"].get<bool>());
         if (!training["is_cell"].get<bool>()) continue;
+        EXPECT_LE(training["loss_difference"], tasks["loss_tolerance"]);
+        EXPECT_NEAR(training["sequential_loss"].get<double>(), training["loss"].get<double>(), 1e-4);
         for (std::size_t i = 0; i < steps; ++i) {
             EXPECT_GE(curve["mean_iterations"][i], 1);
             EXPECT_LE(curve["residual"][i], 1e-4);
