@@ -45,6 +45,18 @@ std::string shortened(const std::string& text, int columns) {
 /// One JSON object on a line of its own; bytes that are no UTF-8 (from file names) are replaced.
 void print(const Json& object) { std::cout << object.dump(-1, ' ', false, Json::error_handler_t::replace) << '\n'; }
 
+/// "train lm"
+std::string name_of(const CLI::App& command) {
+    const CLI::App* const group = command.get_parent();
+    return (group != nullptr && group->get_parent() != nullptr ? group->get_name() + " " : "") + command.get_name();
+}
+
+/// Whether processes that mpirun starts share the command's work, by Output::group.
+bool can_be_shared(const std::string& command) {
+    return command == "train lm" || command == "train resnet" || command == "train diffusion" ||
+           command == "train swap";
+}
+
 int fail(const std::string& message, Exit code, bool json) {
     std::cout.flush();
     std::cerr << "deeppcr: error: " << message << std::endl;
@@ -176,6 +188,9 @@ int Program::run(int argc, char** argv) {
     };
     Exit code = Exit::done;
     try {
+        if (const std::string name = name_of(*chosen->parser); !can_be_shared(name) && output.group().size() > 1)
+            throw InvalidArgument("mpirun -n", "1, as no processes share the work of `deeppcr " + name + "`",
+                                  std::to_string(output.group().size()));
         code = chosen->run(output);
     } catch (const Interrupted& error) {
         return end(error.what(), Exit::interrupted);

@@ -4,6 +4,8 @@
 
 #include <span>
 
+#include <deeppcr/error.hpp>
+
 namespace deeppcr::nn {
 namespace {
 
@@ -18,6 +20,9 @@ void sum_in_place(Group& group, const Tensor& values) {
 
 void sum_over(Group& group, const std::vector<Tensor>& tensors) {
     const at::NoGradGuard no_gradients;
+    for (const Tensor& tensor : tensors)
+        if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble)
+            throw InvalidArgument("tensors", "float or double", c10::toString(tensor.scalar_type()));
     for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
         std::vector<Tensor> flat;
         for (const Tensor& tensor : tensors)

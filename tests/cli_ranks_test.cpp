@@ -220,6 +220,11 @@ TEST_F(Ranks, SayWhatIsWrongOnce) {
     EXPECT_EQ(batch.errors.find(message), batch.errors.rfind(message));
     const Outcome share = run_on(2, language("5", {"--share", "steps", "--mixer", "attention"}));
     EXPECT_EQ(share.exit_code, 1);
+    const Outcome alone = run_on(2, {"prepare", "text", "-o", "other"});
+    EXPECT_EQ(alone.exit_code, 1);
+    EXPECT_THAT(alone.errors,
+                HasSubstr("mpirun -n: expected 1, as no processes share the work of `deeppcr prepare`, got 2"));
+    EXPECT_FALSE(fs::exists(folder / "other"));
     EXPECT_THAT(share.errors, HasSubstr("share: expected sequences, as steps can be shared where the mixer is a cell"));
 }
 

@@ -121,6 +121,7 @@ void expect_shared(Group& group, const LanguageTraining& found) {
 
 TEST_P(OnRanks, SumsOfTensorsAreThoseOfTheGroup) {
     run([](Group& group) {
+        EXPECT_THROW(sum_over(group, {at::zeros({2}, at::kLong)}), InvalidArgument);
         const double rank = group.rank(), ranks = group.size();
         const Tensor floats = at::full({3, 700}, 0.5 + rank, at::kFloat), numbers = at::full({2}, rank, at::kDouble);
         const Tensor columns = at::full({5, 4}, 1 + rank, at::kFloat).t(), none = at::empty({0});
@@ -145,6 +146,7 @@ TEST_P(OnRanks, LanguageModelsAreThoseOfOneProcess) {
                 options.model.tied = mixer != Mixer::slstm;
                 options.micro_batch = mixer == Mixer::para_lstm ? 2 : 0;
                 options.recompute = mixer == Mixer::para_lstm;
+                options.penalty = share == Sharing::sequences && mixer == Mixer::slstm ? 0.1 : 0;
                 const LanguageTraining alone = train_language_model(options);
                 options.group = &group;
                 const LanguageTraining found = train_language_model(options);
@@ -334,6 +336,8 @@ TEST_P(OnRanks, WhatCannotBeSharedIsRefused) {
                     HasSubstr("batch: expected a multiple of the " + ranks + " ranks, got 9"));
         EXPECT_THAT(message(Sharing::steps, [](auto& o) { o.context = 1; }),
                     HasSubstr("context: expected at least the " + ranks + " ranks, got 1"));
+        EXPECT_THAT(message(Sharing::steps, [](auto& o) { o.penalty = 1; }),
+                    HasSubstr("penalty: expected 0 where processes share the steps"));
         EXPECT_THAT(message(Sharing::sequences, [](auto& o) { o.micro_batch = 8; }),
                     HasSubstr("micro_batch: expected a divisor of " + std::to_string(8 / group.size())));
         TrainingOptions resnet;
