@@ -75,6 +75,7 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     visit("gradient_clip", options.gradient_clip);
     visit("bound", options.bound);
     visit("penalty", options.penalty);
+    visit("penalty_rate", options.penalty_rate);
     visit("number", options.number, number_names);
     visit("seed", options.seed);
     visit("tokens_checksum", state.tokens_checksum);
@@ -111,7 +112,8 @@ void check(const LanguageTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
-    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have neither
+    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have none of them
+    saved.metadata.try_emplace("penalty_rate", "-0.1");
     saved.metadata.try_emplace("number", "float32");
     visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
     state.options.tokens = saved.metadata["tokens"];
@@ -175,6 +177,7 @@ void check(const LanguageTrainingOptions& options) {
     require(std::isfinite(options.bound) && options.bound >= 0, "bound", "a finite number, at least 0", options.bound);
     require(std::isfinite(options.penalty) && options.penalty >= 0, "penalty", "a finite number, at least 0",
             options.penalty);
+    require(std::isfinite(options.penalty_rate), "penalty_rate", "a finite number", options.penalty_rate);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
@@ -357,7 +360,7 @@ private:
                                                                    : Estimates::full);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         index cells = 0;
-        model_->measure_growth(options_.penalty > 0);
+        model_->measure_growth(options_.penalty > 0 ? std::optional(options_.penalty_rate) : std::nullopt);
         for (index done = 0; done < options_.batch; done += at_once) {
             std::vector<index> begins;
             for (index i = 0; i < at_once; ++i) begins.push_back(order_.begin(state_.step * options_.batch + done + i));
@@ -422,7 +425,7 @@ private:
                                  : counts.validation;
         if (tokens < 2) return;
         set_estimates(Estimates::none);
-        model_->measure_growth(false);
+        model_->measure_growth(std::nullopt);
         const index at_once = options_.micro_batch > 0 ? options_.micro_batch : options_.batch;
         LanguageValidation found = measure(*model_, file_, counts.training, tokens, options_.context, at_once, device_,
                                            callbacks_.validating, callbacks_.interrupted);
