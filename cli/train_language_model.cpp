@@ -196,6 +196,8 @@ void add_train_language_model(Program& program) {
                 "Limit the cells' recurrent parameters to +-this, and so their Jacobians; 0: not");
     given.value("--penalty", field(&Training::penalty),
                 "Times the growth of disturbances along the sequences is added to the loss; 0: not");
+    given.value("--penalty-rate", field(&Training::penalty_rate),
+                "Growth per step above which --penalty counts; below 0: disturbances are to die out");
     given.choice("--number", field(&Training::number), nn::number_names, "Of matrix products and activations");
     given.value("--estimate-interval", field(&Training::estimate_interval),
                 "Estimate the Lyapunov exponent every so many steps; 0: never");

@@ -135,7 +135,7 @@ Matrices<n> pairs(const Matrices<n>& matrices) {
 }
 
 template <class Cell>
-Tensor growth(const CellTensors& layer) {
+Tensor growth(const CellTensors& layer, double rate) {
     constexpr std::size_t states = Cell::states;
     const index steps = layer.states.size(0);
     index window = 16;
@@ -147,24 +147,25 @@ Tensor growth(const CellTensors& layer) {
     for (const auto& row : matrices)
         for (const Tensor& entry : row)
             if (entry.defined()) squares = sum(squares, entry.square());
-    // What does not grow has no gradient: a norm of 0 must not get one through the logarithm.
-    return (at::log(at::clamp_min(squares / double(states), 1.0)) / double(2 * window)).mean();
+    // What grows slower has no gradient: a norm of 0 must not get one through the logarithm.
+    const double least = std::exp(2 * double(window) * rate);
+    return at::log(at::clamp_min(squares / double(states), least) / least).mean() / double(2 * window);
 }
 
 }  // namespace
 
-Tensor jacobian_growth(CellKind kind, const CellTensors& layer) {
+Tensor jacobian_growth(CellKind kind, const CellTensors& layer, double rate) {
     switch (kind) {
         case CellKind::para_gru:
-            return growth<deeppcr::ParaGRU>(layer);
+            return growth<deeppcr::ParaGRU>(layer, rate);
         case CellKind::para_lstm:
-            return growth<deeppcr::ParaLSTM>(layer);
+            return growth<deeppcr::ParaLSTM>(layer, rate);
         case CellKind::diagonal_elman:
-            return growth<DiagonalElman>(layer);
+            return growth<DiagonalElman>(layer, rate);
         case CellKind::slstm:
             break;
     }
-    return growth<deeppcr::SLSTM>(layer);
+    return growth<deeppcr::SLSTM>(layer, rate);
 }
 
 }  // namespace deeppcr::nn

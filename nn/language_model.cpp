@@ -89,15 +89,15 @@ public:
         call.batch_first = false;
         call.evaluation = evaluation_;
         call.reports = &reports_;
-        if (measures_growth_) call.cells = &cells;
+        if (growth_rate_) call.cells = &cells;
         auto [output, last] = recurrent(kind_, input, layer_->parameters(), initial, call);
-        growth_ = measures_growth_ ? jacobian_growth(kind_, cells.front()) : Tensor();
+        growth_ = growth_rate_ ? jacobian_growth(kind_, cells.front(), *growth_rate_) : Tensor();
         if (state != nullptr) *state = {last};
         return output;
     }
 
     const Report* report() const override { return reports_.data(); }
-    void measure_growth(bool measures) override { measures_growth_ = measures; }
+    void measure_growth(std::optional<double> rate) override { growth_rate_ = rate; }
     Tensor growth() const override { return growth_; }
     void set_evaluation(const Options& evaluation) override { evaluation_ = evaluation; }
     Tensor recurrent_parameters() override { return layer_->named_parameters()["parameters_l0"]; }
@@ -116,7 +116,7 @@ private:
     std::shared_ptr<torch::nn::Module> layer_;
     Options evaluation_;
     std::vector<Report> reports_;
-    bool measures_growth_ = false;
+    std::optional<double> growth_rate_;
     Tensor growth_;
 };
 
@@ -348,8 +348,8 @@ Tensor LanguageModel::loss(const Tensor& tokens) {
     return at::cross_entropy_loss(logits.view({-1, logits.size(2)}), tokens.narrow(0, 1, steps).reshape({-1}));
 }
 
-void LanguageModel::measure_growth(bool measures) {
-    for (const auto& block : blocks_) block->mixer->measure_growth(measures);
+void LanguageModel::measure_growth(std::optional<double> rate) {
+    for (const auto& block : blocks_) block->mixer->measure_growth(rate);
 }
 
 void LanguageModel::set_evaluation(const Options& evaluation) {

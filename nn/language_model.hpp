@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -33,8 +34,9 @@ public:
     virtual at::Tensor forward(const at::Tensor& input, MixerState* state) = 0;
     /// Of the last call, where the mixer is a cell.
     virtual const Report* report() const { return nullptr; }
-    /// Whether forward passes also compute `jacobian_growth` of the cell; and that of the last one, undefined else.
-    virtual void measure_growth(bool) {}
+    /// Whether forward passes also compute `jacobian_growth` of the cell, above which rate; and that of the last one,
+    /// undefined else.
+    virtual void measure_growth(std::optional<double>) {}
     virtual at::Tensor growth() const { return {}; }
     virtual void set_evaluation(const Options&) {}
     /// The parameters that the cell multiplies its states by; undefined where there are none.
@@ -71,8 +73,8 @@ public:
     std::vector<at::Tensor> recurrent_parameters() const;
     const LanguageModelOptions& options() const { return options_; }
 
-    /// Whether forward passes also compute `growth`.
-    void measure_growth(bool measures);
+    /// Whether forward passes also compute `growth`, above which rate.
+    void measure_growth(std::optional<double> rate);
     /// The mean of `jacobian_growth` over the blocks in the last forward pass, differentiable with its logits;
     /// undefined where it was not computed, or no mixer is a cell.
     const at::Tensor& growth() const { return growth_; }

@@ -66,6 +66,7 @@ void visit_fixed_fields(S& state, const Visit& visit) {
     visit("gradient_clip", options.gradient_clip);
     visit("bound", options.bound);
     visit("penalty", options.penalty);
+    visit("penalty_rate", options.penalty_rate);
     visit("number", options.number, number_names);
     visit("seed", options.seed);
     visit("tokens_checksum", state.tokens_checksum);
@@ -103,7 +104,8 @@ void check(const LanguageTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
-    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have neither
+    saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have none of them
+    saved.metadata.try_emplace("penalty_rate", "-0.1");
     saved.metadata.try_emplace("number", "float32");
     visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
     state.options.tokens = saved.metadata["tokens"];
@@ -194,6 +196,7 @@ void check(const LanguageTrainingOptions& options) {
             options.penalty);
     if (options.penalty > 0 && options.share == Sharing::steps && LanguageShare(options).ranks() > 1)
         throw InvalidArgument("penalty", "0 where processes share the steps", std::to_string(options.penalty));
+    require(std::isfinite(options.penalty_rate), "penalty_rate", "a finite number", options.penalty_rate);
     require(options.estimate_interval >= 0, "estimate_interval", "at least 0", options.estimate_interval);
     require(options.validation_interval >= 0, "validation_interval", "at least 0", options.validation_interval);
     require(options.validation_tokens >= 0, "validation_tokens", "at least 0", options.validation_tokens);
@@ -379,7 +382,7 @@ private:
         const auto [first_sequence, last_sequence] = share_.sequences(options_.batch);
         const index steps = last_step - first_step, at_once = sequences_at_once();
         index cells = 0;
-        model_->measure_growth(options_.penalty > 0);
+        model_->measure_growth(options_.penalty > 0 ? std::optional(options_.penalty_rate) : std::nullopt);
         for (index done = first_sequence; done < last_sequence && std::isfinite(record.loss); done += at_once) {
             std::vector<index> begins;
             for (index i = 0; i < at_once; ++i)
@@ -439,7 +442,7 @@ private:
                                  ? std::min(options_.validation_tokens + 1, counts.validation)
                                  : counts.validation;
         if (tokens < 2) return;
-        model_->measure_growth(false);
+        model_->measure_growth(std::nullopt);
         LanguageValidation found =
             measure(*model_, file_, counts.training, tokens, options_.context, sequences_at_once(), device_,
                     evaluation(Estimates::none), share_, callbacks_.validating, callbacks_.interrupted);

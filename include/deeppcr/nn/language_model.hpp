@@ -143,10 +143,12 @@ struct LanguageTrainingOptions {
     /// After each step the cells' recurrent parameters are limited to +-this, which bounds their Jacobians and so keeps
     /// an evaluation in parallel fast (docs/language-models.md); 0: not.
     double bound = 0;
-    /// So many times the growth of disturbances along the sequences (the mean over windows of 16 steps, sequences,
-    /// channels and blocks of the rate at which one grows, where it does; docs/language-models.md) is added to what is
-    /// minimised: keeps an evaluation in parallel fast, too. 0: not; above 0 the mixer must be a cell.
+    /// So many times the growth of disturbances along the sequences is added to what is minimised: the mean over
+    /// windows of 16 steps, sequences, channels and blocks of how much the rate per step at which a disturbance grows
+    /// exceeds `penalty_rate`, where it does (docs/language-models.md). Keeps an evaluation in parallel fast. 0: not;
+    /// above 0 the mixer must be a cell.
     double penalty = 0;
+    double penalty_rate = -0.1;       ///< below 0: disturbances are to die out
     Number number = Number::float32;  ///< of matrix products and activations
     /// Steps between those whose Lyapunov exponent is estimated, along all sequences (on a GPU along some); 0: none.
     index estimate_interval = 10;
