@@ -52,10 +52,7 @@ std::string name_of(const CLI::App& command) {
 }
 
 /// Whether processes that mpirun starts share the command's work, by Output::group.
-bool can_be_shared(const std::string& command) {
-    return command == "train lm" || command == "train resnet" || command == "train diffusion" ||
-           command == "train swap";
-}
+bool can_be_shared(const std::string& command) { return command.starts_with("train "); }
 
 int fail(const std::string& message, Exit code, bool json) {
     std::cout.flush();
