@@ -202,7 +202,7 @@ void add_train_swap(Program& program) {
     given.choice("--network", field(&SwapOptions::network), nn::network_names,
                  "Three convolutions with batch norm, a deep residual trunk, or a language model");
     const auto of_network = [](auto residual, auto language) {
-        return [=](SwapOptions& options) -> nn::index& {
+        return [=](SwapOptions& options) -> index& {
             return options.network == nn::Network::language ? options.language.*language : options.*residual;
         };
     };
