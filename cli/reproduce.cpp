@@ -334,7 +334,7 @@ void add_reproduce(Program& program) {
     command
         .add_option("part", arguments->part,
                     "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 5), swap (about 3), "
-                    "lm (about 6), tasks (about 6), or all")
+                    "lm (about 6), tasks (about 4), or all")
         ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "tasks", "all"}))
         ->capture_default_str();
     command.add_option("--output,-o", arguments->output, "Folder for report.html and results.json")
