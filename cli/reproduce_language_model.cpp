@@ -65,7 +65,7 @@ std::filesystem::path find_bible() {
     const std::string path = variable != nullptr ? variable : "";
     for (std::size_t begin = 0; begin <= path.size();) {
         const std::size_t end = std::min(path.find(':', begin), path.size());
-        const std::filesystem::path candidate = std::filesystem::path(path.substr(begin, end - begin)) / "bible";
+        std::filesystem::path candidate = std::filesystem::path(path.substr(begin, end - begin)) / "bible";
         std::error_code error;
         if (std::filesystem::is_regular_file(candidate, error) && access(candidate.c_str(), X_OK) == 0)
             return candidate;

@@ -134,6 +134,8 @@ TEST_F(Language, SaysWhatIsWrong) {
     expect_error({"prepare", "text"}, AllOf(HasSubstr("text.tokens"), HasSubstr("--overwrite")));
     expect_error(small({"--mixer", "toaster"}), HasSubstr("--mixer"));
     expect_error(small({"--context", "1000000"}), HasSubstr("context"));
+    expect_error(small({"--mixer", "lstm", "--penalty", "1"}), HasSubstr("penalty: expected 0, as lstm is no cell"));
+    expect_error(small({"--number", "int8"}), HasSubstr("--number"));
     expect_error(small({"--tokens", "text"}), HasSubstr("token file"));
     expect_error({"plan", "--batch", "8", "--devices", "3"}, HasSubstr("batch: expected a multiple of devices = 3"));
     expect_error({"generate", "text"}, HasSubstr("text"));
