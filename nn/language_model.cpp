@@ -407,10 +407,10 @@ void add(NewtonFigures& figures, const Report& report, index number) {
     if (report.status == Status::finished_sequentially) figures.sequential_steps += report.sequential_steps;
 }
 
-void gather(NewtonFigures& figures, bool& interrupted, const Share& share, index together) {
+void gather(NewtonFigures& figures, const Share& share, index together) {
     std::vector<double> sums = {figures.mean_iterations, double(figures.sequential_steps)},
                         maxima = {double(figures.iterations), figures.residual, figures.lyapunov,
-                                  double(figures.status), double(interrupted)};
+                                  double(figures.status)};
     share.reduce(sums, maxima);
     figures.mean_iterations = sums[0] / double(share.ranks());
     figures.sequential_steps = index(sums[1]) / together;
@@ -418,7 +418,6 @@ void gather(NewtonFigures& figures, bool& interrupted, const Share& share, index
     figures.residual = maxima[1];
     figures.lyapunov = maxima[2];
     figures.status = Status(int(maxima[3]));
-    interrupted = maxima[4] != 0;
 }
 
 Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device) {

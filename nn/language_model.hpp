@@ -115,9 +115,8 @@ std::vector<Optimisation::Group> parameter_groups(const LanguageModel& model);
 /// Adds the report of the `number`th cell, from 0, of those that the figures are about.
 void add(NewtonFigures& figures, const Report& report, index number);
 
-/// Of all ranks' cells in place of this one's, and whether a rank was interrupted. together: so many ranks have the
-/// same sequences. Collective.
-void gather(NewtonFigures& figures, bool& interrupted, const Share& share, index together = 1);
+/// Of all ranks' cells in place of this one's. together: so many ranks have the same sequences. Collective.
+void gather(NewtonFigures& figures, const Share& share, index together = 1);
 
 /// `count` tokens from each of those places on, side by side: [count,begins], 64-bit. Throws as TokenFile::read.
 at::Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device);

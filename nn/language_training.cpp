@@ -308,11 +308,12 @@ public:
         for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
         const index first = state_.step;
         while (state_.step < options_.steps && !result_.interrupted) {
-            LanguageStep record = one_step(result_.interrupted);
+            LanguageStep record = one_step();
             record.elapsed = seconds_since(begin_);
             record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
             result_.steps.push_back(record);
             if (callbacks_.step) callbacks_.step(record);
+            result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
             const auto due = [&](index interval) {
                 return interval > 0 && state_.step % interval == 0 && state_.step < options_.steps;
             };
@@ -365,8 +366,7 @@ private:
         state_.tensors.clear();
     }
 
-    /// interrupted: whether a rank was, during the step.
-    LanguageStep one_step(bool& interrupted) {
+    LanguageStep one_step() {
         const auto begin = Clock::now();
         LanguageStep record;
         record.step = state_.step + 1;
@@ -413,8 +413,7 @@ private:
             limit_parameters();
         }
         ++state_.step;
-        interrupted = callbacks_.interrupted && callbacks_.interrupted();
-        gather(record, interrupted, share_, share_.ranks() / share_.ranks_of_sequences());
+        gather(record, share_, share_.ranks() / share_.ranks_of_sequences());
         record.seconds = seconds_since(begin);
         record.tokens_per_second = double(options_.batch * options_.context) / record.seconds;
         return record;

@@ -354,11 +354,12 @@ public:
         const index first = state_.step;
         bool validated = false;
         while (state_.step < options_.steps && !result_.interrupted && !enough()) {
-            TaskStep record = one_step(result_.interrupted);
+            TaskStep record = one_step();
             record.elapsed = seconds_since(begin_);
             record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
             result_.steps.push_back(record);
             if (callbacks_.step) callbacks_.step(record);
+            result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
             const auto due = [&](index interval) { return interval > 0 && state_.step % interval == 0; };
             validated = !result_.interrupted && due(options_.validation_interval);
             if (validated) validate();
@@ -410,8 +411,7 @@ private:
         state_.tensors.clear();
     }
 
-    /// interrupted: whether a rank was, during the step.
-    TaskStep one_step(bool& interrupted) {
+    TaskStep one_step() {
         const auto begin = Clock::now();
         if (double(state_.step) >= options_.growth * double(options_.steps)) state_.length = options_.task.length;
         TaskStep record;
@@ -454,8 +454,7 @@ private:
             lengthen(record.accuracy);
         }
         ++state_.step;
-        interrupted = callbacks_.interrupted && callbacks_.interrupted();
-        gather(record, interrupted, share_);
+        gather(record, share_);
         record.seconds = seconds_since(begin);
         return record;
     }

@@ -183,10 +183,9 @@ Optimisation make_optimisation(ResidualNetwork& network, const TrainingOptions& 
 }
 
 /// Of all ranks, in place of this one's.
-void gather(StepRecord& record, bool& interrupted, const Share& share) {
+void gather(StepRecord& record, const Share& share) {
     std::vector<double> sums = {record.accuracy, record.mean_iterations, double(record.sequential_steps)},
-                        maxima = {double(record.iterations), record.residual, double(record.status),
-                                  double(interrupted)};
+                        maxima = {double(record.iterations), record.residual, double(record.status)};
     share.reduce(sums, maxima);
     record.accuracy = sums[0];
     record.mean_iterations = sums[1];
@@ -194,7 +193,6 @@ void gather(StepRecord& record, bool& interrupted, const Share& share) {
     record.iterations = index(maxima[0]);
     record.residual = maxima[1];
     record.status = Status(int(maxima[2]));
-    interrupted = maxima[3] != 0;
 }
 
 Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor& logits) {
@@ -300,8 +298,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& al
             network->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
         record.forward_seconds = forward.seconds;
         record.backward_seconds = network->memory->backward.seconds;
-        result.interrupted = callbacks.interrupted && callbacks.interrupted();
-        gather(record, result.interrupted, share);
+        gather(record, share);
         record.seconds = step_watch.seconds();
         record.elapsed = watch.seconds();
         record.remaining = record.elapsed / double(record.step - first_step) * double(steps - record.step);
@@ -312,6 +309,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& al
         state.epoch_accuracy += record.accuracy;
         state.epoch_seconds += record.seconds;
         if (callbacks.step) callbacks.step(record);
+        result.interrupted = share.any(callbacks.interrupted && callbacks.interrupted());
 
         if (const bool epoch_ends = position + 1 == epoch_steps; epoch_ends || state.step == steps) {
             EpochRecord summary{epoch + 1, state.step, 0, 0, {}, state.epoch_seconds};

@@ -400,7 +400,8 @@ TEST_P(OnRanks, TrainingsSendWhatTheDocumentationSays) {
             add(reduced, reduction(group, summed, 4));            // gradients
             add(reduced, reduction(group, 1, 8), micro_batches);  // losses
             add(reduced, reduction(group, 2, 8));                 // figures
-            add(reduced, reduction(group, 5, 8));
+            add(reduced, reduction(group, 4, 8));
+            add(reduced, reduction(group, 1, 8));  // interruptions
             if (steps && group.size() > 1) {
                 const index cells = layers * micro_batches, state = at_once * width * 4;
                 const index scans = [&] {
