@@ -172,7 +172,7 @@ TEST_F(TrainSwap, TrainsOtherwiseToo) {
 /// Words in an order that can be learnt.
 TEST_F(TrainSwap, TrainsLanguageModels) {
     std::string text;
-    for (int i = 0; i < 2000; ++i) text += i % 7 < 4 ? "abc " : "xyz. ";
+    for (int i = 0; i < 3000; ++i) text += i % 7 < 4 ? "abc " : "xyz. ";
     std::ofstream(folder / "text") << text;
     ASSERT_EQ(run({"prepare", "text", "--validation", "0.1"}).exit_code, 0);
     const std::vector<std::string> arguments = small(
