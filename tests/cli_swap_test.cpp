@@ -202,7 +202,7 @@ TEST_F(TrainSwap, TrainsLanguageModels) {
     EXPECT_EQ(resumed.json()["test"]["loss"], result["test"]["loss"]);
 
     std::ofstream(folder / "other") << text.substr(5);
-    ASSERT_EQ(run({"prepare", "other"}).exit_code, 0);
+    ASSERT_EQ(run({"prepare", "other", "-o", "other.tokens"}).exit_code, 0);
     expect_error({"train", "swap", "--resume", "again.safetensors", "--data", "other.tokens"},
                  HasSubstr("data: expected the token file of the checkpoint, got other.tokens"));
     expect_error(small({"--network", "language", "--context", "20000"}), HasSubstr("held_out: expected below"));
