@@ -205,8 +205,9 @@ TEST_F(TrainSwap, TrainsLanguageModels) {
     ASSERT_EQ(run({"prepare", "other", "-o", "other.tokens"}).exit_code, 0);
     expect_error({"train", "swap", "--resume", "again.safetensors", "--data", "other.tokens"},
                  HasSubstr("data: expected the token file of the checkpoint, got other.tokens"));
-    expect_error(small({"--network", "language", "--context", "20000"}), HasSubstr("held_out: expected below"));
-    expect_error(small({"--network", "language", "--data", "none.tokens"}), HasSubstr("none.tokens"));
+    expect_error(small({"--network", "language", "--context", "20000", "--overwrite"}),
+                 HasSubstr("held_out: expected below"));
+    expect_error(small({"--network", "language", "--data", "none.tokens", "--overwrite"}), HasSubstr("none.tokens"));
 }
 
 TEST_F(TrainSwap, RefusesBadOptions) {
