@@ -321,8 +321,10 @@ void check(const SwapOptions& options) {
         return check_batches(options, std::numeric_limits<index>::max());
     }
     const bool holds_out = options.held_out > 0 && options.held_out < all_images;  // else reading the data refuses
-    check_batches(
-        options, options.train_examples > 0 ? options.train_examples : all_images - (holds_out ? options.held_out : 0));
+    const index most = all_images - (holds_out ? options.held_out : 0);
+    require(options.train_examples >= 0 && options.train_examples <= most, "train_examples",
+            "0 to " + std::to_string(most), options.train_examples);
+    check_batches(options, options.train_examples > 0 ? options.train_examples : most);
 }
 
 // ----------------------------------------------------------------------------------------------- checkpoints
@@ -572,7 +574,8 @@ private:
     /// Phase 3, where there is something to average.
     void finish(Model& model, Team& team, bool stale) {
         const bool averages = has_phase(2) && !all_are_equal(2);
-        const bool compares = averages && options_.compare && options_.test;
+        const bool compares =
+            averages && options_.compare && options_.test && subject_->answers(Part::test).numel() > 0;
         if (compares) {
             if (stale) recompute_statistics(model, *subject_, options_.micro_batch);
             compare_workers(model, team);

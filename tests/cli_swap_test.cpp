@@ -214,6 +214,7 @@ TEST_F(TrainSwap, RefusesBadOptions) {
     expect_error(small({"--workers", "0"}), HasSubstr("workers: expected at least 1, got 0"));
     expect_error(small({"--workers", "3"}), HasSubstr("large_batch: expected a multiple of the 3 workers, got 64"));
     expect_error(small({"--large-batch", "1024"}), HasSubstr("large_batch: expected at most the number of training"));
+    expect_error(small({"--train-examples", "60000"}), HasSubstr("train_examples: expected 0 to 59936, got 60000"));
     expect_error(small({"--outer-momentum", "0.9"}), HasSubstr("period: expected 2 or more"));
     expect_error(small({"--trajectory", "zigzag"}), AllOf(HasSubstr("--trajectory"), HasSubstr("zigzag")));
     expect_error(small({"--data", "nowhere"}), HasSubstr("dataset-fashion-mnist"));
