@@ -79,9 +79,10 @@ Sizes sizes_of(const Experiment& experiment) {
     sizes.trials.push_back({nn::Sampler::heun, 100, Surrogate::full, 1e-5});
     sizes.quality_images = 256;
     sizes.qualities = {{nn::Sampler::ddim, 100, {1e-2, 1e-3, 1e-4, 1e-5}}};
-    if (experiment.full)
-        for (const nn::Sampler sampler : {nn::Sampler::ddim, nn::Sampler::ddpm})
-            sizes.qualities.push_back({sampler, 1000, {1e-4, 1e-5, 1e-6}});
+    if (experiment.full) {
+        sizes.qualities.push_back({nn::Sampler::ddim, 1000, {1e-6}});
+        sizes.qualities.push_back({nn::Sampler::ddpm, 1000, {1e-5}});
+    }
     sizes.in_flight_steps = 100;
     sizes.in_flight = {1, 4, 16, 64};
     return sizes;
