@@ -26,7 +26,7 @@ struct Sizes {
 
 Sizes sizes_of(const Experiment& experiment) {
     if (experiment.quick) return {256, 128, 2, 16, 64, 1, 1, 1, {0.1}, {0.05, 0.1}, {0.5}};
-    Sizes sizes{5120, 4000, 4, 64, 512, 10, 4, 2, {0.1, 0.2, 0.4}, {0.05, 0.1, 0.2}, {0.85, 0.92}};
+    Sizes sizes{5120, 4000, 4, 64, 512, 10, 4, 2, {0.1, 0.2, 0.4}, {0.05, 0.1, 0.2}, {0.85, 0.92, 0.97}};
     if (experiment.full) {
         sizes.train_images = 10240;
         sizes.seeds = 5;
