@@ -30,6 +30,8 @@ Sizes sizes_of(const Experiment& experiment) {
     if (experiment.full) {
         sizes.train_images = 10240;
         sizes.seeds = 5;
+        sizes.rates = {0.05, 0.1, 0.2, 0.4, 0.8};
+        sizes.worker_rates = {0.05, 0.1, 0.2, 0.4};
     }
     return sizes;
 }
