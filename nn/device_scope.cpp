@@ -11,8 +11,9 @@
 
 namespace deeppcr::nn {
 
-at::Device device_of(const std::string& name) {
+at::Device device_of(const std::string& name, Group* group) {
     at::Device device = at::kMeta;
+    const int number = group != nullptr ? group->rank_on_machine() : 0;
     try {
         device = at::Device(name);
     } catch (const c10::Error&) {  // no device has this name
@@ -22,7 +23,8 @@ at::Device device_of(const std::string& name) {
         throw NoDevice("device " + name + ": this LibTorch, " TORCH_VERSION ", has no GPU to use");
     if (const std::string problem = cuda_problem(); device.is_cuda() && !problem.empty())
         throw NoDevice("device " + name + ": there is no GPU to use: " + problem);
-    return device;
+    if (group == nullptr || !device.is_cuda() || device.has_index()) return device;
+    return {at::kCUDA, c10::DeviceIndex(std::size_t(number) % cuda_devices().size())};
 }
 
 MemorySource::Allocate allocate_tensors(c10::Device device) {

@@ -8,11 +8,13 @@
 #include <string>
 
 #include <deeppcr/evaluate.hpp>
+#include <deeppcr/group.hpp>
 
 namespace deeppcr::nn {
 
-/// The device of this name: cpu, cuda or cuda:<number>. Throws InvalidArgument, NoDevice.
-at::Device device_of(const std::string& name);
+/// The device of this name: cpu, cuda or cuda:<number>. With a group, whose ranks all call this, cuda is a GPU of this
+/// rank's own as long as its machine has as many as ranks. Throws InvalidArgument, NoDevice.
+at::Device device_of(const std::string& name, Group* group = nullptr);
 
 /// What MemorySource takes: uninitialised tensors of LibTorch's allocator for this device, which `adopt` hands on.
 MemorySource::Allocate allocate_tensors(c10::Device device);

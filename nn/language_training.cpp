@@ -281,7 +281,7 @@ public:
         : options_(options),
           share_(options),
           callbacks_(share_.speaks() ? callbacks : LanguageCallbacks{.interrupted = callbacks.interrupted}),
-          device_(device_of(options.device)),
+          device_(device_of(options.device, options.group)),
           checkpoint_(options.checkpoint),
           file_(options.tokens),
           order_(file_, options.context, options.seed) {

@@ -2,9 +2,12 @@
 
 #include <ATen/ops/cat.h>
 
+#include <algorithm>
 #include <span>
 
 #include <deeppcr/error.hpp>
+
+#include "nn/device_scope.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -13,7 +16,24 @@ using at::Tensor;
 
 template <class T>
 void sum_in_place(Group& group, const Tensor& values) {
-    group.sum(std::span(values.data_ptr<T>(), std::size_t(values.numel())));
+    const Execution execution = DeviceScope(values).options({}).execution;
+    group.sum(std::span(values.data_ptr<T>(), std::size_t(values.numel())), execution);
+}
+
+/// Tensors of one type on one device become their sums.
+void sum_alike(Group& group, const std::vector<Tensor>& tensors) {
+    std::vector<Tensor> flat;
+    for (const Tensor& tensor : tensors) flat.push_back(tensor.detach().reshape({-1}));
+    const Tensor values = at::cat(flat);
+    if (values.scalar_type() == at::kFloat)
+        sum_in_place<float>(group, values);
+    else
+        sum_in_place<double>(group, values);
+    index first = 0;
+    for (const Tensor& tensor : tensors) {
+        Tensor(tensor).copy_(values.narrow(0, first, tensor.numel()).view(tensor.sizes()));
+        first += tensor.numel();
+    }
 }
 
 }  // namespace
@@ -23,22 +43,14 @@ void sum_over(Group& group, const std::vector<Tensor>& tensors) {
     for (const Tensor& tensor : tensors)
         if (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble)
             throw InvalidArgument("tensors", "float or double", c10::toString(tensor.scalar_type()));
-    for (const at::ScalarType type : {at::kFloat, at::kDouble}) {
-        std::vector<Tensor> flat;
-        for (const Tensor& tensor : tensors)
-            if (tensor.scalar_type() == type) flat.push_back(tensor.detach().reshape({-1}).cpu());
-        if (flat.empty()) continue;
-        const Tensor values = at::cat(flat);
-        if (type == at::kFloat)
-            sum_in_place<float>(group, values);
-        else
-            sum_in_place<double>(group, values);
-        index first = 0;
-        for (const Tensor& tensor : tensors) {
-            if (tensor.scalar_type() != type) continue;
-            Tensor(tensor).copy_(values.narrow(0, first, tensor.numel()).view(tensor.sizes()));
-            first += tensor.numel();
-        }
+    std::vector<Tensor> left = tensors;
+    while (!left.empty()) {
+        const Tensor first = left.front();
+        const auto others = std::stable_partition(left.begin(), left.end(), [&](const Tensor& tensor) {
+            return tensor.scalar_type() == first.scalar_type() && tensor.device() == first.device();
+        });
+        sum_alike(group, {left.begin(), others});
+        left.erase(left.begin(), others);
     }
 }
 

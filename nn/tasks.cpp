@@ -332,7 +332,7 @@ public:
         : options_(options),
           share_(options.group),
           callbacks_(share_.speaks() ? callbacks : TaskCallbacks{.interrupted = callbacks.interrupted}),
-          device_(device_of(options.device)),
+          device_(device_of(options.device, options.group)),
           checkpoint_(options.checkpoint) {
         state_.options = options;
         state_.options.model.vocabulary = vocabulary_of(options.task);

@@ -209,7 +209,7 @@ TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& al
     const Share share(options.group);
     const TrainingCallbacks callbacks =
         share.speaks() ? all_callbacks : TrainingCallbacks{.interrupted = all_callbacks.interrupted};
-    const at::Device device = device_of(options.device);
+    const at::Device device = device_of(options.device, options.group);
     if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     limit_threads(1);
 

@@ -124,6 +124,22 @@ TEST(GroupOnGpu, CellsAndTheirGradientsAreThoseOfOneProcessor) {
     }
 }
 
+/// One GPU for all: through main memory.
+TEST(GroupOnGpu, SumsHaveTheBitsOfMainMemory) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    for (const int ranks : {1, 2, 3})
+        Group::simulate(ranks, [](Group& group) {
+            for (const index count : {3, 5000}) {
+                auto expected = Buffer<double>::random({1, 1, count}, std::uint64_t(group.rank() + 1));
+                const auto values = expected.on(there);
+                group.sum(std::span<double>(expected.data(), std::size_t(count)));
+                group.sum(std::span<double>(values.data(), std::size_t(count)), {.backend = Backend::cuda});
+                EXPECT_EQ(largest_difference<double>(values.on(Device::host()), expected), 0) << to_string(group);
+            }
+            EXPECT_FALSE(group.sums_between_gpus());
+        });
+}
+
 TEST(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
     if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
     const auto inputs = Buffer<float>::random({40, 2, 2}, 1);

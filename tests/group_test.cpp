@@ -42,6 +42,10 @@ index reduce_messages(const Group& group) {
 
 // ----------------------------------------------------------------------------------------------------- collectives
 
+TEST_P(OnRanks, RanksOfOneMachineAreNumbered) {
+    run([](Group& group) { EXPECT_EQ(group.rank_on_machine(), group.rank()); });
+}
+
 TEST_P(OnRanks, PartsFollowEachOtherAndDifferByOneStepAtMost) {
     run([](Group& group) {
         for (const index steps : {0, 1, 7, 1000}) {

@@ -6,18 +6,21 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
 
 #include <deeppcr/array.hpp>
 #include <deeppcr/error.hpp>
+#include <deeppcr/execution.hpp>
 
 namespace deeppcr {
 
 namespace distribute {
+class Gpus;
 class Messages;
-}
+}  // namespace distribute
 
 /// Another rank of a Group has failed: thrown where this one would otherwise wait for it, with what it said.
 struct RankFailed : Error {
@@ -63,6 +66,8 @@ public:
     /// This rank's share [first, last) of `steps` steps: consecutive, in the order of ranks, lengths that differ by at
     /// most one.
     std::pair<index, index> part(index steps) const;
+    /// This rank's number among those on its machine, 0, 1, ...: the GPU to take, for one. Collective the first time.
+    int rank_on_machine();
 
     /// Returns when all ranks have called it.
     void barrier();
@@ -75,6 +80,14 @@ public:
     /// the first rank to the last. Float, double, index.
     template <class T>
     void sum(std::span<T> values);
+    /// The same sums, bit for bit, of values that lie in the current GPU's memory where `execution` is on one; float
+    /// and double. Where the ranks' GPUs are different ones, and NCCL is found, many values go from GPU to GPU, and the
+    /// call returns before its stream has done it; else they go through main memory. The first such call decides, and
+    /// with it the GPU of each rank.
+    template <class T>
+    void sum(std::span<T> values, const Execution& execution);
+    /// Whether it goes from GPU to GPU. Collective if it is the first such call.
+    bool sums_between_gpus();
     /// Maxima over the ranks, on every rank; NaN where one is. Float, double, index.
     template <class T>
     void maximum(std::span<T> values);
@@ -112,9 +125,13 @@ private:
     void gather_bytes(std::span<const std::byte> values, std::span<std::byte> everything);
     template <class T>
     void sum_slices(std::span<T> values);
+    bool sums_slices(index count) const;
+    distribute::Gpus* gpus();
 
     std::unique_ptr<distribute::Messages> messages_;  // null: alone
     std::array<Traffic, 6> traffic_{};
+    std::optional<std::unique_ptr<distribute::Gpus>> gpus_;  // null: through main memory
+    int rank_on_machine_ = -1;
 };
 
 /// "rank 2 of 4"

@@ -2,7 +2,10 @@
 // known. Rounds double the distance between the ranks that talk to each other: ceil(log2(size)) of them.
 #include <deeppcr/group.hpp>
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <condition_variable>
@@ -15,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "device/cuda.hpp"
+#include "distribute/gpus.hpp"
 #include "distribute/messages.hpp"
 
 namespace deeppcr {
@@ -87,7 +92,7 @@ bool started_by_launcher() {
 
 namespace {
 
-constexpr std::size_t many_values = 1024;  // per rank: then sums are of slices
+constexpr index many_values = 1024;  // per rank: then sums are of slices
 
 template <class T>
 void add(std::span<const T> added, std::span<T> values) {
@@ -220,7 +225,7 @@ void Group::reduce(std::span<std::byte> values, const Combine& combine) {
 
 template <class T>
 void Group::sum(std::span<T> values) {
-    if (values.size() / std::size_t(size()) >= many_values && size() > 2) return sum_slices(values);
+    if (sums_slices(index(values.size())) && size() > 2) return sum_slices(values);
     reduce(std::as_writable_bytes(values), [](std::span<const std::byte> earlier, std::span<std::byte> later, bool) {
         add(values_in<T>(earlier), values_in<T>(later));
     });
@@ -232,8 +237,8 @@ template <class T>
 void Group::sum_slices(std::span<T> values) {
     const std::size_t ranks = std::size_t(size()), here = std::size_t(rank());
     const auto slice = [&](std::size_t rank) {
-        const std::size_t first = values.size() * rank / ranks;
-        return values.subspan(first, values.size() * (rank + 1) / ranks - first);
+        const auto [first, last] = distribute::slice(index(values.size()), int(rank), size());
+        return values.subspan(std::size_t(first), std::size_t(last - first));
     };
     const std::span<T> mine = slice(here);
     std::vector<T> received(mine.size() * ranks);
@@ -251,6 +256,49 @@ void Group::sum_slices(std::span<T> values) {
         const std::size_t to = (here + distance) % ranks, from = (here + ranks - distance) % ranks;
         exchange(Purpose::reduce, int(to), std::as_bytes(mine), int(from), std::as_writable_bytes(slice(from)));
     }
+}
+
+bool Group::sums_slices(index count) const { return count / size() >= many_values && size() > 1; }
+
+// Two ranks sum in the one order that there is: slices of them have the bits of the whole.
+template <class T>
+void Group::sum(std::span<T> values, const Execution& execution) {
+    if (execution.backend != Backend::cuda) return sum(values);
+    if (size() == 1) return;
+    const index count = index(values.size()), bytes = index(values.size_bytes());
+    if (sums_slices(count) && gpus() != nullptr) {
+        gpus()->sum(values.data(), count, execution.stream);
+        Traffic& traffic = traffic_[std::size_t(Purpose::reduce)];
+        const index mine = distribute::slice(count, rank(), size()).count();
+        traffic.messages += 2 * (size() - 1);
+        traffic.bytes += index(sizeof(T)) * (count - mine + mine * (size() - 1));
+        return;
+    }
+    std::vector<T> here(values.size());
+    device::copy_from_gpu(here.data(), values.data(), bytes, execution.stream);
+    device::synchronise(execution.stream);
+    sum(std::span<T>(here));
+    device::copy_to_gpu(values.data(), here.data(), bytes, execution.stream);
+}
+
+bool Group::sums_between_gpus() { return size() > 1 && gpus() != nullptr; }
+
+distribute::Gpus* Group::gpus() {
+    if (!gpus_) gpus_ = distribute::connect_gpus(*this);
+    return gpus_->get();
+}
+
+int Group::rank_on_machine() {
+    if (rank_on_machine_ >= 0) return rank_on_machine_;
+    std::array<char, 256> name{};
+    gethostname(name.data(), name.size() - 1);
+    std::vector<char> names(name.size() * std::size_t(size()));
+    gather(std::span<const char>(name), std::span<char>(names));
+    rank_on_machine_ = 0;
+    for (int other = 0; other < rank(); ++other)
+        if (std::equal(name.begin(), name.end(), names.begin() + other * std::ptrdiff_t(name.size())))
+            ++rank_on_machine_;
+    return rank_on_machine_;
 }
 
 template <class T>
@@ -331,5 +379,7 @@ DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 DEEPPCR_INSTANTIATE(index)
 #undef DEEPPCR_INSTANTIATE
+template void Group::sum<float>(std::span<float>, const Execution&);
+template void Group::sum<double>(std::span<double>, const Execution&);
 
 }  // namespace deeppcr

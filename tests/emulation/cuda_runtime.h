@@ -247,8 +247,12 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
+struct cudaUUID_t {
+    char bytes[16];
+};
 struct cudaDeviceProp {
     char name[256];
+    cudaUUID_t uuid;
 };
 
 const char* cudaGetErrorString(cudaError_t error);

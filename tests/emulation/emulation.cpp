@@ -216,7 +216,7 @@ const Array* find_array(const void* memory) {
     return after != arrays().begin() && (--after, address < after->first + after->second.bytes) ? &after->second
                                                                                                 : nullptr;
 }
-int current_device = 0;
+thread_local int current_device = 0;
 
 }  // namespace
 }  // namespace emulation
@@ -527,6 +527,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU %d", device);
+    properties->uuid = {{char(device)}};
     return failed(broken());
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {

@@ -1,0 +1,97 @@
+// Sums over ranks whose GPUs are different ones, from GPU to GPU. Ranks are threads here, GPUs and NCCL are emulated.
+#include <gtest/gtest.h>
+
+#include <deeppcr/group.hpp>
+#include <deeppcr/launch.cuh>
+
+#include "distribute/gpus.hpp"
+
+namespace deeppcr {
+namespace {
+
+/// As many GPUs as ranks, until the test ends.
+class Gpus : public testing::TestWithParam<int> {
+protected:
+    Gpus() { emulation::machine().devices = ranks(); }
+    ~Gpus() override { emulation::machine().devices = 1; }
+    static int ranks() { return GetParam(); }
+};
+INSTANTIATE_TEST_SUITE_P(Ranks, Gpus, testing::Values(2, 3, 4, 5));
+
+const Execution on_gpu{.backend = Backend::cuda};
+
+/// The sums of numbers that every rank draws, by both ways; the traffic of the one between GPUs.
+template <class T>
+Group::Traffic expect_sums_of_main_memory(Group& group, index count, Device gpu) {
+    const auto mine = Buffer<T>::random({1, 1, count}, std::uint64_t(group.rank() + 1));
+    const auto expected = mine.clone();
+    group.sum(std::span<T>(expected.data(), std::size_t(count)));
+    const auto there = mine.on(gpu);
+    group.reset_traffic();
+    group.sum(std::span<T>(there.data(), std::size_t(count)), on_gpu);
+    const auto traffic = group.traffic();
+    const auto found = there.on(Device::host());
+    for (index i = 0; i < count; ++i) EXPECT_EQ(found.data()[i], expected.data()[i]) << i << ", " << to_string(group);
+    return traffic;
+}
+
+TEST_P(Gpus, SumsHaveTheBitsOfMainMemory) {
+    Group::simulate(ranks(), [](Group& group) {
+        cuda::check(cudaSetDevice(group.rank_on_machine()), "choosing a GPU");
+        const Device gpu = Device::cuda(group.rank());
+        EXPECT_TRUE(group.sums_between_gpus());
+        const index others = group.size() - 1;
+        for (const index count : {index(1024) * group.size(), index(5119)}) {
+            const index mine = distribute::slice(count, group.rank(), group.size()).count();
+            EXPECT_EQ(expect_sums_of_main_memory<float>(group, count, gpu),
+                      (Group::Traffic{2 * others, 4 * (count - mine + others * mine)}))
+                << count;
+            expect_sums_of_main_memory<double>(group, count, gpu);
+        }
+        expect_sums_of_main_memory<double>(group, 7, gpu);  // few go through main memory
+        expect_sums_of_main_memory<double>(group, 0, gpu);
+    });
+}
+
+TEST_P(Gpus, WhatTheStreamHasBeforeAndAfterIsInOrder) {
+    Group::simulate(ranks(), [](Group& group) {
+        cuda::check(cudaSetDevice(group.rank()), "choosing a GPU");
+        const index count = 1024 * group.size();
+        const Device gpu = Device::cuda(group.rank());
+        const Buffer<float> ones({1, 1, count});
+        std::fill_n(ones.data(), count, 1.F);
+        const auto there_ones = ones.on(gpu);
+        const auto values = Buffer<float>({1, 1, count}, Layout::steps_first, gpu), copy = values.clone();
+        cudaStream_t stream = nullptr;
+        cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+        const std::size_t bytes = std::size_t(count) * sizeof(float);
+        cudaMemcpyAsync(values.data(), there_ones.data(), bytes, cudaMemcpyDeviceToDevice, stream);
+        group.sum(std::span<float>(values.data(), std::size_t(count)), {.backend = Backend::cuda, .stream = stream});
+        cudaMemcpyAsync(copy.data(), values.data(), bytes, cudaMemcpyDeviceToDevice, stream);
+        cuda::check(cudaStreamSynchronize(stream), "waiting");
+        const auto found = copy.on(Device::host());
+        for (index i = 0; i < count; ++i) EXPECT_EQ(found.data()[i], float(group.size()));
+        cudaStreamDestroy(stream);
+    });
+}
+
+TEST_P(Gpus, RanksThatShareAGpuSumThroughMainMemory) {
+    Group::simulate(ranks(), [](Group& group) {
+        const int shared = group.rank() / 2;
+        cuda::check(cudaSetDevice(shared), "choosing a GPU");
+        EXPECT_FALSE(group.sums_between_gpus());
+        expect_sums_of_main_memory<float>(group, 1024 * group.size(), Device::cuda(shared));
+    });
+}
+
+TEST(GpusAlone, ARankAloneHasNothingToSum) {
+    Group group;
+    const auto values = Buffer<float>::random({1, 1, 5000}, 1);
+    const auto there = values.on(Device::cuda());
+    group.sum(std::span<float>(there.data(), 5000), on_gpu);
+    EXPECT_FALSE(group.sums_between_gpus());
+    EXPECT_EQ(there.on(Device::host())(0, 0, 4999), values(0, 0, 4999));
+}
+
+}  // namespace
+}  // namespace deeppcr
