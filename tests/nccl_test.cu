@@ -41,7 +41,7 @@ TEST_P(Gpus, SumsHaveTheBitsOfMainMemory) {
         const Device gpu = Device::cuda(group.rank());
         EXPECT_TRUE(group.sums_between_gpus());
         const index others = group.size() - 1;
-        for (const index count : {index(1024) * group.size(), index(5119)}) {
+        for (const index count : {index(1024) * group.size(), index(6007)}) {
             const index mine = distribute::slice(count, group.rank(), group.size()).count();
             EXPECT_EQ(expect_sums_of_main_memory<float>(group, count, gpu),
                       (Group::Traffic{2 * others, 4 * (count - mine + others * mine)}))
