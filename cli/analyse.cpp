@@ -64,17 +64,20 @@ private:
     BidiagonalSystem<T> system_;
 };
 
-/// "per step: contractive; a disturbance halves every 3.3 steps"
+/// "contractive; a disturbance halves every 3.3 steps"
 std::string nature(const Analysis& analysis) {
     const double exponent = analysis.lyapunov;
     if (std::isnan(exponent)) return "unknown";
     if (std::isinf(exponent)) return exponent < 0 ? "the past is forgotten at once" : "its products overflow";
     const double uncertain = std::isnan(analysis.lyapunov_error) ? 0 : 2 * analysis.lyapunov_error;
-    if (std::abs(exponent) <= uncertain) return "at the edge between contractive and chaotic";
+    const std::string growing = analysis.linear ? "unstable" : "chaotic";
+    if (std::abs(exponent) <= uncertain) return "at the edge between contractive and " + growing;
     const std::string steps = number_text(std::log(2.0) / std::abs(exponent), 2) + " steps";
-    return exponent < 0 ? "contractive; a disturbance halves every " + steps
-                        : "chaotic; a disturbance doubles every " + steps +
-                              ", so that no two precisions give the same trajectory: only its residual can be promised";
+    if (exponent < 0) return "contractive; a disturbance halves every " + steps;
+    return growing + (analysis.linear ? ", as it is linear" : "") + "; a disturbance doubles every " + steps +
+           (analysis.linear
+                ? ", and as a rule x with it, until it overflows"
+                : ", so that no two precisions give the same trajectory: only its residual can be promised");
 }
 
 std::string signed_text(double value) { return (value < 0 ? "-" : "") + number_text(std::abs(value), 2); }
@@ -198,6 +201,7 @@ Json to_json(const std::string& description, const Shape& shape, const Analysis&
                 {"tolerance", analysis.tolerance},
                 {"lyapunov", finite(analysis.lyapunov)},
                 {"lyapunov_error", finite(analysis.lyapunov_error)},
+                {"linear", analysis.linear},
                 {"forgetting_steps", analysis.forgetting >= 0 ? Json(analysis.forgetting) : Json()},
                 {"forgetting_looked", analysis.forgetting_looked},
                 {"forgetting_starts", analysis.places},

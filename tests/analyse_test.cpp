@@ -54,6 +54,7 @@ TEST(Analyse, ContractiveRecurrence) {
     const Analysis analysis = analyse(halving(5000), {.evaluation = {.tolerance = 1e-6}});
     EXPECT_NEAR(analysis.lyapunov, std::log(0.5), 1e-12);
     EXPECT_NEAR(analysis.lyapunov_error, 0, 1e-12);
+    EXPECT_TRUE(analysis.linear);
     EXPECT_EQ(analysis.longest_window, 0);
     EXPECT_EQ(analysis.channels_that_pay, -1);
     EXPECT_EQ(analysis.tolerance, 1e-6);
@@ -78,9 +79,30 @@ TEST(Analyse, ChaoticRecurrence) {
     EXPECT_NEAR(analysis.lyapunov, std::log(2.0), 0.05);
     EXPECT_GT(analysis.lyapunov_error, 0);
     EXPECT_LT(analysis.lyapunov_error, 0.05);
+    EXPECT_FALSE(analysis.linear);
     EXPECT_EQ(analysis.forgetting, -1);
     EXPECT_NEAR(double(analysis.longest_window), 52 * std::log(2.0) / analysis.lyapunov, 1);
     for (const Trial& trial : analysis.trials) EXPECT_TRUE(trial.right());
+}
+
+TEST(Analyse, LinearIsWhatHasTheSameJacobiansEverywhere) {
+    // Grows by 1.2 a step, as far as steps go: unstable, not chaotic.
+    const Scalar growing(
+        1000, [](double x) { return 1.2 * x; }, [](double) { return 1.2; }, 1, 1);
+    const Analysis unstable = analyse(growing, {.trials = false});
+    EXPECT_TRUE(unstable.linear);
+    EXPECT_NEAR(unstable.lyapunov, std::log(1.2), 1e-12);
+    // A derivative that is even, and some that are constant where the trajectory is.
+    const Scalar tangent(
+        100, [](double x) { return std::tanh(2 * x); }, [](double x) { return 2 / std::pow(std::cosh(2 * x), 2); }, 1,
+        1);
+    EXPECT_FALSE(analyse(tangent, {.trials = false}).linear);
+    const Scalar rectified(
+        100, [](double x) { return std::max(x, 0.0) * 1.1 + 1; }, [](double x) { return x > 0 ? 1.1 : 0; }, 1);
+    EXPECT_FALSE(analyse(rectified, {.trials = false}).linear);
+    const Scalar leaky(
+        100, [](double x) { return x > 0 ? x / 2 : x / 4 - 1; }, [](double x) { return x > 0 ? 0.5 : 0.25; }, -1);
+    EXPECT_FALSE(analyse(leaky, {.trials = false}).linear);
 }
 
 TEST(Analyse, CellTriesEveryMethod) {
@@ -89,6 +111,7 @@ TEST(Analyse, CellTriesEveryMethod) {
     const CellRecurrence<ParaGRU> recurrence(inputs, parameters);
     const Analysis analysis = analyse(recurrence);
     EXPECT_LT(analysis.lyapunov, 0);
+    EXPECT_FALSE(analysis.linear);
     EXPECT_GT(analysis.forgetting, 0);
     EXPECT_LT(analysis.forgetting, 200);
     EXPECT_GE(analysis.channels_that_pay, 0);

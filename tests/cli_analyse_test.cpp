@@ -73,6 +73,7 @@ TEST_F(Analyse, JacobiansThatExpand) {
     files::write_npy(folder / "A.npy", {{1000, 2, 1}, std::vector<float>(2000, 1.2F)});
     const auto found = analyse({"A.npy"})["recurrences"][0];
     EXPECT_NEAR(found["lyapunov"], std::log(1.2), 1e-6);
+    EXPECT_EQ(found["linear"], true);
     EXPECT_EQ(found["longest_window"], 87);              // 1.2^87 is 1 / the epsilon of float
     EXPECT_NEAR(found["overflows_from_step"], 487, 15);  // 1.2^487 is the largest float
     EXPECT_TRUE(found["forgetting_steps"].is_null());
@@ -84,7 +85,8 @@ TEST_F(Analyse, JacobiansThatExpand) {
     }
     const Outcome outcome = run({"analyse", "A.npy"});
     EXPECT_EQ(outcome.exit_code, 0);
-    EXPECT_THAT(outcome.output, AllOf(HasSubstr("Lyapunov exponent 0.18"), HasSubstr("x overflows from step 4"),
+    EXPECT_THAT(outcome.output, AllOf(HasSubstr("Lyapunov exponent 0.18"), HasSubstr("per step: unstable"),
+                                      testing::Not(HasSubstr("chaotic")), HasSubstr("x overflows from step 4"),
                                       HasSubstr("was not measured"), HasSubstr("no solution is right")));
 }
 

@@ -169,6 +169,49 @@ TEST_F(EmulatedGpu, EveryAllocationOfACellMayFailAndLeavesTheTrajectoryAsItWas) 
     }
 }
 
+/// What is counted in 31 bits. All steps have the numbers of one, by strides of 0; what is written has addresses alone.
+TEST_F(EmulatedGpu, WhatIsTooLongForAThreadOrALaunchIsRefusedBeforeMemoryIsAskedFor) {
+    const auto memory = Buffer<float>::random({1, 1, 50}, 1, Layout::steps_first, first_gpu);
+    float *const numbers = memory.data(), *const written = numbers + 25;
+    cell::register_on_gpu<Averages, float>();
+    const Shape shape{index(1) << 31, 1, 1}, row{1, 1, 1};
+    const View<const float> same(numbers, shape, 0, 0);
+    const CellRecurrence<Averages, float> recurrence(same, View<const float>(numbers, row));
+    const View<float> there(written, shape);
+    emulation::machine().good_allocations = 0;
+    const long launches = emulation::machine().launches;
+    const std::string too_long =
+        "recurrence: expected fewer than 2^31 steps of a sequence, for Backend::cuda, got 2147483648";
+    for (const Method method : {Method::automatic, Method::sequential, Method::overlap, Method::shooting}) {
+        EXPECT_EQ(message([&] { evaluate(recurrence, there, {.method = method, .execution = gpu}); }), too_long);
+        EXPECT_EQ(message([&] {
+                      adjoint<float>(recurrence, there, Report(), same, {there, {written, row}, {written, row}},
+                                     {.method = method, .execution = gpu});
+                  }),
+                  too_long);
+    }
+    constexpr index many = index(1) << 46;
+    struct Case {
+        Shape states;
+        index block;
+        Reduction method;
+        std::string expected;
+    };
+    for (const Case& given :
+         {Case{{many, 1, 1}, 1, Reduction::scan, "system: expected fewer than 2^31 tiles, "},
+          Case{{1, many, 1}, 1, Reduction::scan, "system: expected fewer than 2^31 tiles, "},
+          Case{{2, many, 1}, 1, Reduction::sequential, "shape: expected fewer than 2^31 blocks "},
+          Case{{2, many, 5}, 5, Reduction::sequential, "system: expected fewer than 2^31 chunks "}}) {
+        const auto& [states, block, method, expected] = given;
+        const BidiagonalSystem<float> system{{numbers, states, block, 0, 0}, {numbers, states, 0, 0}, {}};
+        const View<float> solution(written, states, states.width, states.width * states.steps);
+        const SolveOptions options{.method = method, .execution = gpu};
+        const std::string refusal = message([&] { solve(system, solution, options); });
+        EXPECT_EQ(refusal.substr(0, expected.size()), expected) << refusal;
+    }
+    EXPECT_EQ(emulation::machine().launches, launches);
+}
+
 TEST_F(EmulatedGpu, CostsOfCellsAreMeasuredWithMemoryOfTheirOwnOrNotAtAll) {
     const CellProblem<> problem({300, 1, 4});
     const Options options{.method = Method::automatic, .execution = gpu};

@@ -25,6 +25,10 @@ struct Analysis {
     /// Largest Lyapunov exponent per step along the whole sequential trajectory; its standard error, from the means of
     /// up to 16 stretches (NaN where there are fewer than 4).
     double lyapunov = 0, lyapunov_error = 0;
+    /// Whether the Jacobians at other states, at some steps of every stretch, were bit for bit those along the
+    /// trajectory, as they are where f is linear (affine) in the state. An exponent above 0 then means unstable, not
+    /// chaotic: a difference grows without end, and as a rule the trajectory with it.
+    bool linear = false;
     /// Steps after which a trajectory that starts from a wrong state agrees with the right one within the tolerance:
     /// the most that was found from `places` starts; -1: not within `forgetting_looked` steps at one of them, or not
     /// measured, as no start was wrong (places 0).

@@ -147,8 +147,8 @@ struct Report {
     std::vector<double> residuals;
     double residual = 0, relative_residual = 0, error = 0;  ///< maxima over the sequences
     /// Largest Lyapunov exponent per step, estimated from the Jacobians along the trajectory (Estimates::quick: of a
-    /// few sequences, up to 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic. NaN where
-    /// not computed.
+    /// few sequences, up to 4,096 steps); negative: contractive, Newton converges fast; positive: chaotic, or where f
+    /// is linear unstable. NaN where not computed.
     double lyapunov = 0;
     Stage linearise, reduce, update, sequential, estimate;
     double seconds = 0;

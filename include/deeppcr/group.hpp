@@ -30,9 +30,9 @@ struct RankFailed : Error {
 /// The ranks of a computation, 0 .. size-1. Every function but the plain getters is collective: all ranks call the same
 /// ones in the same order, with arrays of the same size, from one thread at a time. Elements are trivially copyable.
 /// All results depend on the values and the number of ranks alone, never on timing; what is said to be on every rank
-/// has the same bits there. Throws Error where MPI fails, RankFailed where another rank has said that it did. Where a
-/// rank of world() ends without a word (killed, an exception that leaves main, exit with a status other than 0), MPI
-/// ends all the others within seconds, with an error.
+/// has the same bits there. Throws Error where MPI fails, RankFailed where another rank has said that it did, or has
+/// ended (exit with status 0) while this one waits for it. Where a rank of world() ends without a word (killed, an
+/// exception that leaves main, exit with a status other than 0), MPI ends all the others within seconds, with an error.
 class Group {
 public:
     /// What is sent is counted apart for each purpose.

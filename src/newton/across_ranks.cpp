@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "device/cuda.hpp"
+#include "device/states.hpp"
 #include "device/threads.hpp"
 #include "newton/estimate.hpp"
 #include "newton/lyapunov.hpp"
@@ -55,16 +56,6 @@ void hand_on(Group& group, View<const T> last, const View<T>& before) {
 
 bool is_on_gpu(const Options& options) { return options.execution.backend == Backend::cuda; }
 
-/// Reads states, [1,batch,width], that may be on a GPU, to contiguous main memory.
-template <class T>
-void fetch(View<const T> states, const View<T>& to, const Options& options) {
-    if (!is_on_gpu(options)) return copy_states<T>(states, to, options.execution);
-    CUstream_st* const stream = options.execution.stream;
-    for (index j = 0; j < states.batch(); ++j)
-        device::copy_from_gpu(to.at(0, j), states.at(0, j), states.width() * index(sizeof(T)), stream);
-    device::synchronise(stream);
-}
-
 /// States on the GPU, as `host` has them.
 template <class T>
 Buffer<T> on_gpu(View<const T> host) {
@@ -85,7 +76,7 @@ void initial_states(const Recurrence<T>& recurrence, std::span<const index> rows
         const auto row = std::find(rows.begin(), rows.end(), cell.parts()[p].sequence);
         const index to = row - rows.begin();
         if (cell.parts()[p].first == 0 && row != rows.end())
-            fetch<T>(given.sequences(index(p), index(p) + 1), states.sequences(to, to + 1), options);
+            device::fetch<T>(given.sequences(index(p), index(p) + 1), states.sequences(to, to + 1), options.execution);
     }
 }
 
@@ -247,7 +238,7 @@ private:
     /// A contiguous copy of the part's last state.
     View<const T> last_state() const {
         const View<T> last(last_memory_, {1, batch_, width_});
-        fetch<T>(trajectory_.steps(steps_ - 1, steps_), last, options_);
+        device::fetch<T>(trajectory_.steps(steps_ - 1, steps_), last, options_.execution);
         return last;
     }
     Window<T> window() const {
@@ -823,7 +814,8 @@ Report repeat_across_ranks(const ChannelwiseRecurrence<T>& recurrence, View<cons
         for (Buffer<T>* const row : {&before, &last, &first, &handed, &old}) *row = Buffer<T>({1, batch, width});
         beginnings = Beginnings<T>(recurrence, options);
         if (group.rank() == 0) initial_states<T>(recurrence, sequences, before.view(), options);
-        fetch<T>(trajectory.steps(recurrence.shape().steps - 1, recurrence.shape().steps), last.view(), options);
+        device::fetch<T>(trajectory.steps(recurrence.shape().steps - 1, recurrence.shape().steps), last.view(),
+                         options.execution);
     });
     require_shared(recurrence, options, problem);
     hand_on<T>(group, last, before.view());

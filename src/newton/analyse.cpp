@@ -22,6 +22,7 @@ namespace {
 constexpr index stretches = 16;  // of the trajectory, for the standard error
 constexpr index places = 16;     // where forgetting is measured
 constexpr index most_runs = 5;   // of a method
+constexpr index few_steps = 64;  // of each stretch, whose Jacobians are compared with those at other states
 constexpr double seconds_of_repeating = 0.3;
 constexpr double operations_of_a_pass = 4e9;  // with dense Jacobians; beyond, fewer steps are tried
 
@@ -127,6 +128,7 @@ private:
         windows.surrogate = Surrogate::full;
         windows.window = 0;
         const index length = std::min(window_length(recurrence_, windows, block), index(4096));
+        result_.linear = true;
         for (index s = 0; s < count; ++s) {
             const index first = steps * s / count, last = steps * (s + 1) / count;
             for (index from = first; from < last; from += length) {
@@ -139,6 +141,10 @@ private:
                 gather_before<T>(recurrence_, trajectory_.view(), section(from, from + rows), before);
                 recurrence_.linearise(section(from, from + rows), View<const T>(before), after, jacobian);
                 for (index j = 0; j < batch; ++j) estimate.follow(j, jacobian, j, rows);
+                const index compared = std::min(rows, few_steps);
+                if (from == first && result_.linear)
+                    result_.linear = same_elsewhere(section(from, from + compared), before.steps(0, compared),
+                                                    after.steps(0, compared), jacobian.steps(0, compared));
             }
             sums.push_back(estimate.growths());
         }
@@ -158,6 +164,21 @@ private:
         if (result_.lyapunov > 0)
             result_.longest_window =
                 std::max<index>(1, index(-std::log(double(std::numeric_limits<T>::epsilon())) / result_.lyapunov));
+    }
+
+    /// Whether the Jacobians at states far from `before`, on both sides, are the given ones; `before` and `after` are
+    /// overwritten.
+    bool same_elsewhere(const Section& section, View<T> before, View<T> after, const Jacobian<T>& expected) {
+        const Workspace::Scope scope(workspace_);
+        const Shape& states = before.shape();
+        const Jacobian<T> found = workspace_.take_jacobian<T>(states, expected.block());
+        const index size = states.count() * expected.block();
+        for (const T factor : {T(-2), T(-3)}) {  // of the states, and then of those again
+            for (index i = 0; i < states.count(); ++i) before.data()[i] = factor * before.data()[i] - 1;
+            recurrence_.linearise(section, View<const T>(before), after, found);
+            if (!std::equal(found.data(), found.data() + size, expected.data())) return false;
+        }
+        return true;
     }
 
     /// From several places on, starts from the initial state and from the state half a trajectory away, where these are

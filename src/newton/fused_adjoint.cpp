@@ -286,8 +286,8 @@ Report gradients_across_gpus(const ChannelwiseRecurrence<T>& recurrence, View<co
         handed_there = Buffer<T>::uninitialised({1, batch, width}, Layout::steps_first, here);
     });
     const BackwardPart<T> backward = [&](View<const T> before, View<const T> handed, View<T> first) {
-        device::copy_to_gpu(before_there.data(), before.data(), batch * row_bytes, stream);
-        device::copy_to_gpu(handed_there.data(), handed.data(), batch * row_bytes, stream);
+        device::put<T>(before, before_there.view(), options.execution);
+        device::put<T>(handed, handed_there.view(), options.execution);
         copy_states<T>(output_gradient, gradient.view(), options.execution);
         add_states<T>(handed_there, gradient.view().steps(steps - 1, steps), options.execution);
         Report result = cell_gradients<T>(*recurrence.segment(0, steps, before_there, options.execution), trajectory,

@@ -47,6 +47,17 @@ inline void require_section(const Section& section, const Shape& shape) {
                                   std::to_string(sequence));
 }
 
+/// That the section is one of `shape`, and that all arrays are contiguous states of its steps and sequences; their
+/// shape.
+template <class T>
+Shape require_states(const Section& section, const Shape& shape,
+                     std::initializer_list<std::pair<const char*, View<const T>>> arrays) {
+    require_section(section, shape);
+    const Shape states{section.steps(), section.batch(), shape.width};
+    for (const auto& array : arrays) require_contiguous(array.first, array.second, states);
+    return states;
+}
+
 /// Calls body<B>() for the backend of the section.
 template <class Body>
 void on_backend(const Section& section, const Body& body) {

@@ -84,10 +84,7 @@ void DenseCell<T>::initial(const Section& section, View<T> state) const {
 
 template <class T>
 void DenseCell<T>::step(const Section& section, View<const T> before, View<T> after) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
     });
@@ -95,10 +92,7 @@ void DenseCell<T>::step(const Section& section, View<const T> before, View<T> af
 
 template <class T>
 void DenseCell<T>::linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     require_contiguous_blocks("jacobian", jacobian, states, states.width);
     on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
@@ -108,10 +102,7 @@ void DenseCell<T>::linearise(const Section& section, View<const T> before, View<
 template <class T>
 void DenseCell<T>::linearise_diagonal(const Section& section, View<const T> before, View<T> after,
                                       Jacobian<T> diagonal) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     require_contiguous_blocks("diagonal", diagonal, states, 1);
     on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::linearise<B, T>(cell(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
@@ -120,10 +111,8 @@ void DenseCell<T>::linearise_diagonal(const Section& section, View<const T> befo
 
 template <class T>
 void DenseCell<T>::run(const Section& section, View<const T> state, View<T> trajectory) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
+    const Shape states = require_states<T>(section, this->shape(), {{"trajectory", trajectory}});
     require_shape("state", state, {1, states.batch, states.width});
-    require_contiguous("trajectory", trajectory, states);
     const ContiguousState<T> from(state, on_gpu_, section.execution.stream);
     on_backend(section, on_gpu_, [&]<Backend B> {
         dense_cell::run<B, T>(cell(), extent_of(section), from.view().data(), trajectory.data());
@@ -140,10 +129,7 @@ bool DenseCell<T>::run_chunks(const Section& section, const Chunks<T>& chunks) c
 template <class T>
 void DenseCell<T>::parameter_gradients(const Section& section, View<const T> before, View<const T> adjoint,
                                        View<T> inputs, View<T> weights, View<T> biases) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("adjoint", adjoint, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"adjoint", adjoint}});
     require_contiguous("inputs", inputs, {states.steps, states.batch, gates() * hidden()});
     require_contiguous("weights", weights, {gates(), hidden(), hidden()});
     require_contiguous("biases", biases, {gates(), 1, hidden()});
@@ -156,10 +142,8 @@ void DenseCell<T>::parameter_gradients(const Section& section, View<const T> bef
 template <class T>
 void DenseCell<T>::run_backward(const Section& section, View<const T> before, View<const T> output_gradient,
                                 View<T> inputs, View<T> weights, View<T> biases, View<T> state) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("output_gradient", output_gradient, states);
+    const Shape states =
+        require_states<T>(section, this->shape(), {{"before", before}, {"output_gradient", output_gradient}});
     require_contiguous("inputs", inputs, {states.steps, states.batch, gates() * hidden()});
     require_contiguous("weights", weights, {gates(), hidden(), hidden()});
     require_contiguous("biases", biases, {gates(), 1, hidden()});

@@ -99,10 +99,7 @@ void DenseChain<T>::initial(const Section& section, View<T> state) const {
 
 template <class T>
 void DenseChain<T>::step(const Section& section, View<const T> before, View<T> after) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, nullptr);
     });
@@ -110,10 +107,7 @@ void DenseChain<T>::step(const Section& section, View<const T> before, View<T> a
 
 template <class T>
 void DenseChain<T>::linearise(const Section& section, View<const T> before, View<T> after, Jacobian<T> jacobian) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     require_contiguous_blocks("jacobian", jacobian, states, states.width);
     on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), jacobian.data(), nullptr);
@@ -123,10 +117,7 @@ void DenseChain<T>::linearise(const Section& section, View<const T> before, View
 template <class T>
 void DenseChain<T>::linearise_diagonal(const Section& section, View<const T> before, View<T> after,
                                        Jacobian<T> diagonal) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("after", after, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"after", after}});
     require_contiguous_blocks("diagonal", diagonal, states, 1);
     on_backend(section, on_gpu_, [&]<Backend B> {
         chain::linearise<B, T>(network(), extent_of(section), before.data(), after.data(), nullptr, diagonal.data());
@@ -141,11 +132,8 @@ void DenseChain<T>::run(const Section& section, View<const T> state, View<T> tra
 template <class T>
 void DenseChain<T>::run_with_slopes(const Section& section, View<const T> state, View<T> trajectory,
                                     View<T> slopes) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    const Shape first_state{1, states.batch, states.width};
-    require_shape("state", state, first_state);
-    require_contiguous("trajectory", trajectory, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"trajectory", trajectory}});
+    require_shape("state", state, {1, states.batch, states.width});
     if (slopes.data() != nullptr)
         require_contiguous("slopes", slopes, {states.steps * network().depth(), states.batch, states.width});
     const ContiguousState<T> copy(state, on_gpu_, section.execution.stream);
@@ -165,10 +153,7 @@ bool DenseChain<T>::run_chunks(const Section& section, const Chunks<T>& chunks) 
 template <class T>
 void DenseChain<T>::parameter_gradients(const Section& section, View<const T> before, View<const T> adjoint,
                                         View<T> weights, View<T> biases) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
-    require_contiguous("before", before, states);
-    require_contiguous("adjoint", adjoint, states);
+    const Shape states = require_states<T>(section, this->shape(), {{"before", before}, {"adjoint", adjoint}});
     require_parameters(weights, biases, states.steps * network().depth(), states.width);
     on_backend(section, on_gpu_, [&]<Backend B> {
         chain::parameter_gradients<B, T>(network(), extent_of(section), before.data(), adjoint.data(), weights.data(),
@@ -180,12 +165,10 @@ template <class T>
 void DenseChain<T>::run_backward(const Section& section, View<const T> before, View<const T> slopes,
                                  View<const T> output_gradient, View<T> weights, View<T> biases, View<T> adjoint,
                                  View<T> initial) const {
-    require_section(section, this->shape());
-    const Shape states{section.steps(), section.batch(), this->shape().width};
+    const Shape states =
+        require_states<T>(section, this->shape(), {{"before", before}, {"output_gradient", output_gradient}});
     const index layers = states.steps * network().depth();
-    require_contiguous("before", before, states);
     if (slopes.data() != nullptr) require_contiguous("slopes", slopes, {layers, states.batch, states.width});
-    require_contiguous("output_gradient", output_gradient, states);
     require_parameters(weights, biases, layers, states.width);
     if (adjoint.data() != nullptr) require_contiguous("adjoint", adjoint, states);
     require_contiguous("initial", initial, {1, states.batch, states.width});

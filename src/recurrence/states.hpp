@@ -7,6 +7,7 @@
 #include <deeppcr/execution.hpp>
 
 #include "device/cuda.hpp"
+#include "device/states.hpp"
 #include "recurrence/device_cells.hpp"
 
 namespace deeppcr {
@@ -15,8 +16,7 @@ namespace deeppcr {
 template <class T>
 void copy_states(const std::type_identity_t<View<const T>>& from, const View<T>& to, const Execution& execution) {
     if (execution.backend == Backend::cuda) return cell::copy_on_gpu<T>(from, to, false, execution.stream);
-    for (index i = 0; i < from.steps(); ++i)
-        for (index j = 0; j < from.batch(); ++j) std::copy_n(from.at(i, j), from.width(), to.at(i, j));
+    device::copy_in_main_memory<T>(from, to);
 }
 
 /// to += from

@@ -36,13 +36,12 @@ public:
     Reduction solve();
 
     /// After `scan`: what the parts before hand on, [1,batch,width]. Where the part begins it counts for nothing.
-    View<T> before() const { return View<T>(summary_.end.data(), state_); }
+    View<T> before() const { return end_of(summary_); }
 
 private:
     bool on_gpu() const { return options_.execution.backend == Backend::cuda; }
-    /// One row of the system, and main memory [batch,width].
-    void fetch(const View<const T>& row, T* to) const;
-    void put(const T* row, const View<T>& to) const;
+    /// With the system's sequences.
+    View<T> end_of(const LongStep<T>& step) const { return View<T>(step.end.data(), state_); }
     /// `system` as one long step, result.
     void summarise(const OrderedSystem<T>& system, const LongStep<T>& result);
     void summarise_on_gpu(const OrderedSystem<T>& system, const LongStep<T>& result);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "device/cuda.hpp"
+#include "device/states.hpp"
 
 namespace deeppcr::reduce {
 namespace {
@@ -58,29 +59,6 @@ Part<T>::Part(const OrderedSystem<T>& system, bool begins, const SolveOptions& o
 }
 
 template <class T>
-void Part<T>::fetch(const View<const T>& row, T* to) const {
-    const index width = state_.width;
-    for (index j = 0; j < state_.batch; ++j) {
-        if (on_gpu())
-            device::copy_from_gpu(to + j * width, row.at(0, j), width * index(sizeof(T)), options_.execution.stream);
-        else
-            std::copy_n(row.at(0, j), width, to + j * width);
-    }
-    if (on_gpu()) device::synchronise(options_.execution.stream);
-}
-
-template <class T>
-void Part<T>::put(const T* row, const View<T>& to) const {
-    const index width = state_.width;
-    for (index j = 0; j < state_.batch; ++j) {
-        if (on_gpu())
-            device::copy_to_gpu(to.at(0, j), row + j * width, width * index(sizeof(T)), options_.execution.stream);
-        else
-            std::copy_n(row + j * width, width, to.at(0, j));
-    }
-}
-
-template <class T>
 void Part<T>::compose(const LongStep<T>& earlier, const LongStep<T>& later, bool with_product) const {
     const Execution here = on_gpu() ? Execution() : options_.execution;
     compose_ordered(earlier, later, system_.transposed, with_product, product_, here);
@@ -99,20 +77,20 @@ void Part<T>::summarise(const OrderedSystem<T>& system, const LongStep<T>& resul
 template <class T>
 void Part<T>::summarise_on_gpu(const OrderedSystem<T>& system, const LongStep<T>& result) {
     const index steps = system.steps(), width = state_.count(), block = result.product.block();
-    const View<T> solved = solved_.steps(0, steps), last = solved.steps(steps - 1, steps);
+    const View<T> solved = solved_.steps(0, steps), last = solved.steps(steps - 1, steps), row(row_memory_, state_);
     solve_ordered<T>({system.factor, system.right_side, {}, solved, system.transposed}, options_);
-    fetch(last, result.end.data());
+    device::fetch<T>(last, end_of(result), options_.execution);
     for (index column = 0; column < block; ++column) {
-        for (index i = 0; i < width; ++i) row_memory_[i] = T(i % block == column ? 1 : 0);
-        put(row_memory_, row_);
+        for (index i = 0; i < width; ++i) row.data()[i] = T(i % block == column ? 1 : 0);
+        device::put<T>(row, row_, options_.execution);
         device::fill_bytes(solved.data(), 0, solved.shape().count() * index(sizeof(T)), options_.execution.stream);
         solve_ordered<T>({system.factor, solved, row_, solved, system.transposed}, options_);
-        fetch(last, row_memory_);
+        device::fetch<T>(last, row, options_.execution);
         // Kept as the factors are: transposed, a column is a row.
         for (index i = 0; i < width; ++i)
             result.product
                 .data()[system.transposed ? (i - i % block + column) * block + i % block : i * block + column] =
-                row_memory_[i];
+                row.data()[i];
     }
 }
 
@@ -128,27 +106,22 @@ void Part<T>::summarise() {
     const index steps = system_.steps();
     if (begins_) {
         used_ = solve_ordered(system_, options_);
-        fetch(system_.solution.steps(steps - 1, steps), summary_.end.data());
+        device::fetch<T>(system_.solution.steps(steps - 1, steps), end_of(summary_), options_.execution);
     } else if (!system_.transposed) {
         return summarise(system_, summary_);
     } else if (steps == 1) {
-        fetch(system_.right_side, summary_.end.data());
+        device::fetch<T>(system_.right_side, end_of(summary_), options_.execution);
     } else {
         summarise(rest<T>(system_, {}), summary_);
-        fetch(system_.right_side.steps(0, 1), other_.end.data());
+        device::fetch<T>(system_.right_side.steps(0, 1), end_of(other_), options_.execution);
         compose(other_, summary_, false);
     }
     if (!system_.transposed) return;
     // The factor of an ordered row is that of the row before it in the array: the array's first one comes last.
-    const index row = state_.width * block;
-    for (index j = 0; j < state_.batch; ++j) {
-        T* const to = other_.product.data() + j * row;
-        if (on_gpu())
-            device::copy_from_gpu(to, system_.factor.at(steps, j), row * index(sizeof(T)), options_.execution.stream);
-        else
-            std::copy_n(system_.factor.at(steps, j), row, to);
-    }
-    if (on_gpu()) device::synchronise(options_.execution.stream);
+    const Shape row{1, state_.batch, state_.width * block};
+    const Jacobian<const T> factor = system_.factor.steps(steps, steps + 1);
+    device::fetch<T>(View<const T>(factor.data(), row, 0, factor.batch_stride()), View<T>(other_.product.data(), row),
+                     options_.execution);
     std::fill_n(other_.end.data(), width, T(0));
     compose(summary_, other_, !begins_ && steps > 1);
     std::swap(summary_, other_);
@@ -175,14 +148,14 @@ Reduction Part<T>::solve() {
         OrderedSystem<T> part = system_;
         part.initial = before();
         if (on_gpu()) {
-            put(before().data(), row_);
+            device::put<T>(before(), row_, options_.execution);
             part.initial = row_;
         }
         return solve_ordered(part, options_);
     }
-    fetch(system_.right_side.steps(0, 1), other_.end.data());
+    device::fetch<T>(system_.right_side.steps(0, 1), end_of(other_), options_.execution);
     for (index i = 0; i < state_.count(); ++i) other_.end.data()[i] += before().data()[i];
-    put(other_.end.data(), system_.solution.steps(0, 1));
+    device::put<T>(end_of(other_), system_.solution.steps(0, 1), options_.execution);
     if (system_.steps() == 1) return used_;
     return solve_ordered(rest<T>(system_, system_.solution.steps(0, 1)), options_);
 }
