@@ -22,7 +22,6 @@ struct Nccl {
     decltype(&ncclGetErrorString) error_string = nullptr;
     decltype(&ncclGetUniqueId) unique_id = nullptr;
     decltype(&ncclCommInitRank) init_rank = nullptr;
-    decltype(&ncclCommDestroy) destroy = nullptr;
     decltype(&ncclGroupStart) group_start = nullptr;
     decltype(&ncclGroupEnd) group_end = nullptr;
     decltype(&ncclSend) send = nullptr;
@@ -40,9 +39,8 @@ struct Nccl {
             return function != nullptr;
         };
         found = find(error_string, "ncclGetErrorString") && find(unique_id, "ncclGetUniqueId") &&
-                find(init_rank, "ncclCommInitRank") && find(destroy, "ncclCommDestroy") &&
-                find(group_start, "ncclGroupStart") && find(group_end, "ncclGroupEnd") && find(send, "ncclSend") &&
-                find(receive, "ncclRecv");
+                find(init_rank, "ncclCommInitRank") && find(group_start, "ncclGroupStart") &&
+                find(group_end, "ncclGroupEnd") && find(send, "ncclSend") && find(receive, "ncclRecv");
     }
 };
 const Nccl& nccl() {
@@ -70,7 +68,6 @@ public:
     NcclGpus(int rank, int ranks, const ncclUniqueId& id) : rank_(rank), ranks_(ranks) {
         check(nccl().init_rank(&communicator_, ranks, id, rank), "meeting the other ranks");
     }
-    ~NcclGpus() override { nccl().destroy(communicator_); }
 
     void sum(float* values, index count, CUstream_st* stream) override { sum_slices(values, count, stream); }
     void sum(double* values, index count, CUstream_st* stream) override { sum_slices(values, count, stream); }
@@ -125,7 +122,7 @@ private:
     }
 
     int rank_, ranks_;
-    ncclComm_t communicator_ = nullptr;
+    ncclComm_t communicator_ = nullptr;  // to the end of the process: its end would wait for ranks that have failed
 };
 
 /// The machine and the current GPU, as long as a name can be.

@@ -10,23 +10,26 @@
 #include <utility>
 #include <vector>
 
-namespace {
-
 struct Meeting {
     std::mutex mutex;
     std::condition_variable changed;
     int met = 0;
     std::set<int> gpus;
+    std::vector<std::unique_ptr<ncclComm>> communicators;
     std::map<std::pair<int, int>, std::deque<std::vector<std::byte>>> letters;  // from, to
 };
+struct ncclComm {
+    int rank;
+    Meeting& meeting;
+};
 
-std::shared_ptr<Meeting> meeting_of(int number) {
+namespace {
+
+Meeting& meeting_of(int number) {
     static std::mutex mutex;
-    static std::map<int, std::shared_ptr<Meeting>> all;
+    static std::map<int, Meeting> all;
     const std::lock_guard lock(mutex);
-    auto& meeting = all[number];
-    if (meeting == nullptr) meeting = std::make_shared<Meeting>();
-    return meeting;
+    return all[number];
 }
 
 struct Call {
@@ -50,11 +53,6 @@ ncclResult_t add(const Call& call) {
 
 }  // namespace
 
-struct ncclComm {
-    int rank, ranks;
-    std::shared_ptr<Meeting> meeting;
-};
-
 const char* ncclGetErrorString(ncclResult_t result) {
     return result == ncclSuccess ? "no error" : result == ncclInvalidUsage ? "invalid usage" : "invalid argument";
 }
@@ -73,19 +71,14 @@ ncclResult_t ncclCommInitRank(ncclComm_t* communicator, int ranks, ncclUniqueId 
     int number = 0, gpu = 0;
     std::memcpy(&number, id.internal, sizeof number);
     cudaGetDevice(&gpu);
-    const auto meeting = meeting_of(number);
-    std::unique_lock lock(meeting->mutex);
-    meeting->gpus.insert(gpu);
-    ++meeting->met;
-    meeting->changed.notify_all();
-    meeting->changed.wait(lock, [&] { return meeting->met == ranks; });
-    if (int(meeting->gpus.size()) < ranks) return ncclInvalidUsage;
-    *communicator = new ncclComm{rank, ranks, meeting};
-    return ncclSuccess;
-}
-
-ncclResult_t ncclCommDestroy(ncclComm_t communicator) {
-    delete communicator;
+    Meeting& meeting = meeting_of(number);
+    std::unique_lock lock(meeting.mutex);
+    meeting.gpus.insert(gpu);
+    ++meeting.met;
+    meeting.changed.notify_all();
+    meeting.changed.wait(lock, [&] { return meeting.met == ranks; });
+    if (int(meeting.gpus.size()) < ranks) return ncclInvalidUsage;
+    *communicator = meeting.communicators.emplace_back(std::make_unique<ncclComm>(ncclComm{rank, meeting})).get();
     return ncclSuccess;
 }
 
@@ -100,7 +93,7 @@ ncclResult_t ncclGroupEnd() {
     for (const Call& call : all) {
         if (!call.sends) continue;
         cudaStreamSynchronize(call.stream);
-        Meeting& meeting = *call.communicator->meeting;
+        Meeting& meeting = call.communicator->meeting;
         const std::lock_guard lock(meeting.mutex);
         const auto* const from = static_cast<const std::byte*>(call.memory);
         meeting.letters[{call.communicator->rank, call.other}].emplace_back(from, from + call.bytes);
@@ -108,7 +101,7 @@ ncclResult_t ncclGroupEnd() {
     }
     for (const Call& call : all) {
         if (call.sends) continue;
-        Meeting& meeting = *call.communicator->meeting;
+        Meeting& meeting = call.communicator->meeting;
         std::unique_lock lock(meeting.mutex);
         auto& letters = meeting.letters[{call.other, call.communicator->rank}];
         meeting.changed.wait(lock, [&] { return !letters.empty(); });
