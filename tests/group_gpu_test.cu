@@ -5,6 +5,8 @@
 
 #include <deeppcr/bidiagonal.hpp>
 #include <deeppcr/cells.hpp>
+#include <deeppcr/dense_cells.hpp>
+#include <deeppcr/dense_chain.hpp>
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/group.hpp>
 
@@ -157,7 +159,7 @@ TEST(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
     });
 }
 
-TEST(GroupOnGpu, NewtonsMethodAndWhatIsNotACellAreRefused) {
+TEST(GroupOnGpu, NewtonsMethodIsRefusedForCells) {
     if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
     const auto inputs = Buffer<float>::random({8, 1, 2}, 1).on(there),
                parameters = Buffer<float>::random({1, 1, 2}, 2).on(there);
@@ -168,6 +170,79 @@ TEST(GroupOnGpu, NewtonsMethodAndWhatIsNotACellAreRefused) {
             evaluate(part, {.method = Method::newton, .execution = {.backend = Backend::cuda}, .group = &group}),
             InvalidArgument);
     });
+}
+
+TEST(GroupOnGpu, ADenseCellsGradientsAreThoseOfOneProcessor) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const index steps = 31, batch = 2, hidden = 3;
+    const auto inputs = Buffer<double>::random({steps, batch, 3 * hidden}, 1);
+    const auto weights = Buffer<double>::random({3, hidden, hidden}, 2),
+               biases = Buffer<double>::random({3, 1, hidden}, 3);
+    const auto output_gradient = Buffer<double>::random({steps, batch, hidden}, 4);
+    const auto initial = Buffer<double>::random({1, batch, hidden}, 5);
+    const DenseCell<double> whole(DenseCellKind::gru, inputs, weights, biases, initial);
+    const auto expected = evaluate(whole, {.method = Method::sequential});
+    const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+    const auto there_inputs = inputs.on(there), there_weights = weights.on(there), there_biases = biases.on(there),
+               there_initial = initial.on(there), there_gradient = output_gradient.on(there);
+    for (const int ranks : {2, 3})
+        Group::simulate(ranks, [&](Group& group) {
+            const auto [first, last] = group.part(steps);
+            const DenseCell<double> part(DenseCellKind::gru, there_inputs.view().steps(first, last), there_weights,
+                                         there_biases, there_initial);
+            for (const Method method : {Method::automatic, Method::sequential}) {
+                const Options options{.method = method, .execution = {.backend = Backend::cuda}, .group = &group};
+                const auto found = evaluate(part, options);
+                EXPECT_TRUE(found.report.ok()) << found.report;
+                EXPECT_LE(largest_difference<double>(found.trajectory.on(Device::host()),
+                                                     expected.trajectory.view().steps(first, last)),
+                          1e-11);
+                const auto own = adjoint(part, found.trajectory, found.report,
+                                         View<const double>(there_gradient.view().steps(first, last)), options);
+                EXPECT_LE(largest_difference<double>(own.inputs.on(Device::host()),
+                                                     gradients.inputs.view().steps(first, last)),
+                          1e-11);
+                EXPECT_TRUE(near(own.weights.on(Device::host()), gradients.weights, 1e-11));
+                EXPECT_TRUE(near(own.biases.on(Device::host()), gradients.biases, 1e-11));
+            }
+        });
+}
+
+TEST(GroupOnGpu, ADenseChainsLayersAreShared) {
+    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+    const index steps = 13, batch = 2, width = 4, skip = 2;
+    auto weights = Buffer<double>::random({steps * skip, width, width}, 1);
+    for (index i = 0; i < weights.size(); ++i) weights.data()[i] *= 0.4;
+    const auto biases = Buffer<double>::random({steps * skip, 1, width}, 2);
+    const auto initial = Buffer<double>::random({1, batch, width}, 3);
+    const auto output_gradient = Buffer<double>::random({steps, batch, width}, 4);
+    const DenseChain<double>::Options residual{Activation::tanh, skip};
+    const DenseChain<double> whole(weights, biases, initial, residual);
+    const auto expected = evaluate(whole, {.method = Method::sequential});
+    const auto gradients = adjoint(whole, expected.trajectory, expected.report, output_gradient);
+    const auto there_weights = weights.on(there), there_biases = biases.on(there), there_initial = initial.on(there),
+               there_gradient = output_gradient.on(there);
+    for (const int ranks : {2, 3})
+        Group::simulate(ranks, [&](Group& group) {
+            const auto [first, last] = group.part(steps);
+            const DenseChain<double> part(there_weights.view().steps(skip * first, skip * last),
+                                          there_biases.view().steps(skip * first, skip * last), there_initial,
+                                          residual);
+            const Options options{.execution = {.backend = Backend::cuda}, .group = &group};
+            const auto found = evaluate(part, options);
+            EXPECT_TRUE(found.report.ok()) << found.report;
+            EXPECT_LE(largest_difference<double>(found.trajectory.on(Device::host()),
+                                                 expected.trajectory.view().steps(first, last)),
+                      1e-11);
+            const auto own = adjoint(part, found.trajectory, found.report,
+                                     View<const double>(there_gradient.view().steps(first, last)), options);
+            EXPECT_LE(largest_difference<double>(own.weights.on(Device::host()),
+                                                 gradients.weights.view().steps(skip * first, skip * last)),
+                      1e-11);
+            EXPECT_LE(largest_difference<double>(own.biases.on(Device::host()),
+                                                 gradients.biases.view().steps(skip * first, skip * last)),
+                      1e-11);
+        });
 }
 
 TEST(GroupOnGpu, WhatOneRankCannotSolveIsAnErrorOnAll) {

@@ -121,7 +121,9 @@ __global__ void begin_with(T value, index count, T* state) {
 template <class S, class T>
 class User : public Recurrence<T> {
 public:
-    User(index steps, index batch, S f = {}) : Recurrence<T>({steps, batch, S::template width<T>}, S::block), f_(f) {}
+    /// first: of all steps, where this is a part of them.
+    User(index steps, index batch, S f = {}, index first = 0)
+        : Recurrence<T>({steps, batch, S::template width<T>}, S::block), f_(f), first_(first) {}
     bool runs_on(Backend) const override { return true; }
     void initial(const Section& section, View<T> state) const override {
         const index count = section.batch() * state.width();
@@ -145,17 +147,18 @@ private:
         if (section.execution.backend == Backend::cuda) {
             EXPECT_EQ(section.batch(), this->shape().batch);
             if (count > 0)
-                cuda::launch(cuda::one_each(count, section.execution.stream), run_steps<S, T>, f_, section.first,
-                             section.steps(), section.batch(), width, block, before.data(), after.data(),
-                             jacobian.data());
+                cuda::launch(cuda::one_each(count, section.execution.stream), run_steps<S, T>, f_,
+                             first_ + section.first, section.steps(), section.batch(), width, block, before.data(),
+                             after.data(), jacobian.data());
             return;
         }
         for (index i = 0; i < section.steps(); ++i)
             for (index j = 0; j < section.batch(); ++j)
-                f_(Place<T>{section.first + i, section.sequences[std::size_t(j)], before.at(i, j), after.at(i, j),
-                            jacobian.data() == nullptr ? nullptr : jacobian.at(i, j)});
+                f_(Place<T>{first_ + section.first + i, section.sequences[std::size_t(j)], before.at(i, j),
+                            after.at(i, j), jacobian.data() == nullptr ? nullptr : jacobian.at(i, j)});
     }
     S f_;
+    index first_;
 };
 
 constexpr Execution gpu{.backend = Backend::cuda};
@@ -572,6 +575,139 @@ TEST(CheckRecurrenceOnGpu, ComparesTheBackends) {
     EXPECT_NE(text.str().find("a step on the processor against the GPU's"), std::string::npos) << text.str();
     const CheckReport backends = check_backends();
     EXPECT_TRUE(backends.ok()) << backends;
+}
+
+// --- across ranks, which are threads here and share a GPU: as ranks on processors do it
+
+template <class T>
+struct Parts {
+    Buffer<T> trajectory;  // of all ranks, in main memory
+    Report report;         // of the last one
+};
+
+/// By `ranks` ranks that share the steps of f, on GPUs or on processors.
+template <class S, class T>
+Parts<T> evaluate_across(int ranks, index steps, index batch, const S& f, const Options& options, bool on_gpus,
+                         const Buffer<T>* given = nullptr) {
+    Parts<T> result{Buffer<T>({steps, batch, S::template width<T>}), {}};
+    Group::simulate(ranks, [&](Group& group) {
+        const auto [first, last] = group.part(steps);
+        const User<S, T> part(last - first, batch, f, first);
+        Buffer<T> states(part.shape());
+        if (given != nullptr) std::copy_n(given->view().at(first, 0), states.size(), states.data());
+        Options mine = options;
+        mine.group = &group;
+        mine.execution.backend = on_gpus ? Backend::cuda : Backend::cpu;
+        const auto there = on_gpus ? states.on(Device::cuda()) : std::move(states);
+        Report report = evaluate(part, there.view(), mine);
+        const auto found = there.on(Device::host());
+        std::copy_n(found.data(), found.size(), result.trajectory.view().at(first, 0));
+        if (group.rank() == group.size() - 1) result.report = std::move(report);
+    });
+    return result;
+}
+
+template <class S, class T>
+void agree_with_processors(int ranks, index steps, index batch, double tolerance, const Options& options,
+                           const S& f = {}) {
+    SCOPED_TRACE(std::to_string(ranks) + " ranks, " + std::to_string(steps) + " steps");
+    const auto start = Buffer<T>::random({steps, batch, S::template width<T>}, 5);
+    const auto here = evaluate_across<S, T>(ranks, steps, batch, f, options, false, &start);
+    const auto there = evaluate_across<S, T>(ranks, steps, batch, f, options, true, &start);
+    EXPECT_EQ(there.report.status, here.report.status) << there.report << here.report;
+    EXPECT_EQ(there.report.iterations, here.report.iterations);
+    EXPECT_EQ(there.report.sequential_steps, here.report.sequential_steps);
+    EXPECT_EQ(there.report.method, here.report.method);
+    EXPECT_NEAR(there.report.residual, here.report.residual, 0.01 * here.report.residual + 4 * epsilon<T>);
+    EXPECT_EQ(std::isnan(there.report.error), std::isnan(here.report.error));
+    if (!std::isnan(here.report.error)) {
+        EXPECT_NEAR(there.report.error, here.report.error, 0.05 * here.report.error + 4 * epsilon<T>);
+    }
+    if (!std::isnan(here.report.lyapunov)) {
+        EXPECT_NEAR(there.report.lyapunov, here.report.lyapunov, 0.1);
+    }
+    for (std::size_t j = 0; j < std::size_t(batch); ++j) {
+        EXPECT_EQ(there.report.sequences[j].status, here.report.sequences[j].status);
+        EXPECT_EQ(there.report.sequences[j].confirmed, here.report.sequences[j].confirmed);
+        const index good = there.report.sequences[j].confirmed;
+        EXPECT_LE(largest_difference<T>(
+                      there.trajectory.view().steps(0, good).sequences(index(j), index(j) + 1),
+                      View<const T>(here.trajectory.view().steps(0, good).sequences(index(j), index(j) + 1))),
+                  tolerance * epsilon<T>);
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, RanksAgreeWithRanksOnProcessors) {
+    for (const int ranks : {2, 3})
+        for (const Surrogate surrogate : {Surrogate::full, Surrogate::diagonal, Surrogate::identity, Surrogate::zero})
+            for (const Guess guess : {Guess::initial_state, Guess::first_step, Guess::given}) {
+                const Options options{
+                    .method = Method::newton, .surrogate = surrogate, .guess = guess, .tolerance = 1e-5};
+                agree_with_processors<Sines, TypeParam>(ranks, 23, 3, 1e3, options);
+                agree_with_processors<Network, TypeParam>(ranks, ranks, 2, 1e3, options);
+                if (surrogate == Surrogate::full) {
+                    agree_with_processors<Pendulum, TypeParam>(ranks, 23, 2, 2e4, options);
+                    agree_with_processors<Network, TypeParam>(ranks, 41, 3, 1e4, options);
+                }
+            }
+}
+
+TYPED_TEST(NewtonOnGpu, RanksEndAsRanksOnProcessorsWhereFIsNotFinite) {
+    for (const index bad : {0, 12, 13, 39})  // of 40 steps, on 3 ranks
+        for (const Method method : {Method::newton, Method::sequential})
+            agree_with_processors<Network, TypeParam>(3, 40, 3, 1e4, {.method = method, .tolerance = 1e-5},
+                                                      {.bad_step = bad, .bad_sequence = 1});
+}
+
+TYPED_TEST(NewtonOnGpu, RanksFinishChaosSequentiallyWithTheBitsOfOneGpu) {
+    const User<Logistic, TypeParam> whole(400, 2);
+    const auto expected = evaluate_there<TypeParam>(whole, {.method = Method::sequential});
+    for (const int ranks : {2, 3}) {
+        const auto sequential =
+            evaluate_across<Logistic, TypeParam>(ranks, 400, 2, {}, {.method = Method::sequential}, true);
+        EXPECT_TRUE(sequential.report.ok());
+        EXPECT_EQ(sequential.report.sequential_steps, 800);
+        EXPECT_TRUE(same_bits<TypeParam>(sequential.trajectory, expected.trajectory));
+        const auto found = evaluate_across<Logistic, TypeParam>(
+            ranks, 400, 2, {}, {.method = Method::newton, .tolerance = 1e-9, .max_iterations = 5}, true);
+        EXPECT_EQ(found.report.status, Status::finished_sequentially) << found.report;
+        EXPECT_TRUE(same_bits<TypeParam>(
+            found.trajectory,
+            evaluate_across<Logistic, TypeParam>(
+                ranks, 400, 2, {}, {.method = Method::newton, .tolerance = 1e-9, .max_iterations = 5}, true)
+                .trajectory));
+        const Buffer<TypeParam>& x = found.trajectory;
+        for (index i = 1; i < 400; ++i)
+            EXPECT_NEAR(x(i, 1, 0), 4 * x(i - 1, 1, 0) * (1 - x(i - 1, 1, 0)), 4 * epsilon<TypeParam>) << i;
+        const auto stopped = evaluate_across<Logistic, TypeParam>(
+            ranks, 400, 2, {}, {.method = Method::newton, .max_iterations = 5, .on_failure = OnFailure::report}, true);
+        EXPECT_EQ(stopped.report.status, Status::max_iterations) << stopped.report;
+    }
+}
+
+TYPED_TEST(NewtonOnGpu, TheAdjointAcrossRanksIsThatOfOneProcessor) {
+    const index steps = 41, batch = 2;
+    const User<Network, TypeParam> whole(steps, batch);
+    const auto expected = evaluate(whole, {.method = Method::sequential});
+    const auto output_gradient = Buffer<TypeParam>::random(whole.shape(), 5);
+    const auto gradients = adjoint<TypeParam>(whole, expected.trajectory, expected.report, output_gradient);
+    const auto trajectory = expected.trajectory.on(Device::cuda()), gradient = output_gradient.on(Device::cuda());
+    for (const int ranks : {1, 2, 3})
+        Group::simulate(ranks, [&](Group& group) {
+            const auto [first, last] = group.part(steps);
+            const User<Network, TypeParam> part(last - first, batch, {}, first);
+            Workspace workspace(gpu);
+            const auto found =
+                adjoint<TypeParam>(part, View<const TypeParam>(trajectory.view().steps(first, last)), expected.report,
+                                   View<const TypeParam>(gradient.view().steps(first, last)),
+                                   {.execution = gpu, .workspace = &workspace, .group = &group});
+            EXPECT_LE(largest_difference<TypeParam>(found.states.on(Device::host()),
+                                                    gradients.states.view().steps(first, last)),
+                      1e4 * epsilon<TypeParam>);
+            if (group.rank() == 0) {
+                EXPECT_TRUE(near(found.initial.on(Device::host()), gradients.initial, 1e4 * epsilon<TypeParam>));
+            }
+        });
 }
 
 TEST(NewtonOnGpuArguments, SayWhatIsWrong) {

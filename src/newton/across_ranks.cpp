@@ -27,12 +27,14 @@
 #include "newton/stopwatch.hpp"
 #include "newton/trajectory.hpp"
 #include "newton/update.hpp"
+#include "newton/update_gpu.hpp"
 #include "reduce/across_ranks.hpp"
 
 namespace deeppcr::newton {
 namespace {
 
-constexpr index piece = 256;  // steps that are run at once, before a look at what came out
+constexpr index piece = 256;                       // steps that are run at once, before a look at what came out
+constexpr index fetched_entries = index(1) << 20;  // of Jacobians on a GPU, for the Lyapunov exponent
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 /// Bit by bit, so that NaN is equal to itself; both contiguous.
@@ -64,18 +66,24 @@ Buffer<T> on_gpu(View<const T> host) {
     return copy.on(device::current_gpu());
 }
 
-/// x_0 of the listed rows, in main memory.
+/// x_0 of the listed rows, in main memory. On a GPU of a cell, or of all rows.
 template <class T>
 void initial_states(const Recurrence<T>& recurrence, std::span<const index> rows, const View<T>& states,
                     const Options& options) {
-    if (!is_on_gpu(options)) return recurrence.initial({0, 0, rows, options.execution}, states);
+    const Section section{0, 0, rows, options.execution};
+    if (!is_on_gpu(options)) return recurrence.initial(section, states);
+    const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence);
+    if (cell == nullptr) {
+        const auto there = Buffer<T>::uninitialised(states.shape(), Layout::steps_first, device::current_gpu());
+        recurrence.initial(section, there.view());
+        return device::fetch<T>(there.view(), states, options.execution);
+    }
     std::fill_n(states.data(), states.shape().count(), T(0));
-    const auto& cell = dynamic_cast<const ChannelwiseRecurrence<T>&>(recurrence);
-    const View<const T> given = cell.initial_states();
-    for (std::size_t p = 0; p < cell.parts().size() && !given.empty(); ++p) {
-        const auto row = std::find(rows.begin(), rows.end(), cell.parts()[p].sequence);
+    const View<const T> given = cell->initial_states();
+    for (std::size_t p = 0; p < cell->parts().size() && !given.empty(); ++p) {
+        const auto row = std::find(rows.begin(), rows.end(), cell->parts()[p].sequence);
         const index to = row - rows.begin();
-        if (cell.parts()[p].first == 0 && row != rows.end())
+        if (cell->parts()[p].first == 0 && row != rows.end())
             device::fetch<T>(given.sequences(index(p), index(p) + 1), states.sequences(to, to + 1), options.execution);
     }
 }
@@ -187,6 +195,7 @@ public:
 
     /// problem: what the caller's checks have found.
     Report run(std::exception_ptr problem) {
+        const Workspace::Use use(workspace_, options_.execution);
         const Workspace::Scope scope(workspace_);
         problem_ = std::move(problem);
         attempt([&] {
@@ -221,25 +230,31 @@ private:
     bool by_parts() const { return options_.method == Method::overlap || options_.method == Method::shooting; }
     bool newton() const { return options_.method == Method::newton; }
     bool on_gpu() const { return is_on_gpu(options_); }
+    /// Null: it is none.
+    const ChannelwiseRecurrence<T>* cell() const { return dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence_); }
     /// Does what may throw on one rank alone; the others learn of it when they next agree.
     template <class Body>
     void attempt(const Body& body) {
         if (!problem_) problem_ = caught(body);
     }
-    Section section(index first, index last) const { return {first, last, sequences_, options_.execution}; }
+    Section section(index first, index last) const {
+        return {first, last, sequences_, options_.execution, on_gpu() ? &workspace_ : nullptr};
+    }
+    index row_bytes() const { return batch_ * width_ * index(sizeof(T)); }
     /// The state before the part, from the rank before.
     void receive(View<const T> last, const View<T>& before) {
         hand_on<T>(group_, last, before);
         beginnings_.replace(before);
     }
     View<T> states() const { return {states_memory_, {steps_ + 1, batch_, width_}}; }
-    View<T> state_before() const { return states().steps(0, 1); }
-    View<T> handed() const { return {handed_memory_, {1, batch_, width_}}; }
-    /// A contiguous copy of the part's last state.
-    View<const T> last_state() const {
-        const View<T> last(last_memory_, {1, batch_, width_});
-        device::fetch<T>(trajectory_.steps(steps_ - 1, steps_), last, options_.execution);
-        return last;
+    /// The state before the part, and the one that the rank before has handed on last; in main memory.
+    View<T> state_before() const { return before_.view(); }
+    View<T> handed() const { return handed_.view(); }
+    /// A copy of the part's last state in main memory.
+    View<const T> last_state() const { return last_state(trajectory_.steps(steps_ - 1, steps_)); }
+    View<const T> last_state(View<const T> state) const {
+        device::fetch<T>(state, last_.view(), options_.execution);
+        return last_.view();
     }
     Window<T> window() const {
         const Shape& shape = recurrence_.shape();
@@ -260,15 +275,14 @@ private:
             whole.window = std::max<index>(1, steps_);
             window_length<T>(recurrence_, whole, block_);
         }
-        const index row = batch_ * width_, rows = newton() ? steps_ : 0;
-        states_memory_ = workspace_.take<T>((rows + 1) * row);
-        handed_memory_ = workspace_.take<T>(row);
-        last_memory_ = workspace_.take<T>(row);
-        after_memory_ = workspace_.take<T>(rows * row);
-        update_memory_ = workspace_.take<T>(rows * row);
-        if (block_ > 0) jacobian_memory_ = workspace_.take<T>(rows * row * block_);
-        if (newton())
-            (void)reduce::Part<T>(recurrence_.shape(), std::max<index>(1, block_), solve_options(), workspace_);
+        for (Buffer<T>* const row : {&before_, &handed_, &last_}) *row = Buffer<T>({1, batch_, width_});
+        if (!newton()) return;
+        const index row = batch_ * width_;
+        states_memory_ = workspace_.take<T>((steps_ + 1) * row);
+        after_memory_ = workspace_.take<T>(steps_ * row);
+        update_memory_ = workspace_.take<T>(steps_ * row);
+        if (block_ > 0) jacobian_memory_ = workspace_.take<T>(steps_ * row * block_);
+        (void)reduce::Part<T>(recurrence_.shape(), std::max<index>(1, block_), solve_options(), workspace_);
     }
 
     /// Which steps of all these are this rank's.
@@ -286,7 +300,7 @@ private:
     /// x_0, where every rank's guess begins.
     void share_initial_state() {
         if (group_.rank() == 0) attempt([&] { initial_states<T>(recurrence_, sequences_, state_before(), options_); });
-        group_.broadcast(std::span<T>(states_memory_, std::size_t(batch_ * width_)));
+        group_.broadcast(std::span<T>(before_.data(), std::size_t(batch_ * width_)));
         beginnings_.replace(state_before());
     }
 
@@ -296,8 +310,11 @@ private:
         report_.window = all_steps_;
         attempt([&] { guess(); });
         while (true) {
-            receive(states().steps(steps_, steps_ + 1), state_before());
-            attempt([&] { linearise(); });
+            receive(last_state(states().steps(steps_, steps_ + 1)), state_before());
+            attempt([&] {
+                put_state_before();
+                linearise();
+            });
             test();
             if (std::all_of(ended_.begin(), ended_.end(), [](bool ended) { return ended; })) break;
             if (const std::optional<Status> stop = outcome()) {
@@ -314,14 +331,20 @@ private:
             finish_sequentially(Status::non_finite);
     }
 
+    void put_state_before() { device::put<T>(state_before(), states().steps(0, 1), options_.execution); }
+
     void guess() {
+        put_state_before();
         const View<T> entering = states().steps(1, steps_ + 1);
         if (options_.guess == Guess::given) return copy_states<T>(trajectory_, entering, options_.execution);
-        for (index i = 0; i < steps_; ++i) std::copy_n(states_memory_, batch_ * width_, entering.at(i, 0));
+        if (on_gpu())
+            repeat_on_gpu<T>(states().steps(0, 1), entering, options_.execution.stream);
+        else
+            for (index i = 0; i < steps_; ++i) std::copy_n(states_memory_, batch_ * width_, entering.at(i, 0));
         if (options_.guess != Guess::first_step) return;
         const View<T> result(after_memory_, entering.shape());
         recurrence_.step(section(0, steps_), View<const T>(entering), result);
-        std::copy_n(after_memory_, steps_ * batch_ * width_, entering.data());
+        copy_states<T>(result, entering, options_.execution);
     }
 
     /// Whether there is nothing to do here: all rows of the sequences that go on are confirmed. Their Jacobians stay.
@@ -344,7 +367,10 @@ private:
             case Surrogate::diagonal:
                 return recurrence_.linearise_diagonal(section(0, steps_), before, now.after, now.jacobian);
             case Surrogate::identity:
-                std::fill_n(jacobian_memory_, elements, T(1));
+                if (on_gpu())
+                    fill_ones_on_gpu(jacobian_memory_, elements, options_.execution.stream);
+                else
+                    std::fill_n(jacobian_memory_, elements, T(1));
                 [[fallthrough]];
             case Surrogate::zero:
                 return recurrence_.step(section(0, steps_), before, now.after);
@@ -367,11 +393,16 @@ private:
         if (!idle())
             attempt([&] {
                 const Stopwatch watch(report_.update.seconds);
-                report_.non_finite_resets += test_residual(window(), progress_, tolerance_, options_.execution);
+                report_.non_finite_resets +=
+                    on_gpu() ? test_residual_on_gpu(window(), progress_, tolerance_, options_.execution.stream)
+                             : test_residual(window(), progress_, tolerance_, options_.execution);
                 report_.update.bytes += 3 * steps_ * batch_ * width_ * index(sizeof(T));
             });
         std::vector<Entry> entries = {{problem_ ? problem_here : stopped_ ? stop_here : 0, 0}};
-        for (index j = 0; j < batch_; ++j) entries.push_back(entry(j));
+        attempt([&] {
+            for (index j = 0; j < batch_; ++j) entries.push_back(entry(j));
+        });
+        if (problem_) entries.assign(std::size_t(batch_ + 1), {problem_here, 0});
         group_.reduce(std::as_writable_bytes(std::span(entries)),
                       [](std::span<const std::byte> earlier, std::span<std::byte> later, bool) {
                           const auto* const lower = reinterpret_cast<const Entry*>(earlier.data());
@@ -390,7 +421,10 @@ private:
         const Progress& here = progress_[std::size_t(j)];
         if (ended_[std::size_t(j)] || idle()) return {2 * all_steps_, 0};
         if (here.confirmed == steps_) return {2 * all_steps_, here.worst};
-        const bool finite = all_finite(window().after.at(here.confirmed, j), width_);
+        const View<T> row = last_.view().sequences(0, 1);
+        device::fetch<T>(window().after.steps(here.confirmed, here.confirmed + 1).sequences(j, j + 1), row,
+                         options_.execution);
+        const bool finite = all_finite(row.data(), width_);
         return {2 * (first_ + here.confirmed) + (finite ? 1 : 0), here.worst};
     }
 
@@ -471,7 +505,10 @@ private:
         };
         for (index j = 0; j < batch_; ++j)
             if (stands_on_others(j)) progress_[std::size_t(j)].confirmed = none;
-        attempt([&] { report_.non_finite_resets += apply_update(window(), progress_, options_.execution); });
+        attempt([&] {
+            report_.non_finite_resets += on_gpu() ? apply_update_on_gpu(window(), progress_, options_.execution.stream)
+                                                  : apply_update(window(), progress_, options_.execution);
+        });
         for (index j = 0; j < batch_; ++j)
             if (stands_on_others(j)) progress_[std::size_t(j)].confirmed = 0;
         report_.update.bytes += 3 * steps_ * batch_ * width_ * index(sizeof(T));
@@ -496,27 +533,51 @@ private:
     void estimate_errors() {
         const Stopwatch watch(report_.estimate.seconds);
         const Window<T> now = window();
+        std::vector<index> confirmed;
+        for (index j = 0; j < batch_; ++j) confirmed.push_back(confirmed_here(j));
         if (options_.estimates != Estimates::none && block_ > 0 && (estimating() || block_ == recurrence_.block())) {
-            LyapunovEstimate<T> growth(width_, block_);
-            for (index j = 0; j < batch_ && group_.rank() == 0; ++j)
-                growth.follow(j, now.jacobian, j, confirmed_here(j));
-            report_.lyapunov = growth.exponent();
+            if (group_.rank() == 0) attempt([&] { report_.lyapunov = exponent(confirmed); });
             group_.broadcast(std::span(&report_.lyapunov, 1));
         }
         if (!estimating()) return;
-        std::vector<index> confirmed;
-        for (index j = 0; j < batch_; ++j) confirmed.push_back(confirmed_here(j));
         attempt([&] {
-            error_sources<T>(states().steps(1, steps_ + 1), now.after, first_, block_, confirmed, now.update,
-                             device::thread_count(options_.execution));
+            const View<T> reached = states().steps(1, steps_ + 1);
+            if (on_gpu())
+                error_sources_on_gpu<T>(reached, now.after, first_, block_, confirmed, now.update,
+                                        options_.execution.stream);
+            else
+                error_sources<T>(reached, now.after, first_, block_, confirmed, now.update,
+                                 device::thread_count(options_.execution));
         });
         solve_across({now.jacobian, now.update, {}, now.update}, group_.rank() == 0);
+        std::vector<double> largest(std::size_t(batch_), 0);
+        if (on_gpu())
+            attempt([&] { largest = largest_errors_on_gpu<T>(now.update, confirmed, options_.execution.stream); });
         for (index j = 0; j < batch_; ++j) {
-            double& largest = report_.sequences[std::size_t(j)].error;
-            largest = 0;
-            for (index i = 0; i < confirmed[std::size_t(j)]; ++i) raise_error(largest, now.update.at(i, j), width_);
+            double& error = report_.sequences[std::size_t(j)].error;
+            error = largest[std::size_t(j)];
+            for (index i = 0; i < confirmed[std::size_t(j)] && !on_gpu(); ++i)
+                raise_error(error, now.update.at(i, j), width_);
         }
         report_.estimate.bytes += steps_ * batch_ * width_ * (block_ + 4) * index(sizeof(T));
+    }
+
+    /// Of the part's confirmed rows; on a GPU of as many as are brought to the host.
+    double exponent(std::span<const index> confirmed) const {
+        LyapunovEstimate<T> growth(width_, block_);
+        const index rows =
+            on_gpu() ? std::min(steps_, fetched_entries / std::max<index>(1, batch_ * width_ * block_)) : steps_;
+        Jacobian<T> jacobian = window().jacobian;
+        std::vector<T> here;
+        if (on_gpu() && rows > 0) {
+            here.resize(std::size_t(rows * batch_ * width_ * block_));
+            device::copy_from_gpu(here.data(), jacobian.data(), index(here.size() * sizeof(T)),
+                                  options_.execution.stream);
+            device::synchronise(options_.execution.stream);
+            jacobian = Jacobian<T>(here.data(), {rows, batch_, width_}, block_);
+        }
+        for (index j = 0; j < batch_; ++j) growth.follow(j, jacobian, j, std::min(rows, confirmed[std::size_t(j)]));
+        return growth.exponent();
     }
 
     // ------------------------------------------------------------------------------------------------- rank after rank
@@ -528,11 +589,13 @@ private:
             const int rank = group_.rank();
             const std::size_t count = std::size_t(batch_ * width_);
             if (rank == 0)
-                std::copy_n(states_memory_, batch_ * width_, handed_memory_);
+                std::copy_n(before_.data(), batch_ * width_, handed_.data());
             else
-                group_.pass(-1, std::span<const T>(), rank - 1, std::span(handed_memory_, count));
+                group_.pass(-1, std::span<const T>(), rank - 1, std::span(handed_.data(), count));
             beginnings_.replace(handed());
-            attempt([&] { on_gpu() ? (void)evaluate_part(handed(), Method::sequential) : run_rest(); });
+            attempt([&] {
+                on_gpu() && cell() != nullptr ? (void)evaluate_part(handed(), Method::sequential) : run_rest();
+            });
             if (rank + 1 < group_.size())
                 group_.pass(rank + 1, std::span(last_state().data(), count), -1, std::span<T>());
         }
@@ -572,11 +635,14 @@ private:
             const std::vector<index>& sequences = start.second;
             const View<const T> from =
                 begin == 0 ? View<const T>(handed()) : View<const T>(trajectory_.steps(begin - 1, begin));
-            run_pieces(begin, sequences, from, [&](index row, View<const T> states) {
-                for (index j = 0; j < states.batch(); ++j)
-                    std::copy_n(states.at(0, j), width_, trajectory_.at(row, sequences[std::size_t(j)]));
-                return true;
-            });
+            if (on_gpu())
+                run_pieces_on_gpu(begin, sequences);
+            else
+                run_pieces(begin, sequences, from, [&](index row, View<const T> states) {
+                    for (index j = 0; j < states.batch(); ++j)
+                        std::copy_n(states.at(0, j), width_, trajectory_.at(row, sequences[std::size_t(j)]));
+                    return true;
+                });
             report_.sequential.bytes += (steps_ - begin) * index(sequences.size()) * width_ * index(sizeof(T));
         }
     }
@@ -600,6 +666,25 @@ private:
         }
     }
 
+    /// Runs rows [begin, steps) of all sequences, and writes those of the listed ones.
+    void run_pieces_on_gpu(index begin, std::span<const index> sequences) {
+        const Workspace::Scope scope(workspace_);
+        const View<T> start = workspace_.take_states<T>({1, batch_, width_});
+        const View<T> rows = workspace_.take_states<T>({std::min(piece, steps_), batch_, width_});
+        if (begin == 0)
+            device::put<T>(handed(), start, options_.execution);
+        else
+            copy_states<T>(trajectory_.steps(begin - 1, begin), start, options_.execution);
+        for (; begin < steps_; begin += piece) {
+            const index end = std::min(steps_, begin + piece);
+            const View<T> now = rows.steps(0, end - begin), result = trajectory_.steps(begin, end);
+            recurrence_.run(section(begin, end), View<const T>(start), now);
+            for (const index j : sequences)
+                copy_states<T>(now.sequences(j, j + 1), result.sequences(j, j + 1), options_.execution);
+            copy_states<T>(now.steps(end - begin - 1, end - begin), start, options_.execution);
+        }
+    }
+
     // -------------------------------------------------------------------------- overlap and shooting: part beside part
 
     /// Every part from a guessed state, and again from what the part before hands over, until it meets its old states.
@@ -615,7 +700,7 @@ private:
         report_.window = steps_;
         while (true) {
             ++report_.iterations;
-            std::copy_n(states_memory_, batch_ * width_, handed_memory_);
+            std::copy_n(before_.data(), batch_ * width_, handed_.data());
             receive(last_state(), handed());
             const double mismatch = compare(handed(), state_before());
             std::array<double, 3> worst = {mismatch, own.ok() ? 0.0 : 1.0, problem_ ? 1.0 : 0.0};
@@ -629,7 +714,7 @@ private:
                 return finish_sequentially(Status::finished_sequentially);
             }
             if (mismatch <= 1) continue;
-            std::copy_n(handed_memory_, batch_ * width_, states_memory_);
+            std::copy_n(handed_.data(), batch_ * width_, before_.data());
             attempt([&] {
                 if (on_gpu())
                     own = evaluate_part(state_before(), options_.method, Guess::given);
@@ -651,13 +736,12 @@ private:
         own.method = method;
         own.guess = guess;
         own.estimates = Estimates::none;
-        const auto* const cell = dynamic_cast<const ChannelwiseRecurrence<T>*>(&recurrence_);
         if (on_gpu()) {
             const Buffer<T> there = newton::on_gpu<T>(before);
-            return evaluate<T>(*cell->segment(0, steps_, there, own.execution), trajectory_, own);
+            return evaluate<T>(*cell()->segment(0, steps_, there, own.execution), trajectory_, own);
         }
         own.workspace = &workspace_;
-        if (cell != nullptr) return evaluate<T>(*cell->segment(0, steps_, before), trajectory_, own);
+        if (cell() != nullptr) return evaluate<T>(*cell()->segment(0, steps_, before), trajectory_, own);
         return evaluate<T>(Continued<T>(recurrence_, before), trajectory_, own);
     }
 
@@ -749,8 +833,9 @@ private:
     index shift_ = 0;                 // leading rows that all sequences which go on have confirmed
     bool stopped_ = false, stop_agreed_ = false;
     Review review_;
-    T *states_memory_ = nullptr, *handed_memory_ = nullptr, *last_memory_ = nullptr, *after_memory_ = nullptr,
-      *update_memory_ = nullptr, *jacobian_memory_ = nullptr;
+    Buffer<T> before_, handed_, last_;  // one state each, in main memory
+    // Of Newton's method, where the recurrence computes.
+    T *states_memory_ = nullptr, *after_memory_ = nullptr, *update_memory_ = nullptr, *jacobian_memory_ = nullptr;
 };
 
 /// Every rank's `first` becomes the `after` of the one before it; both contiguous, in main memory. The last one's
@@ -786,13 +871,19 @@ Report evaluate_across_ranks(const Recurrence<T>& recurrence, View<T> trajectory
             throw InvalidArgument("options.method",
                                   "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                                   to_string(options.method));
-        if (is_on_gpu(options) && (cell == nullptr || chosen.method == Method::newton))
-            throw InvalidArgument("options.execution.backend",
-                                  "a processor's, with options.group, for Newton's method and for what is not a cell",
-                                  "Backend::cuda");
+        if (!is_on_gpu(options)) return;
+        check_gpu_arguments(recurrence, options);
+        if (!trajectory.empty()) device::require_on_gpu("trajectory", trajectory.data());
+        if (cell != nullptr && chosen.method == Method::newton)
+            throw InvalidArgument("options.method", "automatic, overlap, shooting or sequential, for cells on a GPU",
+                                  to_string(options.method));
+        if (cell == nullptr && chosen.method == Method::overlap)
+            throw InvalidArgument("options.method",
+                                  "automatic, newton or sequential, for what is not a cell on several GPUs",
+                                  to_string(options.method));
     });
-    Workspace own;  // for messages, where the rest is on a GPU
-    Workspace& workspace = options.workspace != nullptr && !is_on_gpu(options) ? *options.workspace : own;
+    Workspace own(problem ? Execution() : options.execution);
+    Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
     return SharedEvaluation<T>(recurrence, trajectory, chosen, workspace).run(std::move(problem));
 }
 
@@ -851,28 +942,28 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
     solving.window = std::max<index>(1, steps);
     Report report;
     report.method = "adjoint, " + describe(solving) + ", on " + std::to_string(group.size()) + " ranks";
-    Workspace own;
+    Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
+    const Workspace::Use use(workspace, options.execution);
     const Workspace::Scope scope(workspace);
     const SolveOptions solve_options{options.reduction, options.execution,    options.chunk,
                                      &workspace,        options.tensor_cores, &group};
     View<T> before, after, adjoint;
     Jacobian<T> jacobian;
+    Buffer<T> last, given;  // the part's last state, and the one before it; in main memory
     Beginnings<T> beginnings;
     const auto attempt = [&](const auto& body) {
         if (!problem) problem = caught(body);
     };
     attempt([&] {
         require_no_window(options);
-        if (is_on_gpu(options))
-            throw InvalidArgument("options.execution.backend",
-                                  "a processor's, with options.group, for what is not a cell", "Backend::cuda");
         require_steps(recurrence.shape());
         window_length(recurrence, solving, block);
         before = workspace.take_states<T>({steps + 1, batch, width});
         after = workspace.take_states<T>(recurrence.shape());
         adjoint = workspace.take_states<T>(recurrence.shape());
         jacobian = workspace.take_jacobian<T>(recurrence.shape(), block);
+        for (Buffer<T>* const one : {&last, &given}) *one = Buffer<T>({1, batch, width});
         (void)reduce::Part<T>(recurrence.shape(), block, solve_options, workspace);
         beginnings = Beginnings<T>(recurrence, options);
     });
@@ -882,11 +973,15 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
 
     std::vector<index> sequences(static_cast<std::size_t>(batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
-    const Section section{0, steps, sequences, options.execution};
-    copy_states<T>(sweep.trajectory, before.steps(1, steps + 1), options.execution);
-    if (group.rank() == 0) attempt([&] { recurrence.initial(section, before.steps(0, 1)); });
-    hand_on<T>(group, before.steps(steps, steps + 1), before.steps(0, 1));
-    beginnings.replace(before.steps(0, 1));
+    const Section section{0, steps, sequences, options.execution, is_on_gpu(options) ? &workspace : nullptr};
+    attempt([&] {
+        copy_states<T>(sweep.trajectory, before.steps(1, steps + 1), options.execution);
+        device::fetch<T>(before.steps(steps, steps + 1), last.view(), options.execution);
+        if (group.rank() == 0) initial_states<T>(recurrence, sequences, given.view(), options);
+    });
+    hand_on<T>(group, last, given.view());
+    beginnings.replace(given.view());
+    attempt([&] { device::put<T>(given.view(), before.steps(0, 1), options.execution); });
     if (!sweep.before.empty()) copy_states<T>(before.steps(0, 1), sweep.before, options.execution);
     {
         const Stopwatch watch(report.linearise.seconds);

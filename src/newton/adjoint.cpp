@@ -130,6 +130,13 @@ template <class T>
 Device check_device(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
                     const Options& options) {
     if (options.execution.backend != Backend::cuda) return Device::host();
+    if (is_shared(options)) {
+        Options alone = options;
+        alone.group = nullptr;
+        Device here;
+        options.group->agree(caught([&] { here = check_device<T>(recurrence, trajectory, output_gradient, alone); }));
+        return here;
+    }
     check_gpu_arguments(recurrence, options);
     if (!trajectory.empty()) {
         device::require_on_gpu("trajectory", trajectory.data());
@@ -339,7 +346,7 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
         });
     if (is_shared(options))
         for (const Buffer<T>& shared : {std::cref(result.weights), std::cref(result.biases)})
-            options.group->sum(std::span(shared.data(), std::size_t(shared.size())));
+            options.group->sum(std::span(shared.data(), std::size_t(shared.size())), options.execution);
     return result;
 }
 

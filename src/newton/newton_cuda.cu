@@ -27,28 +27,22 @@
 #include <optional>
 #include <vector>
 
-#include <deeppcr/launch.cuh>
-
 #include "device/cuda.hpp"
 #include "newton/estimate.hpp"
 #include "newton/lyapunov.hpp"
 #include "newton/options.hpp"
 #include "newton/review.hpp"
+#include "newton/rows.cuh"
 #include "newton/stopwatch.hpp"
 
 namespace deeppcr::newton {
 namespace {
-
-using cuda::plain_threads;
 
 constexpr index sequential_piece = 1024;          // steps between two copies to the caller's array
 constexpr index bytes_worth_waiting = 64 << 20;   // read and written by a pass; fewer take less than a wait
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
 constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
-
-/// A count, or the bits of a non-negative double, which order as it does.
-using Word = unsigned long long;
 
 /// What a pass knows of one sequence. Steps count from the beginning of the trajectory.
 struct Track {
@@ -61,6 +55,13 @@ struct Track {
     Word iterations;                   ///< passes until the last step was confirmed
     Word ended;                        ///< 1: f of the last confirmed state is not finite
     Word singular;                     ///< 1: a Jacobian of the confirmed steps is not finite
+};
+
+/// For the kernels of rows.cuh.
+struct Tracks {
+    Track* all;
+    __device__ index confirmed(index j) const { return index(all[j].confirmed); }
+    __device__ Word* error(index j) const { return &all[j].error; }
 };
 
 /// What the host hears of a pass.
@@ -88,49 +89,6 @@ struct Pass {
 struct Ending {
     Word bad;       ///< steps from the first state that is not finite on
     Word last_bad;  ///< 1: the last state is not finite
-};
-
-__device__ index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
-
-template <class T>
-__device__ bool finite(T value) {
-    return value - value == T(0);
-}
-
-/// The comparison spares most of the atomic operations: where it sees an old value, it only spares one fewer.
-__device__ void raise(Word* largest, Word value) {
-    if (value > *static_cast<const volatile Word*>(largest)) atomicMax(largest, value);
-}
-template <class T>
-__device__ T larger(T a, T b) {
-    return a < b ? b : a;
-}
-__device__ Word word_of(double value) { return Word(__double_as_longlong(value)); }
-__device__ double infinity() { return __longlong_as_double(0x7FF0000000000000LL); }
-
-/// Of a row's residual and state, over its lanes; all threads of a warp call it.
-template <class T>
-struct Norms {
-    T residual = T(0), state = T(0);
-    int bad = 0;  // bits: 1 the state, 2 f, 4 their difference is not finite
-
-    __device__ void add(T x, T f) {
-        const T r = f - x;
-        residual = larger(residual, r < T(0) ? -r : r);
-        state = larger(state, x < T(0) ? -x : x);
-        bad |= (finite(x) ? 0 : 1) | (finite(f) ? 0 : 2) | (finite(r) ? 0 : 4);
-    }
-    __device__ void join(int lanes) {
-        for (int distance = lanes / 2; distance > 0; distance /= 2) {
-            residual = larger(residual, __shfl_xor_sync(~0U, residual, distance, lanes));
-            state = larger(state, __shfl_xor_sync(~0U, state, distance, lanes));
-            bad |= __shfl_xor_sync(~0U, bad, distance, lanes);
-        }
-    }
-    /// Of the tolerance; a tolerance of 0 asks for a residual of 0.
-    __device__ double relative(const Tolerance& tolerance) const {
-        return residual == T(0) ? 0.0 : double(residual) / (tolerance.absolute + tolerance.relative * double(state));
-    }
 };
 
 template <class T>
@@ -240,13 +198,6 @@ __global__ void __launch_bounds__(plain_threads) settle_rows(const Pass<T> pass)
     for (index k = lane; k < width; k += lanes) state[k] = other(k);
 }
 
-/// Elements of [steps,batch,width] arrays, a thread for each.
-struct Elements {
-    index count, batch, width;
-    __device__ index step(index i) const { return i / width / batch; }
-    __device__ index sequence(index i) const { return i / width % batch; }
-    __device__ index element(index i) const { return i % width; }
-};
 template <class T>
 struct Strided {
     T* data;
@@ -257,12 +208,6 @@ struct Strided {
         return data[step * step_stride + sequence * batch_stride + element];
     }
 };
-
-template <class T>
-__global__ void __launch_bounds__(plain_threads) fill_ones(T* data, index count) {
-    const index i = this_thread();
-    if (i < count) data[i] = T(1);
-}
 
 /// First guesses of the steps first.. : what is confirmed already, what the trajectory holds, or the state `last`.
 template <class T>
@@ -294,35 +239,6 @@ __global__ void __launch_bounds__(plain_threads)
     if (everything || Word(step) < tracks[j].confirmed) trajectory.at(step, j, all.element(i)) = states[i];
 }
 
-/// As error_sources of estimate.hpp.
-template <class T>
-__global__ void __launch_bounds__(plain_threads)
-    find_error_sources(const T* states, const T* after, const Track* tracks, index first, index block, T unit,
-                       const Elements all, T* sources) {
-    const index i = this_thread();
-    if (i >= all.count) return;
-    const index step = first + all.step(i), j = all.sequence(i), k = all.element(i);
-    T source = T(0);
-    if (Word(step) < tracks[j].confirmed) {
-        const T* const f = after + i - k % block;
-        T largest = T(0);
-        for (index m = 0; m < block; ++m) largest = larger(largest, f[m] < T(0) ? -f[m] : f[m]);
-        source = states[i] - after[i] + (rounding_sign(step, j, k) ? unit : -unit) * largest;
-    }
-    sources[i] = source;
-}
-
-template <class T>
-__global__ void __launch_bounds__(plain_threads)
-    raise_errors(const T* errors, index first, const Elements all, Track* tracks) {
-    const index i = this_thread();
-    if (i >= all.count) return;
-    Track& track = tracks[all.sequence(i)];
-    if (Word(first + all.step(i)) >= track.confirmed) return;
-    const double error = double(errors[i]);
-    raise(&track.error, word_of(!finite(error) ? infinity() : error < 0 ? -error : error));
-}
-
 /// Sequences whose sequential steps begin with `step` start from the step before it, which the caller's array holds.
 template <class T>
 __global__ void __launch_bounds__(plain_threads)
@@ -346,14 +262,6 @@ __global__ void __launch_bounds__(plain_threads)
     if (finite(rows[i])) return;
     raise(&endings[j].bad, Word(steps - step));
     if (step == steps - 1) raise(&endings[j].last_bad, 1);
-}
-
-Elements elements_of(const Shape& shape) { return {shape.count(), shape.batch, shape.width}; }
-
-/// A kernel with a thread for each element.
-template <class... Parameters, class... Arguments>
-void for_each(const Elements& all, CUstream_st* stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    if (all.count > 0) cuda::launch(cuda::one_each(all.count, stream), kernel, static_cast<Arguments&&>(arguments)...);
 }
 
 /// One evaluation. Rows count from `first_`, a step that all sequences that go on have confirmed.
@@ -486,7 +394,7 @@ private:
         pass.batch = batch_;
         pass.width = width_;
         pass.steps = steps_;
-        pass.lanes = int(std::bit_ceil(std::uint64_t(std::min<index>(width_, 32))));
+        pass.lanes = lanes_of(width_);
         pass.tolerance = tolerance_of<T>(options_);
         pass.tracks = tracks_;
         pass.now = summaries_ + passes_ % 2;
@@ -646,11 +554,12 @@ private:
         if (!estimating() || count == 0) return;
         const Elements all = elements_of(shape(count));
         constexpr T unit = T(rounding_of_a_step) * std::numeric_limits<T>::epsilon();
-        for_each(all, stream_, find_error_sources<T>, row(1), after_, tracks_, first_, block_, unit, all, update_);
+        for_each(all, stream_, find_error_sources<T, Tracks>, row(1), after_, Tracks{tracks_}, first_, block_, unit,
+                 all, update_);
         const View<T> errors(update_, shape(count));
         solve(BidiagonalSystem<T>{jacobian().steps(0, count), errors, View<const T>(carried_, shape(1))}, errors,
               solve_options());
-        for_each(all, stream_, raise_errors<T>, update_, first_, all, tracks_);
+        for_each(all, stream_, raise_errors<T, Tracks>, update_, first_, all, Tracks{tracks_});
         device::copy_on_gpu(carried_, errors.at(count - 1, 0), batch_ * width_ * index(sizeof(T)), stream_);
         report_.estimate.bytes += count * batch_ * width_ * (block_ + 6) * index(sizeof(T));
     }
@@ -835,6 +744,7 @@ struct EnqueuedEvaluation<T>::Implementation {
         : recurrence(given_recurrence), options(by_newton(given_options)) {
         newton::check_arguments<T>(recurrence, trajectory, options);
         newton::check_gpu_arguments(recurrence, options);
+        newton::require_alone(options);
         if (given_options.method != Method::automatic && given_options.method != Method::newton)
             throw InvalidArgument("options.method", "automatic or newton", to_string(given_options.method));
         if (options.max_iterations == 0) throw InvalidArgument("options.max_iterations", "1 or more passes", "0");

@@ -76,7 +76,6 @@ void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, 
 
 template <class T>
 void check_gpu_arguments(const Recurrence<T>& recurrence, const Options& options) {
-    require_alone(options);
     const Device here = device::current_gpu();
     if (!recurrence.runs_on(Backend::cuda))
         throw InvalidArgument("options.execution.backend", "one that the recurrence runs on (Recurrence::runs_on)",
