@@ -8,11 +8,13 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cmath>
 #include <numeric>
 #include <string>
+#include <thread>
 
 #include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
@@ -27,6 +29,41 @@ template <class T>
 View<T> view_biases(const Tensor& biases) {
     return view<T>(biases.unsqueeze(1));
 }
+
+/// A chain that keeps the slopes of what is evaluated step after step, where that saves the backward pass from
+/// evaluating its layers again: not if steps have several layers, as it needs what is between them anyway.
+template <class T>
+class RememberingChain : public DenseChain<T> {
+public:
+    RememberingChain(View<const T> weights, View<const T> biases, View<const T> initial,
+                     const typename DenseChain<T>::Options& options, bool keeps, const at::TensorOptions& numbers)
+        : DenseChain<T>(weights, biases, initial, options), keeps_(keeps && options.skip <= 1), numbers_(numbers) {}
+
+    /// Kept are steps from the first one on, one call's after another's. Methods that run parts side by side do so on
+    /// other threads too.
+    void run(const Section& section, View<const T> state, View<T> trajectory) const override {
+        const Shape& shape = this->shape();
+        const bool all_sequences = section.batch() == shape.batch && std::ranges::is_sorted(section.sequences);
+        if (!keeps_ || std::this_thread::get_id() != thread_ || !all_sequences ||
+            (section.first != kept_ && section.first != 0))
+            return DenseChain<T>::run(section, state, trajectory);
+        if (!slopes_.defined()) slopes_ = at::empty({shape.steps, shape.batch, shape.width}, numbers_);
+        this->run_with_slopes(section, state, trajectory, view<T>(slopes_).steps(section.first, section.last));
+        kept_ = section.last;
+    }
+    /// Gives up [layers,batch,width], once the evaluation has ended as `report` says; undefined where it was another.
+    Tensor take_slopes(const Report& report) {
+        const Tensor slopes = std::move(slopes_);
+        return report.iterations == 0 && kept_ == this->shape().steps ? slopes : Tensor();
+    }
+
+private:
+    bool keeps_;
+    at::TensorOptions numbers_;
+    std::thread::id thread_ = std::this_thread::get_id();
+    mutable Tensor slopes_;
+    mutable index kept_ = 0;
+};
 
 Report sequential_report(index batch, index steps) {
     Report report;
@@ -56,10 +93,10 @@ void find_non_finite(const Tensor& trajectory, Report& report) {
     }
 }
 
-/// Step by step, keeping the slopes for the backward pass.
+/// Step by step.
 template <class T>
-Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, Device device, const Tensor& trajectory,
-                        View<T> slopes) {
+Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, Device device,
+                        const Tensor& trajectory) {
     const auto start = std::chrono::steady_clock::now();
     const Shape shape = chain.shape();
     std::vector<index> sequences(std::size_t(shape.batch));
@@ -67,10 +104,7 @@ Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, 
     const Section section{0, shape.steps, sequences, execution};
     const auto state = Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, device);
     chain.initial(section, state);
-    if (slopes.empty())
-        chain.run(section, state, view<T>(trajectory));
-    else
-        chain.run_with_slopes(section, state, view<T>(trajectory), slopes);
+    chain.run(section, state, view<T>(trajectory));
 
     Report report = sequential_report(shape.batch, shape.steps);
     if (shape.steps > 0) find_non_finite(trajectory, report);
@@ -115,27 +149,27 @@ void predict(const Tensor& prediction, const Tensor& initial, index skip, Tensor
 template <class T>
 struct Forward : torch::CustomClassHolder {
     Forward(Tensor x, Tensor w, Tensor b, const DenseChainOptions& chain_options,
-            std::shared_ptr<DenseChainMemory> shared)
+            std::shared_ptr<DenseChainMemory> shared, bool backward_follows)
         : initial(std::move(x)),
           weights(std::move(w)),
           biases(std::move(b)),
           options(chain_options),
           memory(std::move(shared)),
           chain(view<const T>(weights), view_biases<const T>(biases), view<const T>(initial),
-                {options.activation, options.skip}) {
+                {options.activation, options.skip}, backward_follows, initial.options()) {
         options.evaluation.workspace = &memory->workspace;
     }
 
     Tensor initial, weights, biases;  // contiguous and detached: the chain's views point into them
     DenseChainOptions options;
     std::shared_ptr<DenseChainMemory> memory;
-    DenseChain<T> chain;
+    RememberingChain<T> chain;
     Tensor slopes;
     Report report;
 };
 
 template <class T>
-Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_follows) {
+Tensor run_forward(Forward<T>& forward, const DeviceScope& here) {
     const DenseChain<T>& chain = forward.chain;
     const index skip = forward.options.skip;
     Options options = here.options_of_windows(forward.options.evaluation);
@@ -144,12 +178,7 @@ Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_f
     Tensor trajectory = at::empty({shape.steps, shape.batch, shape.width}, forward.initial.options());
 
     if (options.method == Method::sequential) {
-        View<T> slopes;
-        if (backward_follows) {
-            forward.slopes = at::empty({chain.layers(), shape.batch, shape.width}, forward.initial.options());
-            slopes = view<T>(forward.slopes);
-        }
-        forward.report = run_sequentially(chain, options.execution, here.device(), trajectory, slopes);
+        forward.report = run_sequentially(chain, options.execution, here.device(), trajectory);
     } else {
         const bool predicted = options.guess == Guess::given;
         if (predicted && options.method == Method::automatic) options.method = Method::newton;  // also the first time
@@ -160,6 +189,7 @@ Tensor run_forward(Forward<T>& forward, const DeviceScope& here, bool backward_f
         forward.report = evaluate(chain, view<T>(trajectory), options);
         if (predicted && forward.report.ok()) memory.prediction = fit_prediction(trajectory, forward.initial, skip);
     }
+    forward.slopes = forward.chain.take_slopes(forward.report);
     memory.forward = forward.report;
     return trajectory;
 }
@@ -196,8 +226,8 @@ struct DenseChainFunction : torch::autograd::Function<DenseChainFunction<T>> {
         const DeviceScope here(initial);
         const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         auto pass = c10::make_intrusive<Forward<T>>(initial.detach().contiguous(), weights.detach().contiguous(),
-                                                    biases.detach().contiguous(), options, memory);
-        Tensor trajectory = run_forward(*pass, here, backward_follows);
+                                                    biases.detach().contiguous(), options, memory, backward_follows);
+        Tensor trajectory = run_forward(*pass, here);
         Tensor output = options.whole_trajectory ? trajectory : trajectory[trajectory.size(0) - 1].clone();
         context->save_for_backward({initial, weights, biases, trajectory});
         context->saved_data["pass"] = c10::IValue::make_capsule(pass);

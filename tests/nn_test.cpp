@@ -202,6 +202,34 @@ TEST(DenseChainGradients, AgreeWithFiniteDifferences) {
     }
 }
 
+// Six layers are too few to weigh methods; a Newton pass confirms one of them, and the rest is finished.
+TEST(DenseChainGradients, AreThoseOfTheSequentialMethodWhereAnotherGoesStepAfterStep) {
+    for (const index skip : {0, 1, 2}) {
+        const auto inputs = leaves(6, 4, 3, at::kDouble);
+        DenseChainOptions options;
+        options.skip = skip;
+        options.whole_trajectory = true;
+        const auto memory = std::make_shared<DenseChainMemory>();
+        const auto results = [&](Method method, index most_iterations) {
+            options.evaluation.method = method;
+            options.evaluation.max_iterations = most_iterations;
+            const Tensor output = dense_chain(inputs[0], inputs[1], inputs[2], options, memory);
+            auto found = gradients(output, normal(output.sizes(), 3, 1, at::kDouble), inputs);
+            found.push_back(output);
+            return found;
+        };
+        const auto expected = results(Method::sequential, 0), automatic = results(Method::automatic, 0);
+        EXPECT_EQ(memory->forward.iterations, 0);
+        EXPECT_EQ(memory->forward.sequential_steps, 4 * expected.back().size(0));
+        const auto finished = results(Method::newton, 1);
+        EXPECT_EQ(memory->forward.status, Status::finished_sequentially);
+        for (std::size_t i = 0; i < expected.size(); ++i) {
+            EXPECT_TRUE(at::equal(automatic[i], expected[i])) << "skip " << skip << ", result " << i;
+            EXPECT_LT(largest_difference(finished[i], expected[i]), 1e-12) << "skip " << skip << ", result " << i;
+        }
+    }
+}
+
 TEST(DenseChainInputs, OfAnyStrides) {
     const auto inputs = leaves(6, 4, 3, at::kDouble);
     DenseChainOptions options;

@@ -200,8 +200,7 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
     const auto contiguous = [&](View<const T> states) {
         if (states.contiguous()) return states;
         const View<T> copy = workspace.take_states<T>(states.shape());
-        for (index i = 0; i < states.steps(); ++i)
-            for (index j = 0; j < states.batch(); ++j) std::copy_n(states.at(i, j), states.width(), copy.at(i, j));
+        copy_states<T>(states, copy, options.execution);
         return View<const T>(copy);
     };
     const View<const T> states = contiguous(trajectory), gradient = contiguous(output_gradient);
@@ -312,8 +311,7 @@ void run_backward(const DenseCell<T>& cell, View<const T> trajectory, View<const
         const Section section{first, last, sequences, options.execution};
         const View<T> before = before_memory.steps(0, last - first), gradient = gradient_memory.steps(0, last - first);
         gather_before(cell, trajectory, section, before);
-        for (index i = first; i < last; ++i)
-            for (index j = 0; j < batch; ++j) std::copy_n(output_gradient.at(i, j), width, gradient.at(i - first, j));
+        copy_states<T>(output_gradient.steps(first, last), gradient, options.execution);
         cell.run_backward(section, before, gradient, result.inputs.view().steps(first, last), result.weights,
                           result.biases, result.initial);
         last = first;

@@ -80,8 +80,7 @@ void estimate_along(const Recurrence<T>& recurrence, View<const T> trajectory, c
         const Jacobian<T> jacobian(jacobian_memory, shape, block);
         gather_before(recurrence, trajectory, section, before);
         recurrence.linearise(section, View<const T>(before), after, jacobian);
-        for (index i = 0; i < rows; ++i)
-            for (index j = 0; j < batch; ++j) std::copy_n(trajectory.at(first + i, j), width, states.at(i, j));
+        copy_states<T>(trajectory.steps(first, first + rows), states, options.execution);
         for (index j = 0; j < batch; ++j) {
             index& count = confirmed[std::size_t(j)];
             count = std::clamp<index>(report.sequences[std::size_t(j)].confirmed - first, 0, rows);

@@ -275,13 +275,17 @@ private:
         const Workspace::Scope scope(workspace_);
         const index piece =
             std::min(last - first, window_ > 0 ? std::min(window_, sequential_piece) : sequential_piece);
-        T* memory = workspace_.take<T>(Shape{piece, count, width_}.count());
+        // All sequences at once are written where they belong.
+        const bool in_place =
+            trajectory_.contiguous() && count == trajectory_.batch() && std::ranges::is_sorted(sequences);
+        T* memory = in_place ? nullptr : workspace_.take<T>(Shape{piece, count, width_}.count());
         for (index begin = first; begin < last; begin += piece) {
             const index end = std::min(last, begin + piece);
-            const View<T> rows(memory, {end - begin, count, width_});
+            const View<T> rows =
+                in_place ? trajectory_.steps(begin, end) : View<T>(memory, {end - begin, count, width_});
             recurrence_.run({begin, end, sequences, options_.execution}, View<const T>(state, {1, count, width_}),
                             rows);
-            for (index i = begin; i < end; ++i)
+            for (index i = begin; i < end && !in_place; ++i)
                 for (index j = 0; j < count; ++j)
                     std::copy_n(rows.at(i - begin, j), width_, trajectory_.at(i, sequences[std::size_t(j)]));
             std::copy_n(rows.at(end - begin - 1, 0), count * width_, state);

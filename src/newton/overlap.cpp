@@ -19,6 +19,7 @@
 #include "device/threads.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
+#include "recurrence/states.hpp"
 
 namespace deeppcr::newton {
 namespace {
@@ -81,9 +82,8 @@ private:
         for (index first = begin(chunk); first < end(chunk); first += rows.shape().steps) {
             const index count = std::min(rows.shape().steps, end(chunk) - first);
             recurrence_.run(part(first, first + count, all), state, rows.view().steps(0, count));
-            for (index i = 0; i < count; ++i)
-                for (index j = 0; j < batch; ++j)
-                    std::copy_n(rows.view().at(i, j), width_, chunks_.trajectory.at(first + i, j));
+            copy_states<T>(rows.view().steps(0, count), chunks_.trajectory.steps(first, first + count),
+                           section_.execution);
             std::copy_n(rows.view().at(count - 1, 0), batch * width_, last.data());
             state = last.view();
         }
