@@ -872,7 +872,7 @@ Report evaluate_across_ranks(const Recurrence<T>& recurrence, View<T> trajectory
                                   "automatic, newton, overlap or sequential, as the recurrence is not a cell's",
                                   to_string(options.method));
         if (!is_on_gpu(options)) return;
-        check_gpu_arguments(recurrence, options);
+        if (cell == nullptr) check_gpu_arguments(recurrence, options);
         if (!trajectory.empty()) device::require_on_gpu("trajectory", trajectory.data());
         if (cell != nullptr && chosen.method == Method::newton)
             throw InvalidArgument("options.method", "automatic, overlap, shooting or sequential, for cells on a GPU",
