@@ -240,7 +240,6 @@ private:
     Section section(index first, index last) const {
         return {first, last, sequences_, options_.execution, on_gpu() ? &workspace_ : nullptr};
     }
-    index row_bytes() const { return batch_ * width_ * index(sizeof(T)); }
     /// The state before the part, from the rank before.
     void receive(View<const T> last, const View<T>& before) {
         hand_on<T>(group_, last, before);
@@ -251,9 +250,9 @@ private:
     View<T> state_before() const { return before_.view(); }
     View<T> handed() const { return handed_.view(); }
     /// A copy of the part's last state in main memory.
-    View<const T> last_state() const { return last_state(trajectory_.steps(steps_ - 1, steps_)); }
-    View<const T> last_state(View<const T> state) const {
-        device::fetch<T>(state, last_.view(), options_.execution);
+    View<const T> last_state() { return last_state(trajectory_.steps(steps_ - 1, steps_)); }
+    View<const T> last_state(View<const T> state) {
+        attempt([&] { device::fetch<T>(state, last_.view(), options_.execution); });
         return last_.view();
     }
     Window<T> window() const {
@@ -679,8 +678,11 @@ private:
             const index end = std::min(steps_, begin + piece);
             const View<T> now = rows.steps(0, end - begin), result = trajectory_.steps(begin, end);
             recurrence_.run(section(begin, end), View<const T>(start), now);
-            for (const index j : sequences)
-                copy_states<T>(now.sequences(j, j + 1), result.sequences(j, j + 1), options_.execution);
+            if (index(sequences.size()) == batch_)
+                copy_states<T>(now, result, options_.execution);
+            else
+                for (const index j : sequences)
+                    copy_states<T>(now.sequences(j, j + 1), result.sequences(j, j + 1), options_.execution);
             copy_states<T>(now.steps(end - begin - 1, end - begin), start, options_.execution);
         }
     }
@@ -791,6 +793,7 @@ private:
 
     /// The same on all ranks, but for seconds and bytes.
     void summarise() {
+        if (on_gpu()) attempt([&] { device::synchronise(options_.execution.stream); });
         group_.agree(problem_);
         std::vector<double> largest;
         for (std::size_t j = 0; j < progress_.size(); ++j)
@@ -1011,6 +1014,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
         const Stopwatch watch(report.update.seconds);
         attempt([&] { sweep.visit(section, View<const T>(before.steps(0, steps)), View<const T>(adjoint)); });
     }
+    if (is_on_gpu(options)) attempt([&] { device::synchronise(options.execution.stream); });
     group.agree(problem);
     report.window = steps;
     report.seconds = seconds_since(begin);
