@@ -235,7 +235,7 @@ void add_train_swap(Program& program) {
     given.value("--gradient-clip", field(&SwapOptions::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--micro-batch", field(&SwapOptions::micro_batch),
                 "Examples that pass through the network at once; larger batches are accumulated");
-    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_not_finite_names,
+    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_divergence_names,
                  "What to do about a loss or gradient that is not finite");
     given.value("--seed", field(&SwapOptions::seed), "Of initial weights, split and orders");
     given.value("--train-examples", field(&SwapOptions::train_examples),

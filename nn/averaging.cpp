@@ -315,7 +315,7 @@ void Phase::one_step(const Callbacks& callbacks) {
     const double begin = thread_seconds();
     const bool together = options_.period == 1 && team_.size() > 1;
     const Tensors buffers = tensors_of(buffers_);
-    const Tensors before = options_.on_not_finite == OnNotFinite::skip ? copies_of(buffers) : Tensors();
+    const Tensors before = options_.on_not_finite == OnDivergence::skip ? copies_of(buffers) : Tensors();
     optimisation_.clear_gradients();
     double loss = 0, right = 0;
     for (const Tensor& rows : rows_of_step().split(options_.micro_batch)) {
@@ -347,7 +347,7 @@ void Phase::one_step(const Callbacks& callbacks) {
         loss_sum_ += loss;
         right_sum_ += right;
         ++steps_;
-    } else if (options_.on_not_finite == OnNotFinite::skip) {
+    } else if (options_.on_not_finite == OnDivergence::skip) {
         const at::NoGradGuard no_gradients;
         for (std::size_t i = 0; i < buffers.size(); ++i) Tensor(buffers[i]).copy_(before[i]);
     } else {

@@ -368,7 +368,7 @@ void visit_fields(S& state, const Visit& visit) {
     visit("weight_decay", options.weight_decay);
     visit("gradient_clip", options.gradient_clip);
     visit("micro_batch", options.micro_batch);
-    visit("on_not_finite", options.on_not_finite, on_not_finite_names);
+    visit("on_not_finite", options.on_not_finite, on_divergence_names);
 }
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
