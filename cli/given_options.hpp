@@ -1,10 +1,8 @@
 // Options of the command line that change a structure of options only where they are given: so that a resumed training
-// keeps the options of its checkpoint, but for those that the user names. And what else trainings share.
+// keeps the options of its checkpoint, but for those that the user names.
 #pragma once
 
 #include <CLI/CLI.hpp>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <sstream>
 #include <string>
@@ -12,41 +10,10 @@
 #include <vector>
 
 #include <deeppcr/nn/names.hpp>
-#include <files/error.hpp>
 
 #include "command.hpp"
 
 namespace deeppcr::program {
-
-/// Throws FileError where `checkpoint` exists and is not the one that is continued.
-inline void refuse_to_overwrite(const std::filesystem::path& checkpoint, const std::filesystem::path& resume,
-                                bool overwrite) {
-    std::error_code error;
-    if (std::filesystem::exists(checkpoint, error) && !overwrite &&
-        !(std::filesystem::equivalent(checkpoint, resume, error) && !error))
-        throw FileError(checkpoint,
-                        "exists: continue it with --resume, name another with --checkpoint, or give --overwrite");
-}
-
-/// What a training reports, one JSON object per line, at the end of a file; nowhere where `path` is empty. Throws
-/// FileError.
-class Log {
-public:
-    explicit Log(const std::string& path) : path_(path) {
-        if (path.empty()) return;
-        file_.open(path, std::ios::app);
-        if (!file_) throw FileError(path, "cannot be opened for writing");
-    }
-    void write(const Json& object) {
-        if (path_.empty()) return;
-        file_ << object.dump() << std::endl;
-        if (!file_) throw FileError(path_, "cannot be written to");
-    }
-
-private:
-    std::string path_;
-    std::ofstream file_;
-};
 
 template <class Target>
 class GivenOptions {
@@ -57,9 +24,8 @@ public:
     template <class Access>
     void value(const std::string& flag, Access access, const std::string& help) {
         using Value = std::remove_reference_t<std::invoke_result_t<Access, Target&>>;
-        Target defaults{};
         std::ostringstream text;
-        text << access(defaults);
+        text << access(defaults_);
         CLI::Option* option = command_.add_option_function<Value>(
             flag,
             [this, access](const Value& value) {
@@ -74,7 +40,6 @@ public:
     template <class Access, class Choice, std::size_t count>
     void choice(const std::string& flag, Access access, const nn::Names<Choice, count>& names,
                 const std::string& help) {
-        Target defaults{};
         std::vector<std::string> known;
         for (const auto& name : names) known.emplace_back(name.first);
         command_
@@ -86,7 +51,7 @@ public:
                 },
                 help)
             ->check(CLI::IsMember(known))
-            ->default_str(nn::name_of(names, access(defaults)));
+            ->default_str(nn::name_of(names, access(defaults_)));
     }
 
     /// The options of evaluate that both training and validation offer; access(Target&): the deeppcr::Options.
@@ -128,12 +93,34 @@ public:
             "Threads; 0: as many as there are processors");
     }
 
+    /// How a training updates its parameters. rate: of what --learning-rate is; decayed: what decays.
+    void updates(const std::string& rate = "At its highest", const std::string& decayed = "matrices") {
+        value(
+            "--learning-rate", [](Target & target) -> auto& { return target.learning_rate; }, rate);
+        value(
+            "--warm-up", [](Target & target) -> auto& { return target.warm_up; },
+            "Steps until the learning rate is at its highest");
+        if constexpr (requires(Target & target) { target.weight_decay; })
+            value(
+                "--weight-decay", [](Target & target) -> auto& { return target.weight_decay; },
+                "Decay of the " + decayed);
+        value(
+            "--gradient-clip", [](Target & target) -> auto& { return target.gradient_clip; },
+            "Largest norm of the gradient; 0: any");
+    }
+    void device() {
+        value(
+            "--device", [](Target & target) -> auto& { return target.device; },
+            "Where to train: cpu, cuda or cuda:<number>");
+    }
+
     void apply(Target& target) const {
         for (const auto& change : changes_) change(target);
     }
 
 private:
     CLI::App& command_;
+    Target defaults_ = {};
     std::vector<std::function<void(Target&)>> changes_;
 };
 

@@ -41,6 +41,29 @@ void add_model_options(GivenOptions<Target>& given, CLI::App& command, std::stri
     given.value("--tied", field(&Model::tied), "Whether the logits are products with the embedding");
 }
 
+/// What trainings of such models have in common, also where they are no language models.
+template <class Target>
+void add_training_options(GivenOptions<Target>& given, CLI::App& command, std::string& configuration) {
+    const auto field = [](auto member) {
+        return [=](Target & target) -> auto& { return target.*member; };
+    };
+    add_model_options(given, command, configuration, field(&Target::model));
+    given.value(
+        "--model-seed", [](Target & target) -> auto& { return target.model.seed; }, "Of the initial weights");
+    given.cells(field(&Target::evaluation));
+    given.device();
+    given.value("--steps", field(&Target::steps), "Optimiser steps");
+    given.updates();
+    given.value("--estimate-interval", field(&Target::estimate_interval),
+                "Estimate the Lyapunov exponent every so many steps; 0: never");
+    given.choice("--on-divergence", field(&Target::on_divergence), nn::on_divergence_names,
+                 "What to do about a loss or gradient that is not finite");
+    given.value("--validation-interval", field(&Target::validation_interval),
+                "Validate every so many steps, besides the end; 0: not");
+    given.value("--checkpoint-interval", field(&Target::checkpoint_interval),
+                "Save every so many steps, besides the end; 0: not");
+}
+
 /// Before the options that are given are applied.
 void apply_configuration(const std::string& name, nn::LanguageModelOptions& model);
 

@@ -2,14 +2,13 @@
 #include <deque>
 #include <memory>
 #include <numeric>
-#include <optional>
 
 #include <deeppcr/nn/training.hpp>
-#include <files/error.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
 #include "report.hpp"
+#include "training_command.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -17,8 +16,8 @@ namespace {
 using nn::TrainingOptions;
 
 struct Arguments {
-    std::string checkpoint, resume, log, data;
-    bool overwrite = false;
+    TrainingFiles files;
+    std::string data;
     std::unique_ptr<GivenOptions<TrainingOptions>> given;
 };
 
@@ -66,15 +65,11 @@ private:
 };
 
 TrainingOptions gather(const Arguments& arguments, Group& group) {
-    TrainingOptions options = arguments.resume.empty() ? TrainingOptions{} : nn::checkpoint_options(arguments.resume);
+    auto options = arguments.files.options(nn::checkpoint_options);
     arguments.given->apply(options);
     options.group = &group;
-    options.resume = arguments.resume;
     options.data = arguments.data;
-    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
-                         : !arguments.resume.empty()   ? arguments.resume
-                                                       : "resnet.safetensors";
-    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    arguments.files.check();
     return options;
 }
 
@@ -117,51 +112,33 @@ std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
 
 Exit run_train(const Arguments& arguments, Output& output) {
     const TrainingOptions options = gather(arguments, output.group());
-    Log log(output.follows() ? "" : arguments.log);
+    Log log(arguments.files, output);
     output.line("Fashion-MNIST, " + describe(options));
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar;
-    index before_epoch = 0;
-    bool validating = false;
+    TrainingProgress progress(output);
     Recent recent;
     nn::TrainingCallbacks callbacks;
     callbacks.step = [&](const nn::StepRecord& record) {
         log.write(to_json(record));
-        if (!bar) {
-            const std::string title = "epoch " + std::to_string(record.epoch) + "/" + std::to_string(record.epochs);
-            bar.emplace(title, double(record.epoch_steps - record.epoch_step + 1));
-            before_epoch = record.step - 1;
-        }
-        bar->update(double(record.step - before_epoch), recent.note(record));
+        progress.show("epoch " + std::to_string(record.epoch) + "/" + std::to_string(record.epochs),
+                      double(record.epoch_step), double(record.epoch_steps), recent.note(record),
+                      double(record.epoch_step - 1));
     };
-    callbacks.validation = [&](double done) {
-        if (!validating) bar.reset();
-        if (!bar) bar.emplace("validating", 1.0);
-        validating = true;
-        bar->update(done);
-    };
-    callbacks.epoch = [&](const nn::EpochRecord& epoch) {
-        bar.reset();
-        validating = false;
-        output.line(describe(epoch));
-    };
+    callbacks.validation = [&](double done) { progress.show("validating", done, 1); };
+    callbacks.epoch = [&](const nn::EpochRecord& epoch) { progress.line(describe(epoch)); };
+    callbacks.note = [&](const std::string& note) { progress.warn(note); };
     callbacks.interrupted = interrupted;
     const nn::TrainingResult result = nn::train(options, callbacks);
-    bar.reset();
+    progress.end();
 
     output.line(describe_steps(result.steps));
     if (result.test.images > 0 && !result.interrupted)
         output.line("test accuracy " + percent_text(result.test.accuracy, 2) + ", loss " +
                     number_text(result.test.loss) + " on " + count_text(result.test.images) + " images");
-    output.line(result.interrupted
-                    ? "interrupted; go on with: deeppcr train resnet --resume " + options.checkpoint.string()
-                    : "checkpoint: " + options.checkpoint.string());
+    const Exit exit = arguments.files.finish(result, output);
 
     Json& json = output.result;
-    json["checkpoint"] = options.checkpoint.string();
-    json["interrupted"] = result.interrupted;
-    json["parameters"] = result.parameters;
     json["seconds"] = result.seconds;
     json["steps"] = Json::array();
     for (const auto& step : result.steps) json["steps"].push_back(to_json(step));
@@ -174,7 +151,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
                                   {"held_out", to_json(epoch.validation)},
                                   {"seconds", epoch.seconds}});
     json["test"] = result.test.images > 0 ? to_json(result.test) : Json();
-    return result.interrupted ? Exit::interrupted : Exit::done;
+    return exit;
 }
 
 }  // namespace
@@ -197,17 +174,14 @@ void add_train(Program& program) {
     given.value("--skip", field(&TrainingOptions::skip), "Layers that a skip connection spans; 0: none");
     given.choice("--activation", field(&TrainingOptions::activation), nn::activation_names, "Of the layers");
     given.evaluation(field(&TrainingOptions::evaluation));
-    given.value("--device", field(&TrainingOptions::device), "Where to train: cpu, cuda or cuda:<number>");
+    given.device();
     given.value("--batch", field(&TrainingOptions::batch), "Images per step, of all processes together");
     given.value("--epochs", field(&TrainingOptions::epochs), "Passes over the training images");
     given.value("--steps", field(&TrainingOptions::steps), "Steps, instead of epochs; 0: as --epochs says");
     given.choice("--optimiser", field(&TrainingOptions::optimiser), nn::optimiser_names, "How parameters are updated");
-    given.value("--learning-rate", field(&TrainingOptions::learning_rate), "Of encoder and decoder, at its highest");
+    given.updates("Of encoder and decoder, at its highest", "parameters");
     given.value("--trunk-learning-rate", field(&TrainingOptions::trunk_learning_rate),
                 "Of the layers; 0: chosen from --learning-rate and --layers");
-    given.value("--warm-up", field(&TrainingOptions::warm_up), "Steps until the learning rate is at its highest");
-    given.value("--weight-decay", field(&TrainingOptions::weight_decay), "Decay of the parameters");
-    given.value("--gradient-clip", field(&TrainingOptions::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--seed", field(&TrainingOptions::seed), "Of initial weights, split and shuffles");
     given.value("--train-images", field(&TrainingOptions::train_images), "Train on so many images only; 0: all 54,000");
     given.value("--held-out", field(&TrainingOptions::held_out),
@@ -216,11 +190,7 @@ void add_train(Program& program) {
                 "Save every so many steps, besides each epoch's end; 0: not");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
-    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
-    command.add_option("--checkpoint", arguments->checkpoint,
-                       "Where the training is saved (default: --resume's, else resnet.safetensors)");
-    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
-    command.add_option("--log", arguments->log, "Append a JSON object per step to this file");
+    arguments->files.add_options(command, "resnet", "step");
 }
 
 }  // namespace deeppcr::program

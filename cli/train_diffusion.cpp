@@ -1,14 +1,12 @@
 // deeppcr train diffusion: a diffusion model of Fashion-MNIST.
-#include <deque>
 #include <memory>
-#include <optional>
 
 #include <deeppcr/nn/diffusion.hpp>
-#include <files/error.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
 #include "report.hpp"
+#include "training_command.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -16,21 +14,17 @@ namespace {
 using nn::DiffusionOptions;
 
 struct Arguments {
-    std::string checkpoint, resume, data;
-    bool overwrite = false;
+    TrainingFiles files;
+    std::string data;
     std::unique_ptr<GivenOptions<DiffusionOptions>> given;
 };
 
 DiffusionOptions gather(const Arguments& arguments, Group& group) {
-    DiffusionOptions options = arguments.resume.empty() ? DiffusionOptions{} : nn::diffusion_options(arguments.resume);
+    auto options = arguments.files.options(nn::diffusion_options);
     arguments.given->apply(options);
     options.group = &group;
-    options.resume = arguments.resume;
     options.data = arguments.data;
-    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
-                         : !arguments.resume.empty()   ? arguments.resume
-                                                       : "diffusion.safetensors";
-    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    arguments.files.check();
     return options;
 }
 
@@ -41,23 +35,21 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
                 ", which predicts the " + nn::name_of(nn::prediction_names, options.prediction));
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar;
+    TrainingProgress progress(output);
     bool autoencoder = false;
-    double recent = 0;
+    RecentMean loss(50);
     nn::DiffusionCallbacks callbacks;
-    callbacks.interrupted = interrupted;
     callbacks.step = [&](const nn::DiffusionStep& step) {
-        if (!bar || autoencoder != step.autoencoder) {
-            bar.reset();
-            bar.emplace(step.autoencoder ? "autoencoder" : "denoiser", double(step.steps));
-            recent = step.loss;
-            autoencoder = step.autoencoder;
-        }
-        recent += (step.loss - recent) / 50;
-        bar->update(double(step.step), "loss " + number_text(recent));
+        if (autoencoder != step.autoencoder) loss = RecentMean(50);
+        autoencoder = step.autoencoder;
+        loss.add(step.loss);
+        progress.show(autoencoder ? "autoencoder" : "denoiser", double(step.step), double(step.steps),
+                      "loss " + number_text(loss.mean()), double(step.step - 1));
     };
+    callbacks.note = [&](const std::string& note) { progress.warn(note); };
+    callbacks.interrupted = interrupted;
     const nn::DiffusionTraining result = nn::train_diffusion(options, callbacks);
-    bar.reset();
+    progress.end();
 
     const auto mean_of_last = [&](bool of_autoencoder) {
         double sum = 0;
@@ -70,15 +62,9 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
                        count_text(result.parameters) + " parameters";
     if (options.space == nn::Space::latent) text += "; loss of the autoencoder " + number_text(mean_of_last(true));
     output.line(text + ", of the denoiser " + number_text(mean_of_last(false)) + " (means of the last steps)");
-    output.line(result.interrupted
-                    ? "interrupted; go on with: deeppcr train diffusion --resume " + options.checkpoint.string()
-                    : "checkpoint: " + options.checkpoint.string() + "; next: deeppcr sample " +
-                          options.checkpoint.string());
+    const Exit exit = arguments.files.finish(result, output, "deeppcr sample");
 
     Json& json = output.result;
-    json["checkpoint"] = options.checkpoint.string();
-    json["interrupted"] = result.interrupted;
-    json["parameters"] = result.parameters;
     json["seconds"] = result.seconds;
     json["steps"] = Json::array();
     for (const nn::DiffusionStep& step : result.steps)
@@ -88,7 +74,7 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
                                  {"learning_rate", step.learning_rate},
                                  {"gradient_norm", step.gradient_norm},
                                  {"seconds", step.seconds}});
-    return result.interrupted ? Exit::interrupted : Exit::done;
+    return exit;
 }
 
 }  // namespace
@@ -122,9 +108,7 @@ void add_train_diffusion(Program& program) {
     given.value("--autoencoder-steps", field(&DiffusionOptions::autoencoder_steps),
                 "Of the autoencoder, which is first");
     given.value("--steps", field(&DiffusionOptions::steps), "Of the denoiser");
-    given.value("--learning-rate", field(&DiffusionOptions::learning_rate), "At its highest");
-    given.value("--warm-up", field(&DiffusionOptions::warm_up), "Steps until the learning rate is at its highest");
-    given.value("--gradient-clip", field(&DiffusionOptions::gradient_clip), "Largest norm of the gradient; 0: any");
+    given.updates();
     given.value("--average", field(&DiffusionOptions::average),
                 "Decay of the moving average of the denoiser's weights, which generates");
     given.value("--seed", field(&DiffusionOptions::seed), "Of weights, order and noise");
@@ -134,10 +118,7 @@ void add_train_diffusion(Program& program) {
                 "Save every so many steps, besides the end; 0: not");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
-    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
-    command.add_option("--checkpoint", arguments->checkpoint,
-                       "Where the training is saved (default: --resume's, else diffusion.safetensors)");
-    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
+    arguments->files.add_options(command, "diffusion");
 }
 
 }  // namespace deeppcr::program

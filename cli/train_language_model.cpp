@@ -1,12 +1,11 @@
 // deeppcr train lm: a language model.
 #include <memory>
-#include <optional>
 
-#include <files/error.hpp>
 #include <files/tokens.hpp>
 
 #include "language_options.hpp"
 #include "report.hpp"
+#include "training_command.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -14,8 +13,9 @@ namespace {
 using nn::LanguageTrainingOptions;
 
 struct Arguments {
-    std::string configuration, tokens, checkpoint, resume, log;
-    bool overwrite = false, plan = false;
+    TrainingFiles files;
+    std::string configuration, tokens;
+    bool plan = false;
     std::unique_ptr<GivenOptions<LanguageTrainingOptions>> given;
 };
 
@@ -42,17 +42,12 @@ Json to_json(const nn::LanguageValidation& validation) {
 }
 
 LanguageTrainingOptions gather(const Arguments& arguments, Group& group) {
-    LanguageTrainingOptions options =
-        arguments.resume.empty() ? LanguageTrainingOptions{} : nn::language_options(arguments.resume);
+    auto options = arguments.files.options(nn::language_options);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
     if (!arguments.tokens.empty()) options.tokens = arguments.tokens;
     if (options.tokens.empty()) options.tokens = "text.tokens";
     options.group = &group;
-    options.resume = arguments.resume;
-    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
-                         : !arguments.resume.empty()   ? arguments.resume
-                                                       : "lm.safetensors";
     return options;
 }
 
@@ -73,8 +68,8 @@ Exit run_train(const Arguments& arguments, Output& output) {
     Group& group = output.group();
     const LanguageTrainingOptions options = gather(arguments, group);
     if (arguments.plan) return run_plan(options, output);
-    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
-    Log log(output.follows() ? "" : arguments.log);
+    arguments.files.check();
+    Log log(arguments.files, output);
     output.line(
         "language model on " + options.tokens.string() + ": " + nn::name_of(nn::mixer_names, options.model.mixer) +
         ", " + count_text(options.model.layers) + " blocks x " + count_text(options.model.width) +
@@ -84,45 +79,28 @@ Exit run_train(const Arguments& arguments, Output& output) {
              : std::string()));
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar;
-    std::string title;
-    double recent = 0, speed = 0;
-    index first = 0;
-    const auto show = [&](const std::string& wanted, double total) {
-        if (bar && title == wanted) return;
-        bar.reset();
-        bar.emplace(wanted, total);
-        title = wanted;
-    };
+    TrainingProgress progress(output);
+    RecentMean loss(20), speed(20);
     nn::LanguageCallbacks callbacks;
     callbacks.step = [&](const nn::LanguageStep& step) {
         log.write(to_json(step));
-        if (!bar || title != "training") first = step.step - 1;
-        show("training", double(step.steps - first));
-        if (recent == 0) recent = step.loss, speed = step.tokens_per_second;
-        if (!step.skipped) recent += (step.loss - recent) / 20;
-        speed += (step.tokens_per_second - speed) / 20;
-        bar->update(double(step.step - first),
-                    "loss " + number_text(recent) + "  " + count_text(std::llround(speed)) + " tokens/s");
+        if (!step.skipped) loss.add(step.loss);
+        speed.add(step.tokens_per_second);
+        progress.show("training", double(step.step), double(step.steps),
+                      "loss " + number_text(loss.mean()) + "  " + count_text(std::llround(speed.mean())) + " tokens/s",
+                      double(step.step - 1));
     };
-    callbacks.validating = [&](double done) {
-        show("validating", 1.0);
-        bar->update(done);
-    };
+    callbacks.validating = [&](double done) { progress.show("validating", done, 1); };
     callbacks.validation = [&](const nn::LanguageValidation& validation) {
-        bar.reset();
         log.write(to_json(validation));
-        output.line("step " + count_text(validation.step) + ": validation loss " + number_text(validation.loss, 4) +
-                    ", perplexity " + number_text(validation.perplexity, 4) + " on " + count_text(validation.tokens) +
-                    " tokens");
+        progress.line("step " + count_text(validation.step) + ": validation loss " + number_text(validation.loss, 4) +
+                      ", perplexity " + number_text(validation.perplexity, 4) + " on " + count_text(validation.tokens) +
+                      " tokens");
     };
-    callbacks.note = [&](const std::string& note) {
-        bar.reset();
-        output.warn(note);
-    };
+    callbacks.note = [&](const std::string& note) { progress.warn(note); };
     callbacks.interrupted = interrupted;
     const nn::LanguageTraining result = nn::train_language_model(options, callbacks);
-    bar.reset();
+    progress.end();
 
     const double count = double(std::max<std::size_t>(1, result.steps.size()));
     double seconds = 0, iterations = 0, residual = 0;
@@ -141,14 +119,9 @@ Exit run_train(const Arguments& arguments, Output& output) {
              ? ", " + number_text(iterations) + " Newton iterations each, residual at most " + scientific_text(residual)
              : std::string()) +
         (skipped > 0 ? "; " + count_text(skipped) + " steps were skipped" : std::string()));
-    output.line(result.interrupted ? "interrupted; go on with: deeppcr train lm --resume " + options.checkpoint.string()
-                                   : "checkpoint: " + options.checkpoint.string() + "; next: deeppcr generate " +
-                                         options.checkpoint.string());
+    const Exit exit = arguments.files.finish(result, output, "deeppcr generate");
 
     Json& json = output.result;
-    json["checkpoint"] = options.checkpoint.string();
-    json["interrupted"] = result.interrupted;
-    json["parameters"] = result.parameters;
     json["tokens_per_second"] = pace;
     json["peak_memory"] = result.peak_memory;
     json["seconds"] = result.seconds;
@@ -156,7 +129,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
     for (const auto& step : result.steps) json["steps"].push_back(to_json(step));
     json["validations"] = Json::array();
     for (const auto& validation : result.validations) json["validations"].push_back(to_json(validation));
-    return result.interrupted ? Exit::interrupted : Exit::done;
+    return exit;
 }
 
 }  // namespace
@@ -175,23 +148,13 @@ void add_train_language_model(Program& program) {
     const auto field = [](auto member) {
         return [=](Training & options) -> auto& { return options.*member; };
     };
-    add_model_options(given, command, arguments->configuration, field(&Training::model));
-    given.value(
-        "--model-seed", [](Training& options) -> std::uint64_t& { return options.model.seed; },
-        "Of the initial weights");
-    given.cells(field(&Training::evaluation));
-    given.value("--device", field(&Training::device), "Where to train: cpu, cuda or cuda:<number>");
+    add_training_options(given, command, arguments->configuration);
     given.value("--context", field(&Training::context), "Steps per sequence");
     given.value("--batch", field(&Training::batch), "Sequences per optimiser step");
     given.value("--micro-batch", field(&Training::micro_batch),
                 "Sequences at once, whose gradients are added up; 0: all that a process has of --batch");
     given.choice("--share", field(&Training::share), nn::sharing_names,
                  "What the processes that mpirun has started divide among themselves");
-    given.value("--steps", field(&Training::steps), "Optimiser steps");
-    given.value("--learning-rate", field(&Training::learning_rate), "At its highest");
-    given.value("--warm-up", field(&Training::warm_up), "Steps until the learning rate is at its highest");
-    given.value("--weight-decay", field(&Training::weight_decay), "Decay of the matrices");
-    given.value("--gradient-clip", field(&Training::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--bound", field(&Training::bound),
                 "Limit the cells' recurrent parameters to +-this, and so their Jacobians; 0: not");
     given.value("--penalty", field(&Training::penalty),
@@ -199,25 +162,13 @@ void add_train_language_model(Program& program) {
     given.value("--penalty-rate", field(&Training::penalty_rate),
                 "Growth per step above which --penalty counts; below 0: disturbances are to die out");
     given.choice("--number", field(&Training::number), nn::number_names, "Of matrix products and activations");
-    given.value("--estimate-interval", field(&Training::estimate_interval),
-                "Estimate the Lyapunov exponent every so many steps; 0: never");
     given.value("--recompute", field(&Training::recompute),
                 "Keep each block's input alone, and compute the rest again in the backward pass");
-    given.choice("--on-divergence", field(&Training::on_divergence), nn::on_divergence_names,
-                 "What to do about a loss or gradient that is not finite");
     given.value("--seed", field(&Training::seed), "Of the order of the data");
-    given.value("--validation-interval", field(&Training::validation_interval),
-                "Validate every so many steps, besides the end; 0: not");
     given.value("--validation-tokens", field(&Training::validation_tokens), "On so many tokens; 0: all");
-    given.value("--checkpoint-interval", field(&Training::checkpoint_interval),
-                "Save every so many steps, besides the end; 0: not");
     command.add_option("--tokens", arguments->tokens,
                        "What `deeppcr prepare` wrote (default: --resume's, else text.tokens)");
-    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
-    command.add_option("--checkpoint", arguments->checkpoint,
-                       "Where the training is saved (default: --resume's, else lm.safetensors)");
-    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
-    command.add_option("--log", arguments->log, "Append a JSON object per step and validation to this file");
+    arguments->files.add_options(command, "lm", "step and validation");
     command.add_flag("--plan", arguments->plan, "Only tell what the training would take");
 }
 

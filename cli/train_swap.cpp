@@ -2,15 +2,14 @@
 // averaged.
 #include <cmath>
 #include <memory>
-#include <optional>
 
 #include <deeppcr/nn/swap.hpp>
-#include <files/error.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
 #include "language_options.hpp"
 #include "report.hpp"
+#include "training_command.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -18,8 +17,9 @@ namespace {
 using nn::SwapOptions;
 
 struct Arguments {
-    std::string checkpoint, resume, log, data, configuration;
-    bool overwrite = false, compare = false;
+    TrainingFiles files;
+    std::string data, configuration;
+    bool compare = false;
     std::unique_ptr<GivenOptions<SwapOptions>> given;
 };
 
@@ -51,19 +51,15 @@ Json to_json(const nn::SwapEpoch& epoch) {
 }
 
 SwapOptions gather(const Arguments& arguments, Group& group) {
-    SwapOptions options = arguments.resume.empty() ? SwapOptions{} : nn::swap_options(arguments.resume);
+    auto options = arguments.files.options(nn::swap_options);
     apply_configuration(arguments.configuration, options.language);
-    if (arguments.resume.empty() && group.size() > 1) options.workers = group.size();
+    if (!arguments.files.continues() && group.size() > 1) options.workers = group.size();
     options.group = &group;
     arguments.given->apply(options);
-    options.resume = arguments.resume;
     if (!arguments.data.empty()) options.data = arguments.data;
     if (options.network == nn::Network::language && options.data.empty()) options.data = "text.tokens";
     options.compare = arguments.compare;
-    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
-                         : !arguments.resume.empty()   ? arguments.resume
-                                                       : "swap.safetensors";
-    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
+    arguments.files.check();
     return options;
 }
 
@@ -121,36 +117,29 @@ void print(const nn::SwapComparison& comparison, const Output& output) {
 
 Exit run_train_swap(const Arguments& arguments, Output& output) {
     const SwapOptions options = gather(arguments, output.group());
-    Log log(output.follows() ? "" : arguments.log);
+    Log log(arguments.files, output);
     output.line(describe(options));
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar;
+    TrainingProgress progress(output);
     index phase = 0;
-    double recent = 0;
+    RecentMean recent(50);
     nn::SwapCallbacks callbacks;
-    callbacks.interrupted = interrupted;
     callbacks.step = [&](const nn::SwapStep& step) { log.write(to_json(step)); };
     callbacks.progress = [&](index number, double done, double loss) {
-        if (!bar) {
-            bar.emplace("phase " + std::to_string(number), 1.0);
-            if (number != phase) recent = loss;
-            phase = number;
-        }
-        if (std::isfinite(loss)) recent += (loss - recent) / 50;
-        bar->update(done, "loss " + number_text(recent));
+        if (number != phase) recent = RecentMean(50);
+        phase = number;
+        recent.add(loss);
+        progress.show("phase " + std::to_string(number), done, 1, "loss " + number_text(recent.mean()));
     };
     callbacks.epoch = [&](const nn::SwapEpoch& epoch) {
         log.write(to_json(epoch));
-        bar.reset();
-        output.line(describe(epoch));
+        progress.line(describe(epoch));
     };
-    callbacks.warning = [&](const std::string& text) {
-        bar.reset();
-        output.warn(text);
-    };
+    callbacks.warning = [&](const std::string& text) { progress.warn(text); };
+    callbacks.interrupted = interrupted;
     const nn::SwapResult result = nn::train_swap(options, callbacks);
-    bar.reset();
+    progress.end();
 
     output.line(count_text(result.examples) + " examples trained on in " + seconds_text(result.seconds) + ", " +
                 seconds_text(result.processor_seconds) +
@@ -159,14 +148,9 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
     if (result.test.examples > 0)
         output.line("test accuracy " + describe(result.test) + " on " + count_text(result.test.examples) +
                     (options.network == nn::Network::language ? " tokens" : " images"));
-    output.line(result.interrupted
-                    ? "interrupted; go on with: deeppcr train swap --resume " + options.checkpoint.string()
-                    : "checkpoint: " + options.checkpoint.string());
+    const Exit exit = arguments.files.finish(result, output);
 
     Json& json = output.result;
-    json["checkpoint"] = options.checkpoint.string();
-    json["interrupted"] = result.interrupted;
-    json["parameters"] = result.parameters;
     json["examples"] = result.examples;
     json["seconds"] = result.seconds;
     json["processor_seconds"] = result.processor_seconds;
@@ -178,7 +162,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
     json["held_out"] = to_json(result.held_out);
     json["test"] = to_json(result.test);
     json["comparison"] = result.comparison.workers.empty() ? Json() : to_json(result.comparison);
-    return result.interrupted ? Exit::interrupted : Exit::done;
+    return exit;
 }
 
 }  // namespace
@@ -251,7 +235,7 @@ void add_train_swap(Program& program) {
     given.value("--gradient-clip", field(&SwapOptions::gradient_clip), "Largest norm of the gradient; 0: any");
     given.value("--micro-batch", field(&SwapOptions::micro_batch),
                 "Examples that pass through the network at once; larger batches are accumulated");
-    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_not_finite_names,
+    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_divergence_names,
                  "What to do about a loss or gradient that is not finite");
     given.value("--seed", field(&SwapOptions::seed), "Of initial weights, split and orders");
     given.value("--train-examples", field(&SwapOptions::train_examples),
@@ -263,12 +247,7 @@ void add_train_swap(Program& program) {
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package), or token file "
                        "(text.tokens)");
-    command.add_option("--resume", arguments->resume,
-                       "Continue this checkpoint, or the one before where it is not whole, with its options");
-    command.add_option("--checkpoint", arguments->checkpoint,
-                       "Where the training is saved (default: --resume's, else swap.safetensors)");
-    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
-    command.add_option("--log", arguments->log, "Append a JSON object per step and epoch to this file");
+    arguments->files.add_options(command, "swap", "step and epoch");
 }
 
 }  // namespace deeppcr::program

@@ -1,11 +1,11 @@
 // deeppcr train task: a model of sequences on parity, recall or k-hop induction.
 #include <memory>
-#include <optional>
 
 #include <deeppcr/nn/tasks.hpp>
 
 #include "language_options.hpp"
 #include "report.hpp"
+#include "training_command.hpp"
 
 namespace deeppcr::program {
 namespace {
@@ -13,8 +13,8 @@ namespace {
 using nn::TaskTrainingOptions;
 
 struct Arguments {
-    std::string task, configuration, checkpoint, resume, log;
-    bool overwrite = false;
+    TrainingFiles files;
+    std::string task, configuration;
     std::unique_ptr<GivenOptions<TaskTrainingOptions>> given;
 };
 
@@ -32,76 +32,61 @@ Json to_json(const nn::TaskStep& step) {
 }
 
 TaskTrainingOptions gather(const Arguments& arguments, Group& group) {
-    TaskTrainingOptions options = arguments.resume.empty() ? TaskTrainingOptions{} : nn::task_options(arguments.resume);
+    auto options = arguments.files.options(nn::task_options);
     if (!arguments.task.empty()) options.task.task = nn::choice_of(nn::sequence_task_names, "task", arguments.task);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
-    options.resume = arguments.resume;
     options.group = &group;
-    options.checkpoint = !arguments.checkpoint.empty() ? arguments.checkpoint
-                         : !arguments.resume.empty()   ? arguments.resume
-                                                       : "task.safetensors";
+    arguments.files.check();
     return options;
 }
 
 Exit run_train(const Arguments& arguments, Output& output) {
     const TaskTrainingOptions options = gather(arguments, output.group());
-    refuse_to_overwrite(options.checkpoint, options.resume, arguments.overwrite);
-    Log log(output.follows() ? "" : arguments.log);
+    Log log(arguments.files, output);
     output.line(std::string(nn::name_of(nn::sequence_task_names, options.task.task)) + " of " +
                 count_text(options.task.length) + " steps: " + nn::name_of(nn::mixer_names, options.model.mixer) +
                 ", " + count_text(options.model.layers) + " blocks x " + count_text(options.model.width) +
                 ", cells evaluated by the method " + nn::name_of(nn::cell_method_names, options.evaluation.method));
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar;
-    double loss = 0, accuracy = 0;
-    index first = -1;
+    TrainingProgress progress(output);
+    RecentMean loss(20), accuracy(20);
     nn::TaskCallbacks callbacks;
     callbacks.step = [&](const nn::TaskStep& step) {
         log.write(to_json(step));
-        if (first < 0) first = step.step - 1, loss = step.loss, accuracy = step.accuracy;
-        if (!bar) bar.emplace("training", double(step.steps - first));
         if (!step.skipped) {
-            loss += (step.loss - loss) / 20;
-            accuracy += (step.accuracy - accuracy) / 20;
+            loss.add(step.loss);
+            accuracy.add(step.accuracy);
         }
-        bar->update(double(step.step - first), "loss " + number_text(loss) + "  accuracy " + percent_text(accuracy) +
-                                                   "  length " + count_text(step.length));
+        progress.show("training", double(step.step), double(step.steps),
+                      "loss " + number_text(loss.mean()) + "  accuracy " + percent_text(accuracy.mean()) + "  length " +
+                          count_text(step.length),
+                      double(step.step - 1));
     };
     callbacks.validation = [&](const nn::TaskValidation& validation) {
         log.write(validation_json(validation));
         const bool shown =
             !output.json() && validation.step % (10 * std::max<index>(1, options.validation_interval)) == 0;
-        if (!shown) return;
-        bar.reset();
-        output.line("step " + count_text(validation.step) + ": " + validation_text(validation));
+        if (shown) progress.line("step " + count_text(validation.step) + ": " + validation_text(validation));
     };
-    callbacks.note = [&](const std::string& note) {
-        bar.reset();
-        output.warn(note);
-    };
+    callbacks.note = [&](const std::string& note) { progress.warn(note); };
     callbacks.interrupted = interrupted;
     const nn::TaskTraining result = nn::train_task(options, callbacks);
-    bar.reset();
+    progress.end();
 
     output.line(count_text(index(result.steps.size())) + " steps in " + seconds_text(result.seconds) + ", " +
                 count_text(result.parameters) + " parameters");
     if (!result.validations.empty()) output.line(validation_text(result.validations.back()));
-    output.line(result.interrupted
-                    ? "interrupted; go on with: deeppcr train task --resume " + options.checkpoint.string()
-                    : "checkpoint: " + options.checkpoint.string());
+    const Exit exit = arguments.files.finish(result, output);
 
     Json& json = output.result;
-    json["checkpoint"] = options.checkpoint.string();
-    json["interrupted"] = result.interrupted;
-    json["parameters"] = result.parameters;
     json["seconds"] = result.seconds;
     json["steps"] = Json::array();
     for (const auto& step : result.steps) json["steps"].push_back(to_json(step));
     json["validations"] = Json::array();
     for (const auto& validation : result.validations) json["validations"].push_back(validation_json(validation));
-    return result.interrupted ? Exit::interrupted : Exit::done;
+    return exit;
 }
 
 }  // namespace
@@ -150,40 +135,18 @@ void add_train_task(Program& program) {
     given.value("--values", task(&Task::values), "Of recall: different values");
     given.value("--hops", task(&Task::hops), "Of hops: how often the last occurrence is gone back to");
     given.value("--symbols", task(&Task::symbols), "Of hops: different tokens");
-    add_model_options(given, command, arguments->configuration, field(&Training::model));
-    given.value(
-        "--model-seed", [](Training& options) -> std::uint64_t& { return options.model.seed; },
-        "Of the initial weights");
-    given.cells(field(&Training::evaluation));
-    given.value("--device", field(&Training::device), "Where to train: cpu, cuda or cuda:<number>");
+    add_training_options(given, command, arguments->configuration);
     given.value("--recurrent-scale", field(&Training::recurrent_scale),
                 "The cells' recurrent parameters are initially so many times the usual ones");
     given.value("--batch", field(&Training::batch), "Sequences per step");
-    given.value("--steps", field(&Training::steps), "Optimiser steps");
     given.value("--first-length", field(&Training::first_length),
                 "Steps of the first sequences, which get longer once they are answered; 0: --length");
     given.value("--growth", field(&Training::growth),
                 "Part of --steps after which sequences have --length in any case");
-    given.value("--learning-rate", field(&Training::learning_rate), "At its highest");
-    given.value("--warm-up", field(&Training::warm_up), "Steps until the learning rate is at its highest");
-    given.value("--weight-decay", field(&Training::weight_decay), "Decay of the matrices");
-    given.value("--gradient-clip", field(&Training::gradient_clip), "Largest norm of the gradient; 0: any");
-    given.value("--estimate-interval", field(&Training::estimate_interval),
-                "Estimate the Lyapunov exponent every so many steps; 0: never");
-    given.choice("--on-divergence", field(&Training::on_divergence), nn::on_divergence_names,
-                 "What to do about a loss or gradient that is not finite");
     given.value("--seed", field(&Training::seed), "Of the training data");
-    given.value("--validation-interval", field(&Training::validation_interval),
-                "Validate every so many steps, besides the end; 0: not");
     given.value("--validation-sequences", field(&Training::validation_sequences), "On so many sequences");
     given.value("--enough", field(&Training::enough), "End after a validation of this accuracy, 0 to 1; 0: do not");
-    given.value("--checkpoint-interval", field(&Training::checkpoint_interval),
-                "Save every so many steps, besides the end; 0: not");
-    command.add_option("--resume", arguments->resume, "Continue this checkpoint, with its options");
-    command.add_option("--checkpoint", arguments->checkpoint,
-                       "Where the training is saved (default: --resume's, else task.safetensors)");
-    command.add_flag("--overwrite", arguments->overwrite, "Replace a checkpoint that exists");
-    command.add_option("--log", arguments->log, "Append a JSON object per step and validation to this file");
+    arguments->files.add_options(command, "task", "step and validation");
 }
 
 }  // namespace deeppcr::program

@@ -1,6 +1,5 @@
 // deeppcr validate: a checkpoint on the test set, on text, or on a task's sequences.
 #include <memory>
-#include <optional>
 
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/swap.hpp>
@@ -22,6 +21,17 @@ struct Arguments {
     std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
 };
 
+/// What measure(options) gives, under a progress bar. Throws Interrupted.
+template <class Options, class Measure>
+auto measured(Options& options, const Measure& measure) {
+    Progress bar("validating", 1);
+    options.progress = [&](double done) { bar.update(done); };
+    options.interrupted = interrupted;
+    auto result = measure(options);
+    if (interrupted()) throw Interrupted();
+    return result;
+}
+
 /// A language model's, on the validation part of a token file. Of the options that a ResNet's validation offers,
 /// --method, --threads, --tolerance, --batch and --device count.
 Exit run_validate_text(const Arguments& arguments, Output& output) {
@@ -35,12 +45,8 @@ Exit run_validate_text(const Arguments& arguments, Output& output) {
     options.evaluation = given.evaluation;
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar(std::in_place, "validating", 1.0);
-    options.progress = [&](double done) { bar->update(done); };
-    options.interrupted = interrupted;
-    const nn::LanguageValidation result = nn::validate_language_model(arguments.checkpoint, options);
-    bar.reset();
-    if (interrupted()) throw Interrupted();
+    const nn::LanguageValidation result = measured(
+        options, [&](const auto& chosen) { return nn::validate_language_model(arguments.checkpoint, chosen); });
 
     output.line("validation loss " + number_text(result.loss, 4) + ", perplexity " + number_text(result.perplexity, 4) +
                 " on " + count_text(result.tokens) + " tokens in " + seconds_text(result.seconds));
@@ -96,12 +102,8 @@ Exit run_validate(const Arguments& arguments, Output& output) {
     options.held_out = arguments.held_out;
     warn_about_slow_blas(output);
 
-    std::optional<Progress> bar(std::in_place, "validating", 1.0);
-    options.progress = [&](double done) { bar->update(done); };
-    options.interrupted = interrupted;
-    const nn::ValidationResult result = nn::validate(arguments.checkpoint, options);
-    bar.reset();
-    if (interrupted()) throw Interrupted();
+    const nn::ValidationResult result =
+        measured(options, [&](const auto& chosen) { return nn::validate(arguments.checkpoint, chosen); });
 
     std::string text = std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
                        percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +

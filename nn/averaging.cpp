@@ -13,14 +13,13 @@
 #include <cmath>
 #include <condition_variable>
 #include <ctime>
-#include <limits>
 #include <mutex>
-#include <random>
 #include <span>
 #include <utility>
 
 #include <deeppcr/nn/fashion_mnist.hpp>
 
+#include "nn/basics.hpp"
 #include "nn/sharing.hpp"
 
 namespace deeppcr::nn {
@@ -28,11 +27,6 @@ namespace {
 
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
-
-template <class Number>
-void require(bool condition, const char* argument, const char* expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 Tensors tensors_of(const NamedTensors& named) {
     Tensors tensors;
@@ -193,11 +187,7 @@ std::vector<SavedTensors> GroupTeam::collect(const SavedTensors& tensors) {
 }
 
 Tensor order_of_examples(index examples, std::uint64_t seed, index phase, index worker, index epoch) {
-    std::seed_seq sequence{std::uint32_t(seed), std::uint32_t(seed >> 32), std::uint32_t(phase),
-                           std::uint32_t(worker + 1)};
-    std::uint32_t words[2];
-    sequence.generate(words, words + 2);
-    return shuffled(examples, std::uint64_t(words[0]) << 32 | words[1], epoch);
+    return shuffled(examples, mixed_seed(seed, std::uint32_t(phase), std::uint32_t(worker + 1)), epoch);
 }
 
 NamedTensors state_of(const torch::nn::Module& model) {
@@ -325,7 +315,7 @@ void Phase::one_step(const Callbacks& callbacks) {
     const double begin = thread_seconds();
     const bool together = options_.period == 1 && team_.size() > 1;
     const Tensors buffers = tensors_of(buffers_);
-    const Tensors before = options_.on_not_finite == OnNotFinite::skip ? copies_of(buffers) : Tensors();
+    const Tensors before = options_.on_not_finite == OnDivergence::skip ? copies_of(buffers) : Tensors();
     optimisation_.clear_gradients();
     double loss = 0, right = 0;
     for (const Tensor& rows : rows_of_step().split(options_.micro_batch)) {
@@ -350,22 +340,21 @@ void Phase::one_step(const Callbacks& callbacks) {
         loss = shared[0][0].item<double>();
         right = shared[0][1].item<double>();
     }
-    double norm = std::numeric_limits<double>::quiet_NaN();
-    if (std::isfinite(loss)) norm = optimisation_.step(step_);
+    const double norm = optimisation_.step(step_, loss);
     const bool finite = std::isfinite(norm);
     if (finite) {
         ++updates_;
         loss_sum_ += loss;
         right_sum_ += right;
         ++steps_;
-    } else if (options_.on_not_finite == OnNotFinite::skip) {
+    } else if (options_.on_not_finite == OnDivergence::skip) {
         const at::NoGradGuard no_gradients;
         for (std::size_t i = 0; i < buffers.size(); ++i) Tensor(buffers[i]).copy_(before[i]);
     } else {
-        throw TrainingDiverged(std::string("the ") + (std::isfinite(loss) ? "gradient" : "loss") + " of step " +
-                               std::to_string(step_ + 1) + " of phase " + std::to_string(options_.number) +
-                               (together ? "" : ", worker " + std::to_string(team_.rank()) + ",") +
-                               " is not finite; a smaller learning rate may help");
+        throw TrainingDiverged(
+            not_finite(loss, "step " + std::to_string(step_ + 1) + " of phase " + std::to_string(options_.number) +
+                                 (together ? "" : ", worker " + std::to_string(team_.rank()) + ",")) +
+            "; a smaller learning rate may help");
     }
     const double seconds = thread_seconds() - begin - waited;
     seconds_ += seconds;

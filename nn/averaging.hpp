@@ -86,7 +86,7 @@ struct PhaseOptions {
     double outer_learning_rate = 1, outer_momentum = 0;
     Trajectory trajectory = Trajectory::last;
     index trajectory_from = 1, trajectory_window = 5;
-    OnNotFinite on_not_finite = OnNotFinite::stop;
+    OnDivergence on_not_finite = OnDivergence::stop;
 };
 
 /// Throws InvalidArgument for options that no phase of so many workers, over so many examples, can have.

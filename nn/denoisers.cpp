@@ -9,14 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "nn/basics.hpp"
+
 namespace deeppcr::nn {
 namespace {
 
 using at::Tensor;
-
-void require(bool condition, const char* argument, const char* expected, index actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 torch::nn::Conv2d convolution(index from, index to, index stride = 1) {
     return torch::nn::Conv2d(torch::nn::Conv2dOptions(from, to, 3).stride(stride).padding(1));

@@ -10,12 +10,12 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <string>
 #include <thread>
 
+#include "nn/basics.hpp"
 #include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
 
@@ -75,10 +75,6 @@ Report sequential_report(index batch, index steps) {
     return report;
 }
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 /// Marks the sequences whose last state is not finite; one that is not stays so in a residual network, and in an MLP
 /// that recovers from one, the trajectory is what its formula says, and counts as right.
 void find_non_finite(const Tensor& trajectory, Report& report) {
@@ -97,7 +93,7 @@ void find_non_finite(const Tensor& trajectory, Report& report) {
 template <class T>
 Report run_sequentially(const DenseChain<T>& chain, const Execution& execution, Device device,
                         const Tensor& trajectory) {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     const Shape shape = chain.shape();
     std::vector<index> sequences(std::size_t(shape.batch));
     std::iota(sequences.begin(), sequences.end(), index(0));

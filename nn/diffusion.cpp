@@ -3,23 +3,17 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
-#include <chrono>
 #include <cmath>
 #include <memory>
-#include <random>
 #include <string>
 #include <utility>
 
 #include <deeppcr/nn/denoisers.hpp>
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/script.hpp>
-#include <deeppcr/nn/training.hpp>
-#include <files/write.hpp>
 
-#include "nn/optimisation.hpp"
-#include "nn/saved_state.hpp"
-#include "nn/sharing.hpp"
 #include "nn/tensors.hpp"
+#include "nn/training_loop.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -31,19 +25,11 @@ constexpr index pixel_count = image_side * image_side;
 constexpr index class_count = 10;
 constexpr index rows_at_once = 1000;  // of images that pass through the autoencoder outside of its training
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 /// Numbers that nothing else draws from: of one step of the training, or of one image.
-at::Generator generator_of(std::uint64_t seed, std::uint64_t purpose, std::uint64_t number) {
-    std::seed_seq sequence{std::uint32_t(seed), std::uint32_t(seed >> 32), std::uint32_t(purpose),
-                           std::uint32_t(number), std::uint32_t(number >> 32)};
-    std::uint32_t words[2];
-    sequence.generate(words, words + 2);
-    return at::make_generator<at::CPUGeneratorImpl>(std::uint64_t(words[0]) << 32 | words[1]);
+at::Generator generator_of(std::uint64_t seed, std::uint32_t purpose, std::uint64_t number) {
+    return at::make_generator<at::CPUGeneratorImpl>(mixed_seed(seed, purpose, number));
 }
-enum Purpose : std::uint64_t {
+enum Purpose : std::uint32_t {
     training_noise = 1,
     generation_noise = 2,
     order_of_autoencoder = 3,
@@ -132,18 +118,17 @@ void visit_fields(S& state, const Visit& visit) {
     visit("checkpoint_interval", options.checkpoint_interval);
 }
 
-void write(const std::filesystem::path& path, const State& state) {
-    SavedState saved{{{"format", format}}, state.tensors};
-    visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
-    write_state(path, saved);
+Metadata fields_of(const State& state) {
+    Metadata fields;
+    visit_fields(state, put_into(fields));
+    return fields;
 }
 
 void check(const DiffusionOptions& options);
 
-State read(const std::filesystem::path& path) {
-    SavedState saved = read_state(path, format);
+State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
-    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    visit_fields(state, get_from(path, saved.metadata));
     try {
         check(state.options);
     } catch (const InvalidArgument& problem) {
@@ -156,11 +141,6 @@ State read(const std::filesystem::path& path) {
 }
 
 // ---------------------------------------------------------------------------------------------- the options
-
-template <class Number>
-void require(bool condition, const char* argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 void check(const DiffusionOptions& options) {
     require(options.latents >= 1 && options.latents <= pixel_count, "latents", "1 to 784", options.latents);
@@ -179,17 +159,6 @@ void check(const DiffusionOptions& options) {
     require(options.checkpoint_interval >= 0, "checkpoint_interval", "at least 0", options.checkpoint_interval);
 }
 
-/// Throws unless `options` continue the training of the checkpoint: what may differ is how long and where to.
-void check_continues(const DiffusionOptions& options, const State& saved) {
-    State wanted{options, saved.autoencoder_steps, saved.steps, {}};
-    Metadata ours, theirs;
-    visit_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
-    visit_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
-    for (const auto& [name, value] : theirs)
-        if (name != "checkpoint_interval" && ours.at(name) != value)
-            throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
-}
-
 OptimisationOptions optimisation_options(const DiffusionOptions& options, index steps) {
     return {.learning_rate = options.learning_rate,
             .warm_up = options.warm_up,
@@ -199,12 +168,10 @@ OptimisationOptions optimisation_options(const DiffusionOptions& options, index 
 
 // --------------------------------------------------------------------------------------------- the training
 
-class Training {
+class Training : TrainingLoop<DiffusionOptions, DiffusionCallbacks, DiffusionTraining> {
 public:
     Training(const DiffusionOptions& options, const DiffusionCallbacks& callbacks)
-        : options_(options),
-          callbacks_(callbacks),
-          share_(options.group),
+        : TrainingLoop(options, callbacks, Share(options.group)),
           networks_(options),
           schedule_(NoiseSchedule::of(options.schedule, options.times)),
           autoencoder_({{networks_.autoencoder_parameters()}},
@@ -224,51 +191,51 @@ public:
     }
 
     DiffusionTraining run() {
-        for (const auto& parameters : {networks_.autoencoder_parameters(), networks_.denoiser_parameters()})
-            for (const auto& [name, tensor] : parameters) result_.parameters += tensor.numel();
+        std::vector<Tensor> parameters;
+        for (const auto& all : {networks_.autoencoder_parameters(), networks_.denoiser_parameters()})
+            for (const auto& [name, tensor] : all) parameters.push_back(tensor);
+        start(parameters);
         if (options_.space == Space::latent) {
-            while (state_.autoencoder_steps < options_.autoencoder_steps && !result_.interrupted)
-                one_step(true, state_.autoencoder_steps, options_.autoencoder_steps, autoencoder_);
+            while (state_.autoencoder_steps < options_.autoencoder_steps && !result_.interrupted) {
+                one_step(true, state_.autoencoder_steps, options_.autoencoder_steps, options_.steps, autoencoder_);
+                if (due(options_.checkpoint_interval, state_.autoencoder_steps)) save();
+            }
             if (!result_.interrupted) encode_all();
         }
-        while (state_.steps < options_.steps && !result_.interrupted)
-            one_step(false, state_.steps, options_.steps, denoiser_);
+        while (state_.steps < options_.steps && !result_.interrupted) {
+            one_step(false, state_.steps, options_.steps, 0, denoiser_);
+            if (due(options_.checkpoint_interval, state_.steps) && state_.steps < options_.steps) save();
+        }
         save();
-        share_.barrier();  // so that no rank ends the program before the first one has written
-        result_.seconds = seconds_since(begin_);
-        return std::move(result_);
+        return conclude();
     }
 
 private:
     void resume() {
-        State saved = read(options_.resume);
-        check_continues(options_, saved);
         const auto& path = options_.resume;
+        const State saved = from_saved(path, load(format));
+        check_continues(fields_of({options_, saved.autoencoder_steps, saved.steps, {}}), fields_of(saved),
+                        "checkpoint_interval");
         copy_from(path, saved.tensors, networks_.autoencoder_parameters());
         copy_from(path, saved.tensors, networks_.buffers());
         copy_from(path, saved.tensors, networks_.denoiser_parameters());
         copy_from(path, saved.tensors, average_, "average.");
-        const auto take = [&](const std::string& name, const Tensor& like) {
-            return find(path, saved.tensors, name, like).clone();
-        };
-        if (saved.autoencoder_steps > 0 && saved.autoencoder_steps < options_.autoencoder_steps)
-            autoencoder_.restore_state(saved.autoencoder_steps, take);
-        if (saved.steps > 0) denoiser_.restore_state(saved.steps, take);
+        if (saved.autoencoder_steps < options_.autoencoder_steps)
+            autoencoder_.restore(saved.autoencoder_steps, path, saved.tensors);
+        denoiser_.restore(saved.steps, path, saved.tensors);
         state_.autoencoder_steps = saved.autoencoder_steps;
         state_.steps = saved.steps;
     }
 
     void save() {
-        if (options_.checkpoint.empty() || !share_.speaks()) return;
-        state_.tensors.clear();
-        const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
-        for (const auto& all :
-             {networks_.autoencoder_parameters(), networks_.buffers(), networks_.denoiser_parameters()})
-            for (const auto& [name, tensor] : all) keep(name, tensor);
-        for (const auto& [name, tensor] : average_) keep("average." + name, tensor);
-        autoencoder_.visit_state(keep);
-        denoiser_.visit_state(keep);
-        write(options_.checkpoint, state_);
+        if (!saves()) return;
+        SavedState saved{fields_of(state_), {}};
+        saved.metadata["format"] = format;
+        autoencoder_.save(saved.tensors);
+        denoiser_.save(saved.tensors);
+        for (const auto& [name, tensor] : networks_.buffers()) saved.tensors[name] = tensor;
+        for (const auto& [name, tensor] : average_) saved.tensors["average." + name] = tensor;
+        checkpoint_.save(saved);
     }
 
     /// Images -1 .. 1 of a step's batch, and which they are.
@@ -341,33 +308,22 @@ private:
         return torch::mse_loss(prediction, sample);
     }
 
-    void one_step(bool autoencoder, index& done, index steps, Optimisation& optimisation) {
-        const auto start = std::chrono::steady_clock::now();
+    /// done: of `steps`; so many `later` ones are of another network.
+    void one_step(bool autoencoder, index& done, index steps, index later, Optimisation& optimisation) {
+        const auto begin = Clock::now();
         optimisation.clear_gradients();
         const Tensor loss = (autoencoder ? autoencoder_loss(done) : denoiser_loss(done)) / double(share_.ranks());
         DiffusionStep record{.autoencoder = autoencoder, .step = done + 1, .steps = steps};
         record.loss = share_.sum(loss.item<double>());
-        const auto diverged = [&](const char* what) {
-            return TrainingDiverged(std::string("the ") + what + " of step " + std::to_string(record.step) +
-                                    " of the " + (autoencoder ? "autoencoder" : "denoiser") +
-                                    " is not finite; a smaller learning rate may help");
-        };
-        if (!std::isfinite(record.loss)) throw diverged("loss");
-        loss.backward();
+        if (std::isfinite(record.loss)) loss.backward();
         record.learning_rate = optimisation.learning_rate(done);
-        record.gradient_norm = optimisation.step(done);
-        if (!std::isfinite(record.gradient_norm)) throw diverged("gradient");
+        record.gradient_norm = optimisation.step(done, record.loss);
+        updated(record.loss, record.gradient_norm,
+                "step " + std::to_string(record.step) + " of the " + (autoencoder ? "autoencoder" : "denoiser"));
         if (!autoencoder) update_average();
         ++done;
-        ++steps_here_;
-        record.seconds = seconds_since(start);
-        record.elapsed = seconds_since(begin_);
-        const index left = steps - done + (autoencoder ? options_.steps : 0);
-        record.remaining = record.elapsed / double(steps_here_) * double(left);
-        result_.steps.push_back(record);
-        if (callbacks_.step && share_.speaks()) callbacks_.step(record);
-        result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
-        if (options_.checkpoint_interval > 0 && done % options_.checkpoint_interval == 0) save();
+        record.seconds = seconds_since(begin);
+        tell(record, steps - done + later);
     }
 
     /// The first steps count less: the average forgets where the weights began.
@@ -378,9 +334,6 @@ private:
         for (std::size_t i = 0; i < now.size(); ++i) average_[i].second.lerp_(now[i].second, 1 - decay);
     }
 
-    const DiffusionOptions& options_;
-    const DiffusionCallbacks& callbacks_;
-    const Share share_;
     Networks networks_;
     NoiseSchedule schedule_;
     Optimisation autoencoder_, denoiser_;
@@ -388,20 +341,18 @@ private:
     State state_;
     Tensor images_, classes_, samples_, order_;
     bool order_is_autoencoders_ = false;
-    index steps_here_ = 0;
-    std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
-    DiffusionTraining result_;
 };
 
 }  // namespace
 
 DiffusionTraining train_diffusion(const DiffusionOptions& options, const DiffusionCallbacks& callbacks) {
     check(options);
-    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     return Training(options, callbacks).run();
 }
 
-DiffusionOptions diffusion_options(const std::filesystem::path& checkpoint) { return read(checkpoint).options; }
+DiffusionOptions diffusion_options(const std::filesystem::path& checkpoint) {
+    return from_saved(checkpoint, SavedStates(checkpoint).load(format, {})).options;
+}
 
 // -------------------------------------------------------------------------------------------- the generation
 
@@ -412,7 +363,7 @@ struct DiffusionModel::Parts {
 };
 
 DiffusionModel::DiffusionModel(const std::filesystem::path& checkpoint) {
-    const State saved = read(checkpoint);
+    const State saved = from_saved(checkpoint, read_state(checkpoint, format));
     parts_ = std::make_unique<Parts>(
         Parts{saved.options, Networks(saved.options), NoiseSchedule::of(saved.options.schedule, saved.options.times)});
     copy_from(checkpoint, saved.tensors, parts_->networks.autoencoder_parameters());
@@ -479,7 +430,7 @@ bool parallel_pays(const Denoiser& denoiser, const DenoisingPlan& plan, const No
         const Tensor rows = at::arange(images, at::kLong).repeat({steps});
         double best = std::numeric_limits<double>::infinity();
         for (int i = 0; i < 3; ++i) {
-            const auto start = std::chrono::steady_clock::now();
+            const auto start = Clock::now();
             denoiser(inputs, times, rows);
             best = std::min(best, seconds_since(start));
         }
@@ -505,7 +456,7 @@ Tensor denoise(const Denoiser& denoiser, const DenoisingPlan& plan, const Noise&
         evaluation.method =
             parallel_pays(denoiser, plan, noise, evaluation.surrogate, result) ? Method::newton : Method::sequential;
 
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     const index steps = index(plan.steps.size());
     std::unique_ptr<Recurrence<float>> blocks;
     if (options.block > 1) blocks = recurrence.blocks(options.block);

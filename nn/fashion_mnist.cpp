@@ -10,6 +10,8 @@
 #include <deeppcr/error.hpp>
 #include <files/idx.hpp>
 
+#include "nn/basics.hpp"
+
 namespace deeppcr::nn {
 namespace {
 
@@ -46,9 +48,8 @@ ImageSet::Batch ImageSet::batch(index first, index last, at::ScalarType type) co
 }
 
 at::Tensor shuffled(index count, std::uint64_t seed, index epoch) {
-    std::seed_seq sequence{std::uint32_t(seed), std::uint32_t(seed >> 32), std::uint32_t(epoch),
-                           std::uint32_t(std::uint64_t(epoch) >> 32)};
-    std::mt19937_64 random(sequence);
+    std::seed_seq words = seeds(seed, epoch);
+    std::mt19937_64 random(words);
     at::Tensor order = at::empty({count}, at::kLong);
     auto* rows = order.data_ptr<std::int64_t>();
     std::iota(rows, rows + count, std::int64_t(0));

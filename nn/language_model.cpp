@@ -9,6 +9,7 @@
 
 #include <deeppcr/nn/cell.hpp>
 
+#include "nn/basics.hpp"
 #include "nn/jacobian_growth.hpp"
 #include "nn/libtorch.hpp"
 #include "nn/threads.hpp"
@@ -19,11 +20,6 @@ namespace {
 using at::Tensor;
 
 // ---------------------------------------------------------------------------------------------- the options
-
-template <class Number>
-void require(bool condition, const char* argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 CellKind cell_kind(Mixer mixer) {
     return mixer == Mixer::para_gru    ? CellKind::para_gru
@@ -427,9 +423,9 @@ Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins,
     return rows.t().contiguous().to(device);
 }
 
-std::string not_finite(double loss, index step) {
-    return std::string(std::isfinite(loss) ? "the gradient" : "the loss") + " of step " + std::to_string(step) +
-           " is not finite";
+Estimates estimates_of(index step, index interval, at::Device device) {
+    if (interval == 0 || step % interval != 0) return Estimates::none;
+    return device.is_cuda() ? Estimates::quick : Estimates::full;
 }
 
 void set_threads(const Options& evaluation) {

@@ -121,8 +121,8 @@ void gather(NewtonFigures& figures, const Share& share, index together = 1);
 /// `count` tokens from each of those places on, side by side: [count,begins], 64-bit. Throws as TokenFile::read.
 at::Tensor sequences(const files::TokenFile& file, const std::vector<index>& begins, index count, at::Device device);
 
-/// What is wrong with a step whose loss or, where that is finite, gradient is not.
-std::string not_finite(double loss, index step);
+/// What is estimated on a device in each `interval`th step (0: in none).
+Estimates estimates_of(index step, index interval, at::Device device);
 
 /// LibTorch's threads: as many as the cells'.
 void set_threads(const Options& evaluation);

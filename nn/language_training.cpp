@@ -2,7 +2,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <deque>
 #include <fstream>
@@ -14,25 +13,19 @@
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/language_model.hpp>
 #include <deeppcr/nn/tokens.hpp>
-#include <deeppcr/nn/training.hpp>
 #include <files/tokens.hpp>
 
 #include "nn/device_scope.hpp"
 #include "nn/language_model.hpp"
-#include "nn/optimisation.hpp"
-#include "nn/saved_state.hpp"
-#include "nn/sharing.hpp"
 #include "nn/threads.hpp"
+#include "nn/training_loop.hpp"
 
 namespace deeppcr::nn {
 namespace {
 
 using at::Tensor;
-using Clock = std::chrono::steady_clock;
 
 const std::string format = "deeppcr language model 1";
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 /// The most main memory that this process has had at a time, bytes; 0 where the system does not say.
 index peak_memory() {
@@ -88,15 +81,21 @@ void visit_fields(S& state, const Visit& visit) {
     visit_evaluation(options.evaluation, cell_method_names, visit);
 }
 
-void write(SavedStates& file, const State& state) {
+Metadata fixed_fields(const State& state) {
+    Metadata fields;
+    visit_fixed_fields(state, put_into(fields));
+    return fields;
+}
+
+SavedState to_saved(const State& state) {
     SavedState saved{{{"format", format}, {"tokens", state.options.tokens.string()}}, state.tensors};
-    visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
+    visit_fields(state, put_into(saved.metadata));
     if (!state.vocabulary.empty()) {
         Tensor bytes = at::empty({index(state.vocabulary.size())}, at::kByte);
         std::copy(state.vocabulary.begin(), state.vocabulary.end(), bytes.data_ptr<std::uint8_t>());
         saved.tensors["vocabulary"] = bytes;
     }
-    file.save(saved);
+    return saved;
 }
 
 /// Throws InvalidArgument for numbers out of their ranges.
@@ -107,7 +106,7 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have none of them
     saved.metadata.try_emplace("penalty_rate", "-0.1");
     saved.metadata.try_emplace("number", "float32");
-    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    visit_fields(state, get_from(path, saved.metadata));
     state.options.tokens = saved.metadata["tokens"];
     try {
         check(state.options);
@@ -130,11 +129,6 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
 }
 
 // ---------------------------------------------------------------------------------------------- the options
-
-template <class Number>
-void require(bool condition, const char* argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 /// This process's share of every batch.
 class LanguageShare : public Share {
@@ -205,14 +199,6 @@ void check(const LanguageTrainingOptions& options) {
     check(optimisation_options(options));
 }
 
-void check_continues(const State& wanted, const State& saved) {
-    Metadata ours, theirs;
-    visit_fixed_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
-    visit_fixed_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
-    for (const auto& [name, value] : theirs)
-        if (ours.at(name) != value) throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
-}
-
 // ------------------------------------------------------------------------------------------------- the data
 
 /// The sequences of the training part in the order of the epochs.
@@ -275,94 +261,61 @@ LanguageValidation measure(LanguageModel& model, const files::TokenFile& file, i
 
 // --------------------------------------------------------------------------------------------- the training
 
-class Training {
+class Training : TrainingLoop<LanguageTrainingOptions, LanguageCallbacks, LanguageTraining, LanguageShare> {
 public:
     Training(const LanguageTrainingOptions& options, const LanguageCallbacks& callbacks)
-        : options_(options),
-          share_(options),
-          callbacks_(share_.speaks() ? callbacks : LanguageCallbacks{.interrupted = callbacks.interrupted}),
+        : TrainingLoop(options, callbacks, LanguageShare(options)),
           device_(device_of(options.device, options.group)),
-          checkpoint_(options.checkpoint),
           file_(options.tokens),
           order_(file_, options.context, options.seed) {
         state_.options = options;
         state_.options.model.vocabulary = file_.counts().vocabulary_size;
         state_.options.model = completed(state_.options.model);
         state_.tokens_checksum = file_.counts().checksum;
-        state_.vocabulary = file_.vocabulary();
         if (options.resume.empty()) {
             model_ = std::make_shared<LanguageModel>(state_.options.model);
-            model_->to(device_);
-            make_optimisation();
         } else {
-            resume();
+            State saved = from_saved(options.resume, load(format));
+            check_continues(fixed_fields(state_), fixed_fields(saved));
+            model_ = make_model(options.resume, saved.options.model, saved.tensors);
+            saved.options = state_.options;
+            state_ = std::move(saved);
         }
+        state_.vocabulary = file_.vocabulary();
+        model_->to(device_);
         model_->recompute = options.recompute;
         model_->bfloat16 = options.number == Number::bfloat16;
         if (options.penalty > 0 && model_->recurrent_parameters().empty())
             throw InvalidArgument("penalty", "0, as " + name_of(mixer_names, options.model.mixer) + " is no cell",
                                   std::to_string(options.penalty));
+        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options));
+        if (share_.group() != nullptr) optimisation_->share(*share_.group(), share_.complete(*model_));
+        optimisation_->restore(state_.updates, options.resume, state_.tensors);
+        state_.tensors.clear();
     }
 
     LanguageTraining run() {
-        for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
-        const index first = state_.step;
+        start(model_->parameters());
         while (state_.step < options_.steps && !result_.interrupted) {
-            LanguageStep record = one_step();
-            record.elapsed = seconds_since(begin_);
-            record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
-            result_.steps.push_back(record);
-            if (callbacks_.step) callbacks_.step(record);
-            result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
-            const auto due = [&](index interval) {
-                return interval > 0 && state_.step % interval == 0 && state_.step < options_.steps;
-            };
-            if (!result_.interrupted && due(options_.validation_interval)) validate();
-            if (!result_.interrupted && due(options_.checkpoint_interval)) save();
+            LanguageStep step = one_step();
+            tell(step, options_.steps - state_.step);
+            if (state_.step == options_.steps) break;
+            if (due(options_.validation_interval, state_.step)) validate();
+            if (due(options_.checkpoint_interval, state_.step)) save();
         }
         save();
         if (!result_.interrupted) validate();
         std::vector<double> none, most = {double(peak_memory())};
         share_.reduce(none, most);
         result_.peak_memory = index(most[0]);
-        share_.barrier();  // so that no rank ends the program before the first one has written
-        result_.seconds = seconds_since(begin_);
-        return std::move(result_);
+        return conclude();
     }
 
 private:
-    void make_optimisation() {
-        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
-        if (share_.group() != nullptr) optimisation_->share(*share_.group(), share_.complete(*model_));
-    }
-
-    void resume() {
-        SavedStates other(options_.resume);
-        std::error_code error;
-        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
-        const State saved = from_saved(
-            options_.resume,
-            (same ? checkpoint_ : other).load(format, [this](const std::string& warning) { tell(warning); }));
-        check_continues(state_, saved);
-        model_ = make_model(options_.resume, saved.options.model, saved.tensors);
-        model_->to(device_);
-        make_optimisation();
-        if (saved.updates > 0)
-            optimisation_->restore_state(saved.updates, [&](const std::string& name, const Tensor& like) {
-                return find(options_.resume, saved.tensors, name, like.cpu())
-                    .to(device_, like.scalar_type(), false, true);
-            });
-        state_.step = saved.step;
-        state_.updates = saved.updates;
-    }
-
     void save() {
-        if (options_.checkpoint.empty() || !share_.speaks()) return;
-        state_.tensors.clear();
-        const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
-        for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
-        optimisation_->visit_state(keep);
-        write(checkpoint_, state_);
+        if (!saves()) return;
+        optimisation_->save(state_.tensors);
+        checkpoint_.save(to_saved(state_));
         state_.tensors.clear();
     }
 
@@ -374,10 +327,7 @@ private:
         record.tokens = record.step * options_.batch * options_.context;
         record.learning_rate = optimisation_->learning_rate(state_.step);
         optimisation_->clear_gradients();
-        const index interval = options_.estimate_interval;
-        model_->set_evaluation(evaluation(interval == 0 || state_.step % interval != 0 ? Estimates::none
-                                          : device_.is_cuda()                          ? Estimates::quick
-                                                                                       : Estimates::full));
+        model_->set_evaluation(evaluation(estimates_of(state_.step, options_.estimate_interval, device_)));
         const auto [first_step, last_step] = share_.steps(options_.context);
         const auto [first_sequence, last_sequence] = share_.sequences(options_.batch);
         const index steps = last_step - first_step, at_once = sequences_at_once();
@@ -400,15 +350,10 @@ private:
                 loss.backward();
             }
         }
-        record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
-        if (std::isfinite(record.loss)) record.gradient_norm = optimisation_->step(state_.step);
-        record.skipped = !std::isfinite(record.gradient_norm);
-        if (record.skipped) {
-            const std::string what = not_finite(record.loss, record.step);
-            if (options_.on_divergence == OnDivergence::stop)
-                throw TrainingDiverged(what + "; a smaller learning rate may help");
-            tell(what + ": it is skipped");
-        } else {
+        record.gradient_norm = optimisation_->step(state_.step, record.loss);
+        record.skipped =
+            !updated(record.loss, record.gradient_norm, "step " + std::to_string(record.step), options_.on_divergence);
+        if (!record.skipped) {
             ++state_.updates;
             limit_parameters();
         }
@@ -452,22 +397,12 @@ private:
         if (callbacks_.validation) callbacks_.validation(found);
     }
 
-    void tell(const std::string& note) {
-        if (callbacks_.note) callbacks_.note(note);
-    }
-
-    const LanguageTrainingOptions& options_;
-    const LanguageShare share_;
-    const LanguageCallbacks callbacks_;
     at::Device device_;
-    SavedStates checkpoint_;
     files::TokenFile file_;
     Order order_;
     State state_;
     std::shared_ptr<LanguageModel> model_;
     std::optional<Optimisation> optimisation_;
-    LanguageTraining result_;
-    Clock::time_point begin_ = Clock::now();
 };
 
 }  // namespace
@@ -479,7 +414,6 @@ LanguageTrainingOptions::LanguageTrainingOptions() : device("cpu") {
 
 LanguageTraining train_language_model(const LanguageTrainingOptions& options, const LanguageCallbacks& callbacks) {
     check(options);
-    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     set_threads(options.evaluation);
     return Training(options, callbacks).run();
 }

@@ -11,6 +11,7 @@
 #include <limits>
 #include <numbers>
 
+#include "nn/basics.hpp"
 #include "nn/libtorch.hpp"
 #include "nn/sharing.hpp"
 
@@ -19,9 +20,6 @@ namespace deeppcr::nn {
 using at::Tensor;
 
 void check(const OptimisationOptions& options) {
-    const auto require = [](bool condition, const char* argument, const char* expected, auto actual) {
-        if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-    };
     const auto require_amount = [&](const char* name, double value) {
         require(std::isfinite(value) && value >= 0, name, "a finite number, at least 0", value);
     };
@@ -32,6 +30,10 @@ void check(const OptimisationOptions& options) {
     require_amount("weight_decay", options.weight_decay);
     require_amount("gradient_clip", options.gradient_clip);
     require(options.momentum >= 0 && options.momentum < 1, "momentum", "0 to below 1", options.momentum);
+}
+
+std::string not_finite(double loss, const std::string& step) {
+    return std::string(std::isfinite(loss) ? "the gradient" : "the loss") + " of " + step + " is not finite";
 }
 
 Optimisation::Optimisation(std::vector<Group> groups, const OptimisationOptions& options) : options_(options) {
@@ -80,7 +82,8 @@ void Optimisation::share(deeppcr::Group& ranks, const std::vector<Tensor>& compl
             shared_.push_back(parameter);
 }
 
-double Optimisation::step(index number) {
+double Optimisation::step(index number, double loss) {
+    if (!std::isfinite(loss)) return std::numeric_limits<double>::quiet_NaN();
     if (ranks_ != nullptr) {
         std::vector<Tensor> gradients;
         for (Tensor& parameter : shared_) {
@@ -134,6 +137,19 @@ void Optimisation::restore_state(index step,
         }
         if (restored) optimiser_->state()[state_key(*optimiser_, parameter)] = std::move(restored);
     }
+}
+
+void Optimisation::save(SavedTensors& tensors) const {
+    const auto keep = [&](const std::string& name, const Tensor& tensor) { tensors[name] = tensor; };
+    for (const auto& [name, parameter] : parameters_) keep(name, parameter);
+    visit_state(keep);
+}
+
+void Optimisation::restore(index updates, const std::filesystem::path& path, const SavedTensors& tensors) {
+    if (updates == 0) return;
+    restore_state(updates, [&](const std::string& name, const Tensor& like) {
+        return find(path, tensors, name, like).to(like.device(), like.scalar_type(), false, /*copy=*/true);
+    });
 }
 
 }  // namespace deeppcr::nn

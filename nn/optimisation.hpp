@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/optim/optimizer.h>
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
@@ -13,6 +14,8 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/group.hpp>
 #include <deeppcr/nn/names.hpp>
+
+#include "nn/saved_state.hpp"
 
 namespace deeppcr::nn {
 
@@ -33,6 +36,9 @@ struct OptimisationOptions {
 /// Throws InvalidArgument for a number that is out of its range.
 void check(const OptimisationOptions& options);
 
+/// What is wrong with a step whose loss or, where that is finite, gradient is not.
+std::string not_finite(double loss, const std::string& step);
+
 class Optimisation {
 public:
     /// Parameters whose learning rate is `factor` times the schedule's.
@@ -50,15 +56,20 @@ public:
     /// step: 0..steps-1.
     double learning_rate(index step) const;
     void clear_gradients();
-    /// Limits the gradients' norm and updates the parameters. Returns the norm; where it is not finite, nothing is
-    /// updated.
-    double step(index number);
+    /// Limits the gradients' norm and updates the parameters. Returns the norm, or NaN where `loss`, whose gradients
+    /// they are, is not finite; where it is not finite, nothing is updated.
+    double step(index number, double loss = 0);
 
     /// visit("optimiser.<what>.<parameter>", tensor) for each tensor of the optimiser's state.
     void visit_state(const std::function<void(const std::string& name, const at::Tensor& tensor)>& visit) const;
     /// take(name, like): the saved tensor of that name, of the shape of `like`; it is kept.
     void restore_state(index step,
                        const std::function<at::Tensor(const std::string& name, const at::Tensor& like)>& take);
+
+    /// For a checkpoint: adds the parameters by their names, and the optimiser's state.
+    void save(SavedTensors& tensors) const;
+    /// The optimiser's state after so many updates. Throws FileError, about `path`.
+    void restore(index updates, const std::filesystem::path& path, const SavedTensors& tensors);
 
 private:
     OptimisationOptions options_;

@@ -10,6 +10,7 @@
 #include <deeppcr/nn/denoisers.hpp>
 #include <deeppcr/nn/fashion_mnist.hpp>
 
+#include "nn/basics.hpp"
 #include "nn/optimisation.hpp"
 
 namespace deeppcr::nn {
@@ -82,12 +83,9 @@ struct ImageFeatures::Parts {
 };
 
 ImageFeatures::ImageFeatures(const FeatureOptions& options) : parts_(std::make_unique<Parts>()) {
-    const auto require = [](bool condition, const char* argument, index actual) {
-        if (!condition) throw InvalidArgument(argument, "at least 1", std::to_string(actual));
-    };
-    require(options.epochs >= 1, "epochs", options.epochs);
-    require(options.batch >= 1, "batch", options.batch);
-    require(options.features >= 1, "features", options.features);
+    require(options.epochs >= 1, "epochs", "at least 1", options.epochs);
+    require(options.batch >= 1, "batch", "at least 1", options.batch);
+    require(options.features >= 1, "features", "at least 1", options.features);
     const FashionMnist data = load_fashion_mnist(options.data, options.seed, 0, 0);
     parts_->classifier = std::make_shared<Classifier>(options.features, options.seed);
     parts_->features = options.features;

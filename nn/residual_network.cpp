@@ -8,14 +8,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "nn/basics.hpp"
+
 namespace deeppcr::nn {
-namespace {
-
-void require(bool condition, const std::string& argument, const std::string& expected, index actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
-
-}  // namespace
 
 DenseParameters::DenseParameters(at::Tensor initial_weight, at::Tensor initial_bias)
     : weight(register_parameter("weight", std::move(initial_weight))),

@@ -141,6 +141,19 @@ SavedState SavedStates::load(const std::string& format, const std::function<void
     }
 }
 
+SavedState SavedStates::load_from(const std::filesystem::path& from, const std::string& format,
+                                  const std::function<void(const std::string&)>& warning) {
+    std::error_code error;
+    if (std::filesystem::equivalent(path_, from, error) && !error) return load(format, warning);
+    return SavedStates(from).load(format, warning);
+}
+
+void check_continues(const Metadata& wanted, const Metadata& saved, const std::string& free) {
+    for (const auto& [name, value] : saved)
+        if (name != free && wanted.at(name) != value)
+            throw InvalidArgument(name, value + ", as in the checkpoint", wanted.at(name));
+}
+
 std::string format_of(const std::filesystem::path& path) {
     const auto metadata = files::read_safetensors(path).metadata;
     const auto found = metadata.find("format");

@@ -48,6 +48,9 @@ public:
     /// The latest state that is whole; warning(text) says when that is not the latest. Throws FileError, about the
     /// latest, where neither is.
     SavedState load(const std::string& format, const std::function<void(const std::string&)>& warning);
+    /// Likewise of the file `from`, which may be this one: what a training goes on from.
+    SavedState load_from(const std::filesystem::path& from, const std::string& format,
+                         const std::function<void(const std::string&)>& warning);
 
 private:
     std::filesystem::path path_;
@@ -86,10 +89,21 @@ void get_field(const std::filesystem::path& path, const Metadata& metadata, cons
     }
 }
 
+/// For a function that lists fields, visit(key, field) or visit(key, field, names): writes each as metadata.
+inline auto put_into(Metadata& metadata) {
+    return [&metadata](const char* key, const auto&... field) { put_field(metadata, key, field...); };
+}
+/// Likewise: reads each.
+inline auto get_from(const std::filesystem::path& path, const Metadata& metadata) {
+    return [&path, &metadata](const char* key, auto&... field) { get_field(path, metadata, key, field...); };
+}
+
+/// Throws InvalidArgument where a field of a checkpoint, but for `free`, is not what is wanted.
+void check_continues(const Metadata& wanted, const Metadata& saved, const std::string& free = {});
+
 inline constexpr Names<bool, 2> yes_or_no{{{"no", false}, {"yes", true}}};
 
-/// Lists the fields of `evaluation` that a checkpoint keeps, once for writing and reading: visit(key, field), or
-/// visit(key, field, names) for choices.
+/// Lists the fields of `evaluation` that a checkpoint keeps.
 template <class Evaluation, std::size_t methods, class Visit>
 void visit_evaluation(Evaluation& evaluation, const Names<Method, methods>& names, const Visit& visit) {
     visit("method", evaluation.method, names);

@@ -3,7 +3,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -21,6 +20,7 @@
 #include <files/write.hpp>
 
 #include "nn/averaging.hpp"
+#include "nn/basics.hpp"
 #include "nn/language_model.hpp"
 #include "nn/optimisation.hpp"
 #include "nn/saved_state.hpp"
@@ -36,11 +36,6 @@ using at::Tensor;
 constexpr index images_at_once = 1000, sequences_at_once = 64;  // that are classified
 constexpr index all_images = 60'000;                            // that Fashion-MNIST has for training
 constexpr index line_intervals = 4;                             // of the line between two workers
-
-template <class Number>
-void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 // ------------------------------------------------------------------------------------------------- networks
 
@@ -373,13 +368,12 @@ void visit_fields(S& state, const Visit& visit) {
     visit("weight_decay", options.weight_decay);
     visit("gradient_clip", options.gradient_clip);
     visit("micro_batch", options.micro_batch);
-    visit("on_not_finite", options.on_not_finite, on_not_finite_names);
+    visit("on_not_finite", options.on_not_finite, on_divergence_names);
 }
 
-State read(const std::filesystem::path& path, SavedStates& file, const std::function<void(const std::string&)>& warn) {
-    SavedState saved = file.load(format, warn);
+State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
-    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    visit_fields(state, get_from(path, saved.metadata));
     try {
         check(state.options);
         require(state.phase >= 1 && state.phase <= 3, "phase", "1 to 3", state.phase);
@@ -392,15 +386,10 @@ State read(const std::filesystem::path& path, SavedStates& file, const std::func
     return state;
 }
 
-/// Throws unless `options` continue the training of the checkpoint.
-void check_continues(const SwapOptions& options, const State& saved) {
-    const State wanted{options, saved.phase, {}, {}};
-    Metadata ours, theirs;
-    visit_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
-    visit_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
-    for (const auto& [name, value] : theirs)
-        if (name != "on_not_finite" && ours.at(name) != value)
-            throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
+Metadata fields_of(const State& state) {
+    Metadata fields;
+    visit_fields(state, put_into(fields));
+    return fields;
 }
 
 std::string prefix_of(index worker) { return "worker." + std::to_string(worker) + "."; }
@@ -425,18 +414,16 @@ public:
           done_(std::size_t(group_ != nullptr ? 1 : options.workers)) {
         check_batches(options, subject_->examples());
         if (options_.resume.empty()) return;
-        SavedStates other(options_.resume);
-        std::error_code error;
-        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
-        saved_ = read(options_.resume, same ? file_ : other,
-                      group_ == nullptr || group_->rank() == 0 ? callbacks_.warning : nullptr);
-        check_continues(options_, *saved_);
+        saved_ = from_saved(options_.resume,
+                            file_.load_from(options_.resume, format,
+                                            group_ == nullptr || group_->rank() == 0 ? callbacks_.warning : nullptr));
+        check_continues(fields_of({options_, saved_->phase, {}, {}}), fields_of(*saved_), "on_not_finite");
         if (saved_->data_fingerprint != subject_->fingerprint())
             throw InvalidArgument("data", "the token file of the checkpoint", options_.data.string());
     }
 
     SwapResult run() {
-        const auto begin = std::chrono::steady_clock::now();
+        const auto begin = Clock::now();
         if (group_ != nullptr) {
             GroupTeam team(*group_);
             work(team);
@@ -444,7 +431,7 @@ public:
         } else {
             run_team(options_.workers, options_.threads, [this](Team& team) { work(team); });
         }
-        result_.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        result_.seconds = seconds_since(begin);
         return std::move(result_);
     }
 
@@ -551,11 +538,11 @@ private:
         write({options_, number, std::move(tensors), {}});
     }
     void write(const State& state) {
-        SavedState saved{
-            {{"format", format}, {"data", options_.data.string()}, {"data_fingerprint", subject_->fingerprint()}},
-            state.tensors};
-        visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
-        file_.save(saved);
+        Metadata metadata = fields_of(state);
+        metadata["format"] = format;
+        metadata["data"] = options_.data.string();
+        metadata["data_fingerprint"] = subject_->fingerprint();
+        file_.save({metadata, state.tensors});
     }
 
     void count(index number, index steps, double seconds, Team& team) {
@@ -651,15 +638,13 @@ SwapResult train_swap(const SwapOptions& options, const SwapCallbacks& callbacks
 bool is_swap(const std::filesystem::path& checkpoint) { return format_of(checkpoint) == format; }
 
 SwapOptions swap_options(const std::filesystem::path& checkpoint) {
-    SavedStates file(checkpoint);
-    return read(checkpoint, file, {}).options;
+    return from_saved(checkpoint, SavedStates(checkpoint).load(format, {})).options;
 }
 
 SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
                           const std::function<void(const std::string&)>& warning) {
     limit_threads(1);
-    SavedStates file(checkpoint);
-    const State saved = read(checkpoint, file, warning);
+    const State saved = from_saved(checkpoint, SavedStates(checkpoint).load(format, warning));
     SwapOptions options = saved.options;
     if (!data.empty() || options.network != Network::language) options.data = data;
     const std::unique_ptr<Subject> subject = make_subject(options);

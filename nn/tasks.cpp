@@ -3,36 +3,23 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <optional>
 #include <random>
 #include <utility>
 
-#include <deeppcr/nn/training.hpp>
-#include <files/write.hpp>
-
 #include "nn/device_scope.hpp"
 #include "nn/language_model.hpp"
-#include "nn/optimisation.hpp"
-#include "nn/saved_state.hpp"
 #include "nn/threads.hpp"
+#include "nn/training_loop.hpp"
 
 namespace deeppcr::nn {
 namespace {
 
 using at::Tensor;
-using Clock = std::chrono::steady_clock;
 
 const std::string format = "deeppcr task 1";
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-template <class Number>
-void require(bool condition, const char* argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 // ------------------------------------------------------------------------------------------------- the data
 
@@ -40,7 +27,7 @@ void require(bool condition, const char* argument, const std::string& expected, 
 class Random {
 public:
     Random(std::uint64_t seed, std::uint64_t number) {
-        std::seed_seq words{seed, seed >> 32, number, number >> 32};
+        std::seed_seq words = seeds(seed, number);
         engine_.seed(words);
     }
     /// 0..count-1. The bias, count / 2^64, is not one that could be seen.
@@ -204,10 +191,16 @@ void visit_fields(S& state, const Visit& visit) {
     visit_evaluation(options.evaluation, cell_method_names, visit);
 }
 
-void write(SavedStates& file, const State& state) {
+Metadata fixed_fields(const State& state) {
+    Metadata fields;
+    visit_fixed_fields(state, put_into(fields));
+    return fields;
+}
+
+SavedState to_saved(const State& state) {
     SavedState saved{{{"format", format}}, state.tensors};
-    visit_fields(state, [&](const auto&... field) { put_field(saved.metadata, field...); });
-    file.save(saved);
+    visit_fields(state, put_into(saved.metadata));
+    return saved;
 }
 
 /// Throws InvalidArgument for what cannot be.
@@ -215,7 +208,7 @@ void check(const TaskTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
-    visit_fields(state, [&](const char* key, auto&... field) { get_field(path, saved.metadata, key, field...); });
+    visit_fields(state, get_from(path, saved.metadata));
     try {
         check(state.options);
         if (const index vocabulary = vocabulary_of(state.options.task); vocabulary != state.options.model.vocabulary)
@@ -270,14 +263,6 @@ void check(const TaskTrainingOptions& options) {
     check(optimisation_options(options));
 }
 
-void check_continues(const State& wanted, const State& saved) {
-    Metadata ours, theirs;
-    visit_fixed_fields(wanted, [&](const auto&... field) { put_field(ours, field...); });
-    visit_fixed_fields(saved, [&](const auto&... field) { put_field(theirs, field...); });
-    for (const auto& [name, value] : theirs)
-        if (ours.at(name) != value) throw InvalidArgument(name, value + ", as in the checkpoint", ours.at(name));
-}
-
 // ------------------------------------------------------------------------------------------------ measuring
 
 struct Answered {
@@ -326,14 +311,10 @@ TaskValidation measure(LanguageModel& model, const SequenceTaskOptions& task, in
 
 // --------------------------------------------------------------------------------------------- the training
 
-class Training {
+class Training : TrainingLoop<TaskTrainingOptions, TaskCallbacks, TaskTraining> {
 public:
     Training(const TaskTrainingOptions& options, const TaskCallbacks& callbacks)
-        : options_(options),
-          share_(options.group),
-          callbacks_(share_.speaks() ? callbacks : TaskCallbacks{.interrupted = callbacks.interrupted}),
-          device_(device_of(options.device, options.group)),
-          checkpoint_(options.checkpoint) {
+        : TrainingLoop(options, callbacks, Share(options.group)), device_(device_of(options.device, options.group)) {
         state_.options = options;
         state_.options.model.vocabulary = vocabulary_of(options.task);
         state_.options.model = completed(state_.options.model);
@@ -342,72 +323,40 @@ public:
             model_ = std::make_shared<LanguageModel>(state_.options.model);
             const at::NoGradGuard no_gradients;
             for (Tensor& parameters : model_->recurrent_parameters()) parameters.mul_(options.recurrent_scale);
-            model_->to(device_);
-            make_optimisation();
         } else {
-            resume();
+            State saved = from_saved(options.resume, load(format));
+            check_continues(fixed_fields(state_), fixed_fields(saved));
+            model_ = make_model(options.resume, saved.options.model, saved.tensors);
+            saved.options = state_.options;
+            state_ = std::move(saved);
         }
+        model_->to(device_);
+        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options));
+        if (share_.group() != nullptr) optimisation_->share(*share_.group());
+        optimisation_->restore(state_.updates, options.resume, state_.tensors);
+        state_.tensors.clear();
     }
 
     TaskTraining run() {
-        for (const auto& parameter : model_->parameters()) result_.parameters += parameter.numel();
-        const index first = state_.step;
+        start(model_->parameters());
         bool validated = false;
         while (state_.step < options_.steps && !result_.interrupted && !enough()) {
-            TaskStep record = one_step();
-            record.elapsed = seconds_since(begin_);
-            record.remaining = record.elapsed / double(record.step - first) * double(options_.steps - record.step);
-            result_.steps.push_back(record);
-            if (callbacks_.step) callbacks_.step(record);
-            result_.interrupted = share_.any(callbacks_.interrupted && callbacks_.interrupted());
-            const auto due = [&](index interval) { return interval > 0 && state_.step % interval == 0; };
-            validated = !result_.interrupted && due(options_.validation_interval);
+            TaskStep step = one_step();
+            tell(step, options_.steps - state_.step);
+            validated = due(options_.validation_interval, state_.step);
             if (validated) validate();
-            if (!result_.interrupted && due(options_.checkpoint_interval) && state_.step < options_.steps) save();
+            if (due(options_.checkpoint_interval, state_.step) && state_.step < options_.steps) save();
         }
         if (!result_.interrupted && !validated) validate();
         save();
-        share_.barrier();  // so that no rank ends the program before the first one has written
-        result_.seconds = seconds_since(begin_);
-        return std::move(result_);
+        return conclude();
     }
 
 private:
-    void make_optimisation() {
-        optimisation_.emplace(parameter_groups(*model_), optimisation_options(options_));
-        if (share_.group() != nullptr) optimisation_->share(*share_.group());
-    }
-
-    void resume() {
-        SavedStates other(options_.resume);
-        std::error_code error;
-        const bool same = std::filesystem::equivalent(options_.checkpoint, options_.resume, error) && !error;
-        const State saved = from_saved(
-            options_.resume,
-            (same ? checkpoint_ : other).load(format, [this](const std::string& warning) { tell(warning); }));
-        check_continues(state_, saved);
-        model_ = make_model(options_.resume, saved.options.model, saved.tensors);
-        model_->to(device_);
-        make_optimisation();
-        if (saved.updates > 0)
-            optimisation_->restore_state(saved.updates, [&](const std::string& name, const Tensor& like) {
-                return find(options_.resume, saved.tensors, name, like.cpu())
-                    .to(device_, like.scalar_type(), false, true);
-            });
-        state_.step = saved.step;
-        state_.updates = saved.updates;
-        state_.length = saved.length;
-        state_.sequences = saved.sequences;
-        state_.recent_accuracy = saved.recent_accuracy;
-    }
-
     void save() {
-        if (options_.checkpoint.empty() || !share_.speaks()) return;
-        state_.tensors.clear();
-        const auto keep = [&](const std::string& name, const Tensor& tensor) { state_.tensors[name] = tensor; };
-        for (const auto& parameter : model_->named_parameters()) keep(parameter.key(), parameter.value());
-        optimisation_->visit_state(keep);
-        write(checkpoint_, state_);
+        if (!saves()) return;
+        optimisation_->save(state_.tensors);
+        checkpoint_.save(to_saved(state_));
         state_.tensors.clear();
     }
 
@@ -420,10 +369,7 @@ private:
         record.length = state_.length;
         record.learning_rate = optimisation_->learning_rate(state_.step);
         optimisation_->clear_gradients();
-        const index interval = options_.estimate_interval;
-        set_estimates(interval == 0 || state_.step % interval != 0 ? Estimates::none
-                      : device_.is_cuda()                          ? Estimates::quick
-                                                                   : Estimates::full);
+        set_estimates(estimates_of(state_.step, options_.estimate_interval, device_));
         // Of shorter sequences more, as they have fewer answers.
         const index count = options_.batch * std::clamp<index>(options_.task.length / state_.length, 1, 4);
         const auto [first, last] = share_.part(count);
@@ -437,19 +383,11 @@ private:
         const Tensor loss = found.loss / double(share_.ranks());
         record.loss = share_.sum(loss.item<double>());
         record.accuracy = share_.sum(double(found.right)) / share_.sum(double(found.answers));
-        record.gradient_norm = std::numeric_limits<double>::quiet_NaN();
-        if (std::isfinite(record.loss)) {
-            loss.backward();
-            record.gradient_norm = optimisation_->step(state_.step);
-        }
-        record.skipped = !std::isfinite(record.gradient_norm);
-        if (record.skipped) {
-            if (const std::string what = not_finite(record.loss, record.step);
-                options_.on_divergence == OnDivergence::stop)
-                throw TrainingDiverged(what + "; a smaller learning rate may help");
-            else
-                tell(what + ": it is skipped");
-        } else {
+        if (std::isfinite(record.loss)) loss.backward();
+        record.gradient_norm = optimisation_->step(state_.step, record.loss);
+        record.skipped =
+            !updated(record.loss, record.gradient_norm, "step " + std::to_string(record.step), options_.on_divergence);
+        if (!record.skipped) {
             ++state_.updates;
             lengthen(record.accuracy);
         }
@@ -479,7 +417,7 @@ private:
     }
 
     void validate() {
-        set_estimates(device_.is_cuda() ? Estimates::quick : Estimates::full);
+        set_estimates(estimates_of(0, 1, device_));
         TaskValidation found = measure(*model_, options_.task, options_.task.length, options_.validation_sequences,
                                        options_.batch, device_);
         found.step = state_.step;
@@ -487,20 +425,10 @@ private:
         if (callbacks_.validation) callbacks_.validation(found);
     }
 
-    void tell(const std::string& note) {
-        if (callbacks_.note) callbacks_.note(note);
-    }
-
-    const TaskTrainingOptions& options_;
-    const Share share_;
-    const TaskCallbacks callbacks_;
     at::Device device_;
-    SavedStates checkpoint_;
     State state_;
     std::shared_ptr<LanguageModel> model_;
     std::optional<Optimisation> optimisation_;
-    TaskTraining result_;
-    Clock::time_point begin_ = Clock::now();
 };
 
 }  // namespace
@@ -514,7 +442,6 @@ TaskTrainingOptions::TaskTrainingOptions() : device("cpu") {
 
 TaskTraining train_task(const TaskTrainingOptions& options, const TaskCallbacks& callbacks) {
     check(options);
-    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
     set_threads(options.evaluation);
     return Training(options, callbacks).run();
 }
@@ -536,7 +463,7 @@ TaskValidation validate_task(const std::filesystem::path& checkpoint, const Task
     const auto model = make_model(checkpoint, trained.model, state.tensors);
     model->to(device);
     Options evaluation = options.evaluation;
-    evaluation.estimates = device.is_cuda() ? Estimates::quick : Estimates::full;
+    evaluation.estimates = estimates_of(0, 1, device);
     model->set_evaluation(evaluation);
     const auto chosen = [](index given, index usual) { return given > 0 ? given : usual; };
     TaskValidation result =

@@ -5,7 +5,6 @@
 #include <zlib.h>
 
 #include <cerrno>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -13,6 +12,7 @@
 #include <files/read.hpp>
 #include <files/tokens.hpp>
 
+#include "nn/basics.hpp"
 #include "nn/sentencepieces.hpp"
 
 namespace deeppcr::nn {
@@ -234,9 +234,9 @@ std::string Vocabulary::text(index token) const {
 PreparedTokens prepare_tokens(const PrepareOptions& options) {
     check(options);
     files::check_writable(options.output);
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     PreparedTokens result = Preparation(options).run();
-    result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    result.seconds = seconds_since(begin);
     return result;
 }
 

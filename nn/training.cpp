@@ -5,33 +5,23 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <torch/version.h>
 
-#include <chrono>
 #include <cmath>
 #include <memory>
+#include <optional>
 
 #include <deeppcr/nn/fashion_mnist.hpp>
 #include <deeppcr/nn/residual_network.hpp>
-#include <files/error.hpp>
-#include <files/write.hpp>
 
-#include "nn/checkpoint.hpp"
 #include "nn/device_scope.hpp"
-#include "nn/optimisation.hpp"
-#include "nn/sharing.hpp"
 #include "nn/threads.hpp"
+#include "nn/training_loop.hpp"
 
 namespace deeppcr::nn {
 namespace {
 
 using at::Tensor;
 
-class Stopwatch {
-public:
-    double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
-
-private:
-    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
+const std::string format = "deeppcr residual network 1";
 
 std::string shape_text(const Tensor& tensor) {
     std::string text = "[";
@@ -40,11 +30,6 @@ std::string shape_text(const Tensor& tensor) {
 }
 
 // ------------------------------------------------------------------------------------------------- options
-
-template <class Number>
-void require(bool condition, const std::string& argument, const std::string& expected, Number actual) {
-    if (!condition) throw InvalidArgument(argument, expected, std::to_string(actual));
-}
 
 OptimisationOptions optimisation_options(const TrainingOptions& options, index steps) {
     return {options.optimiser,    options.learning_rate, options.warm_up,      steps,
@@ -63,25 +48,62 @@ void check(const TrainingOptions& options) {
             "a finite number, at least 0", options.trunk_learning_rate);
 }
 
-/// Throws unless `options` continue the training of the checkpoint.
-void check_continues(const TrainingOptions& options, const TrainingOptions& saved) {
-    const auto same = [](const char* name, const auto& wanted, const auto& written) {
-        if (wanted != written)
-            throw InvalidArgument(name, std::to_string(written) + ", as in the checkpoint", std::to_string(wanted));
-    };
-    const auto same_choice = [](const char* name, auto wanted, auto written, const auto& names) {
-        if (wanted != written)
-            throw InvalidArgument(name, name_of(names, written) + ", as in the checkpoint", name_of(names, wanted));
-    };
-    same("layers", options.layers, saved.layers);
-    same("width", options.width, saved.width);
-    same("skip", options.skip, saved.skip);
-    same_choice("activation", options.activation, saved.activation, activation_names);
-    same("train_images", options.train_images, saved.train_images);
-    same("held_out", options.held_out, saved.held_out);
-    same("batch", options.batch, saved.batch);
-    same("seed", options.seed, saved.seed);
-    same_choice("optimiser", options.optimiser, saved.optimiser, optimiser_names);
+// ------------------------------------------------------------------------------------------- the checkpoint
+
+/// Everything that a training needs to go on to the same numbers.
+struct State {
+    TrainingOptions options;  ///< without `resume`, `checkpoint`, `data`: they are the caller's
+    index step = 0;           ///< done so far
+    double epoch_loss = 0, epoch_accuracy = 0, epoch_seconds = 0;  ///< sums over the steps of the epoch under way
+    SavedTensors tensors;  ///< Optimisation::save's; "prediction": DenseChainMemory's, where there is one
+};
+
+/// What a resumed training must have in common with its checkpoint.
+template <class O, class Visit>
+void visit_fixed_fields(O& options, const Visit& visit) {
+    visit("layers", options.layers);
+    visit("width", options.width);
+    visit("skip", options.skip);
+    visit("activation", options.activation, activation_names);
+    visit("train_images", options.train_images);
+    visit("held_out", options.held_out);
+    visit("batch", options.batch);
+    visit("seed", options.seed);
+    visit("optimiser", options.optimiser, optimiser_names);
+}
+
+template <class S, class Visit>
+void visit_fields(S& state, const Visit& visit) {
+    auto& options = state.options;
+    visit("step", state.step);
+    visit("epoch_loss", state.epoch_loss);
+    visit("epoch_accuracy", state.epoch_accuracy);
+    visit("epoch_seconds", state.epoch_seconds);
+    visit_fixed_fields(options, visit);
+    visit("epochs", options.epochs);
+    visit("steps", options.steps);
+    visit("learning_rate", options.learning_rate);
+    visit("trunk_learning_rate", options.trunk_learning_rate);
+    visit("warm_up", options.warm_up);
+    visit("weight_decay", options.weight_decay);
+    visit("momentum", options.momentum);
+    visit("gradient_clip", options.gradient_clip);
+    visit("checkpoint_interval", options.checkpoint_interval);
+    visit_evaluation(options.evaluation, method_names, visit);
+}
+
+Metadata fixed_fields(const TrainingOptions& options) {
+    Metadata fields;
+    visit_fixed_fields(options, put_into(fields));
+    return fields;
+}
+
+State from_saved(const std::filesystem::path& path, SavedState saved) {
+    State state;
+    visit_fields(state, get_from(path, saved.metadata));
+    if (state.step < 0) throw FileError(path, "a count as metadata \"step\"", std::to_string(state.step));
+    state.tensors = std::move(saved.tensors);
+    return state;
 }
 
 // ------------------------------------------------------------------------------------------------- network
@@ -95,7 +117,7 @@ ResidualNetwork make_network(const TrainingOptions& options) {
 }
 
 /// The network of a checkpoint. The file's own tensors are compared with its metadata before anything is built from it.
-ResidualNetwork make_network(const std::filesystem::path& path, const Checkpoint& checkpoint) {
+ResidualNetwork make_network(const std::filesystem::path& path, const State& checkpoint) {
     const TrainingOptions& options = checkpoint.options;
     const auto weights = checkpoint.tensors.find("layers.weight");
     if (weights == checkpoint.tensors.end() ||
@@ -128,7 +150,7 @@ index correct(const Tensor& logits, const Tensor& labels) {
 ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index batch, const Share& share,
                          const std::function<void(double)>& progress, const std::function<bool()>& interrupted) {
     const at::NoGradGuard no_gradients;
-    const Stopwatch watch;
+    const auto begin = Clock::now();
     const auto training_memory = network->memory;
     struct Restore {
         ResidualNetwork& network;
@@ -164,14 +186,14 @@ ValidationResult measure(ResidualNetwork& network, const ImageSet& set, index ba
         result.iterations = iterations / batches;
         result.residual = maxima[0];
     }
-    result.seconds = watch.seconds();
+    result.seconds = seconds_since(begin);
     return result;
 }
 
 // ---------------------------------------------------------------------------------------------- optimisers
 
-/// Two groups of parameters: encoder and decoder; the trunk.
-Optimisation make_optimisation(ResidualNetwork& network, const TrainingOptions& options, index steps) {
+/// Encoder and decoder; the trunk.
+std::vector<Optimisation::Group> parameter_groups(const ResidualNetwork& network, const TrainingOptions& options) {
     Optimisation::Group ends, trunk;
     trunk.factor = (options.trunk_learning_rate > 0 ? options.trunk_learning_rate
                                                     : options.learning_rate / double(options.layers)) /
@@ -179,7 +201,7 @@ Optimisation make_optimisation(ResidualNetwork& network, const TrainingOptions& 
     for (const auto& parameter : network->named_parameters())
         (parameter.key().starts_with("layers.") ? trunk : ends)
             .parameters.emplace_back(parameter.key(), parameter.value());
-    return {{ends, trunk}, optimisation_options(options, steps)};
+    return {ends, trunk};
 }
 
 /// Of all ranks, in place of this one's.
@@ -200,144 +222,145 @@ Tensor mean_loss(ResidualNetwork& network, const ImageSet::Batch& batch, Tensor&
     return at::cross_entropy_loss(logits, batch.labels);
 }
 
-}  // namespace
+// --------------------------------------------------------------------------------------------- the training
 
-// ------------------------------------------------------------------------------------------------ training
+class Training : TrainingLoop<TrainingOptions, TrainingCallbacks, TrainingResult> {
+public:
+    Training(const TrainingOptions& options, const TrainingCallbacks& callbacks)
+        : TrainingLoop(options, callbacks, Share(options.group)), device_(device_of(options.device, options.group)) {
+        if (options.resume.empty()) {
+            network_ = make_network(options);
+        } else {
+            state_ = from_saved(options.resume, load(format));
+            check_continues(fixed_fields(options), fixed_fields(state_.options));
+            network_ = make_network(options.resume, state_);
+            network_->options.evaluation(options.evaluation);
+        }
+        state_.options = options;
+        move(network_, device_);
 
-TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& all_callbacks) {
-    check(options);
-    const Share share(options.group);
-    const TrainingCallbacks callbacks =
-        share.speaks() ? all_callbacks : TrainingCallbacks{.interrupted = all_callbacks.interrupted};
-    const at::Device device = device_of(options.device, options.group);
-    if (!options.checkpoint.empty()) files::check_writable(options.checkpoint);
-    limit_threads(1);
+        data_ = load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images).to(device_);
+        epoch_steps_ = data_.training.size() / options.batch;
+        require(epoch_steps_ >= 1, "batch",
+                "at most the number of training images, " + std::to_string(data_.training.size()), options.batch);
+        steps_ = options.steps > 0 ? options.steps : options.epochs * epoch_steps_;
+        require(state_.step <= steps_, "steps",
+                "at least the " + std::to_string(state_.step) + " steps of the checkpoint", steps_);
 
-    Checkpoint state;
-    ResidualNetwork network = nullptr;
-    if (options.resume.empty()) {
-        network = make_network(options);
-    } else {
-        state = read_checkpoint(options.resume);
-        check_continues(options, state.options);
-        network = make_network(options.resume, state);
-        network->options.evaluation(options.evaluation);
+        optimisation_.emplace(parameter_groups(network_, options), optimisation_options(options, steps_));
+        if (share_.group() != nullptr) optimisation_->share(*share_.group());
+        optimisation_->restore(state_.step, options.resume, state_.tensors);
+        state_.tensors.clear();
     }
-    state.options = options;
-    move(network, device);
 
-    const FashionMnist data =
-        load_fashion_mnist(options.data, options.seed, options.held_out, options.train_images).to(device);
-    const index epoch_steps = data.training.size() / options.batch;
-    require(epoch_steps >= 1, "batch", "at most the number of training images, " + std::to_string(data.training.size()),
-            options.batch);
-    const index steps = options.steps > 0 ? options.steps : options.epochs * epoch_steps;
-    const index epochs = (steps + epoch_steps - 1) / epoch_steps;
-    if (state.step < 0 || state.step > steps)
-        throw InvalidArgument("steps", "at least the " + std::to_string(state.step) + " steps of the checkpoint",
-                              std::to_string(steps));
+    TrainingResult run() {
+        start(network_->parameters());
+        while (state_.step < steps_ && !result_.interrupted) {
+            StepRecord step = one_step();
+            tell(step, steps_ - state_.step);
+            if (const bool epoch_ends = step.epoch_step == epoch_steps_; epoch_ends || state_.step == steps_) {
+                end_epoch(step);
+                if (epoch_ends) state_.epoch_loss = state_.epoch_accuracy = state_.epoch_seconds = 0;
+                save();
+            } else if (result_.interrupted || due(options_.checkpoint_interval, state_.step)) {
+                save();
+            }
+        }
+        if (options_.test && !result_.interrupted) result_.test = validate(data_.test);
+        return conclude();
+    }
 
-    Optimisation optimisation = make_optimisation(network, options, steps);
-    if (share.group() != nullptr) optimisation.share(*share.group());
-    if (state.step > 0)
-        optimisation.restore_state(state.step, [&](const std::string& name, const Tensor& like) {
-            return find(options.resume, state.tensors, name, like).to(device, like.scalar_type(), false, /*copy=*/true);
-        });
+private:
+    void save() {
+        if (!saves()) return;
+        SavedState saved{{{"format", format}}, {}};
+        visit_fields(state_, put_into(saved.metadata));
+        optimisation_->save(saved.tensors);
+        if (network_->memory->prediction.defined()) saved.tensors["prediction"] = network_->memory->prediction;
+        checkpoint_.save(saved);
+    }
 
-    const auto save = [&] {
-        if (options.checkpoint.empty() || !share.speaks()) return;
-        state.tensors.clear();
-        for (const auto& parameter : network->named_parameters()) state.tensors[parameter.key()] = parameter.value();
-        optimisation.visit_state([&](const std::string& name, const Tensor& tensor) { state.tensors[name] = tensor; });
-        if (network->memory->prediction.defined()) state.tensors["prediction"] = network->memory->prediction;
-        write_checkpoint(options.checkpoint, state);
-    };
+    StepRecord one_step() {
+        const auto begin = Clock::now();
+        const index epoch = state_.step / epoch_steps_, position = state_.step % epoch_steps_, rows = options_.batch;
+        if (!order_.defined() || position == 0)
+            order_ = shuffled(data_.training.size(), options_.seed, epoch).to(device_);
+        const auto [first, last] = share_.part(rows);
+        const auto batch = data_.training.batch(order_.slice(0, position * rows + first, position * rows + last));
 
-    TrainingResult result;
-    for (const auto& parameter : network->parameters()) result.parameters += parameter.numel();
-    const Stopwatch watch;
-    const index first_step = state.step;
-    Tensor order;
-    while (state.step < steps && !result.interrupted) {
-        const Stopwatch step_watch;
-        const index epoch = state.step / epoch_steps, position = state.step % epoch_steps;
-        if (!order.defined() || position == 0) order = shuffled(data.training.size(), options.seed, epoch).to(device);
-        const auto [first_row, last_row] = share.part(options.batch);
-        const auto batch = data.training.batch(
-            order.slice(0, position * options.batch + first_row, position * options.batch + last_row));
-
-        optimisation.clear_gradients();
+        optimisation_->clear_gradients();
         Tensor logits;
-        const Tensor loss = mean_loss(network, batch, logits) / double(share.ranks());
+        const Tensor loss = mean_loss(network_, batch, logits) / double(share_.ranks());
         StepRecord record;
-        record.step = state.step + 1;
-        record.loss = share.sum(loss.item<double>());
-        const auto diverged = [&](const std::string& what) {
-            return TrainingDiverged(what + " of step " + std::to_string(record.step) +
-                                    " is not finite; a smaller learning rate may help");
-        };
-        if (!std::isfinite(record.loss)) throw diverged("the loss");
-        loss.backward();
-        record.gradient_norm = optimisation.step(state.step);
-        if (!std::isfinite(record.gradient_norm)) throw diverged("the gradient");
-
-        const Report& forward = network->memory->forward;
-        record.steps = steps;
+        record.step = state_.step + 1;
+        record.steps = steps_;
         record.epoch = epoch + 1;
-        record.epochs = epochs;
+        record.epochs = (steps_ + epoch_steps_ - 1) / epoch_steps_;
         record.epoch_step = position + 1;
-        record.epoch_steps = std::min(epoch_steps, steps - epoch * epoch_steps);
-        record.accuracy = double(correct(logits, batch.labels)) / double(options.batch);
-        record.learning_rate = optimisation.learning_rate(state.step);
+        record.epoch_steps = std::min(epoch_steps_, steps_ - epoch * epoch_steps_);
+        record.learning_rate = optimisation_->learning_rate(state_.step);
+        record.loss = share_.sum(loss.item<double>());
+        if (std::isfinite(record.loss)) loss.backward();
+        record.gradient_norm = optimisation_->step(state_.step, record.loss);
+        updated(record.loss, record.gradient_norm, "step " + std::to_string(record.step));
+
+        const Report& forward = network_->memory->forward;
+        record.accuracy = double(correct(logits, batch.labels)) / double(rows);
         record.iterations = forward.iterations;
         for (const auto& sequence : forward.sequences)
-            record.mean_iterations += double(sequence.iterations) / double(options.batch);
+            record.mean_iterations += double(sequence.iterations) / double(rows);
         record.residual = forward.residual;
         record.status = forward.status;
         record.sequential_steps =
-            network->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
+            network_->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
         record.forward_seconds = forward.seconds;
-        record.backward_seconds = network->memory->backward.seconds;
-        gather(record, share);
-        record.seconds = step_watch.seconds();
-        record.elapsed = watch.seconds();
-        record.remaining = record.elapsed / double(record.step - first_step) * double(steps - record.step);
-        result.steps.push_back(record);
-
-        ++state.step;
-        state.epoch_loss += record.loss;
-        state.epoch_accuracy += record.accuracy;
-        state.epoch_seconds += record.seconds;
-        if (callbacks.step) callbacks.step(record);
-        result.interrupted = share.any(callbacks.interrupted && callbacks.interrupted());
-
-        if (const bool epoch_ends = position + 1 == epoch_steps; epoch_ends || state.step == steps) {
-            EpochRecord summary{epoch + 1, state.step, 0, 0, {}, state.epoch_seconds};
-            summary.loss = state.epoch_loss / double(position + 1);
-            summary.accuracy = state.epoch_accuracy / double(position + 1);
-            if (epoch_ends) state.epoch_loss = state.epoch_accuracy = state.epoch_seconds = 0;
-            if (data.held_out.size() > 0 && !result.interrupted) {
-                summary.validation =
-                    measure(network, data.held_out, options.batch, share, callbacks.validation, callbacks.interrupted);
-                result.interrupted = summary.validation.images < data.held_out.size();
-            }
-            if (!result.interrupted) {
-                result.epochs.push_back(summary);
-                if (callbacks.epoch) callbacks.epoch(summary);
-            }
-            save();
-        } else if (result.interrupted ||
-                   (options.checkpoint_interval > 0 && state.step % options.checkpoint_interval == 0)) {
-            save();
-        }
+        record.backward_seconds = network_->memory->backward.seconds;
+        gather(record, share_);
+        record.seconds = seconds_since(begin);
+        ++state_.step;
+        state_.epoch_loss += record.loss;
+        state_.epoch_accuracy += record.accuracy;
+        state_.epoch_seconds += record.seconds;
+        return record;
     }
-    if (options.test && !result.interrupted) {
-        result.test = measure(network, data.test, options.batch, share, callbacks.validation, callbacks.interrupted);
-        result.interrupted = result.test.images < data.test.size();
+
+    /// last: its last step.
+    void end_epoch(const StepRecord& last) {
+        EpochRecord summary{last.epoch, last.step, 0, 0, {}, state_.epoch_seconds};
+        summary.loss = state_.epoch_loss / double(last.epoch_step);
+        summary.accuracy = state_.epoch_accuracy / double(last.epoch_step);
+        if (data_.held_out.size() > 0 && !result_.interrupted) summary.validation = validate(data_.held_out);
+        if (result_.interrupted) return;
+        result_.epochs.push_back(summary);
+        if (callbacks_.epoch) callbacks_.epoch(summary);
     }
-    share.barrier();  // so that no rank ends the program before the first one has written
-    result.seconds = watch.seconds();
-    return result;
+
+    ValidationResult validate(const ImageSet& set) {
+        const ValidationResult found =
+            measure(network_, set, options_.batch, share_, callbacks_.validation, callbacks_.interrupted);
+        result_.interrupted = found.images < set.size();
+        return found;
+    }
+
+    at::Device device_;
+    ResidualNetwork network_ = nullptr;
+    FashionMnist data_;
+    index epoch_steps_ = 0, steps_ = 0;
+    State state_;
+    std::optional<Optimisation> optimisation_;
+    Tensor order_;
+};
+
+}  // namespace
+
+TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks) {
+    check(options);
+    limit_threads(1);
+    return Training(options, callbacks).run();
+}
+
+TrainingOptions checkpoint_options(const std::filesystem::path& checkpoint) {
+    return from_saved(checkpoint, SavedStates(checkpoint).load(format, {})).options;
 }
 
 // ------------------------------------------------------------------------------- validation and comparison
@@ -346,7 +369,7 @@ ValidationResult validate(const std::filesystem::path& checkpoint, const Validat
     require(options.batch >= 0, "batch", "at least 0", options.batch);
     const at::Device device = device_of(options.device);
     limit_threads(1);
-    const Checkpoint saved = read_checkpoint(checkpoint);
+    const State saved = from_saved(checkpoint, read_state(checkpoint, format));
     ResidualNetwork network = make_network(checkpoint, saved);
     network->options.evaluation(options.evaluation);
     move(network, device);
@@ -362,8 +385,9 @@ MethodComparison compare_methods(const TrainingOptions& training, const std::fil
                                  const Options& first, const Options& second) {
     check(training);
     limit_threads(1);
-    ResidualNetwork network =
-        checkpoint.empty() ? make_network(training) : make_network(checkpoint, read_checkpoint(checkpoint));
+    ResidualNetwork network = checkpoint.empty()
+                                  ? make_network(training)
+                                  : make_network(checkpoint, from_saved(checkpoint, read_state(checkpoint, format)));
     const at::Device device = device_of(training.device);
     move(network, device);
     const FashionMnist data =

@@ -114,6 +114,16 @@ TEST_F(Sample, AnInterruptedTrainingGoesOnToTheSameModel) {
     ASSERT_EQ(run(sample({"-o", "x.npy"})).exit_code, 0);
     ASSERT_EQ(run({"sample", "whole.safetensors", "--images", "3", "--steps", "20", "-o", "whole.npy"}).exit_code, 0);
     EXPECT_EQ(numbers("x.npy"), numbers("whole.npy"));
+
+    // The checkpoint before stands in for one that is damaged.
+    damage(folder / "diffusion.safetensors");
+    expect_error(sample({"-o", "y.npy"}), HasSubstr("checksum"));
+    const Outcome again = run({"train", "diffusion", "--resume", "diffusion.safetensors", "--json"});
+    ASSERT_EQ(again.exit_code, 0) << again.errors;
+    EXPECT_THAT(again.errors, AllOf(HasSubstr("checksum"), HasSubstr("diffusion.safetensors.previous is used")));
+    EXPECT_EQ(again.json()["steps"].size(), 5U);
+    ASSERT_EQ(run(sample({"-o", "y.npy"})).exit_code, 0);
+    EXPECT_EQ(numbers("y.npy"), numbers("whole.npy"));
 }
 
 TEST_F(Sample, SaysWhatIsWrong) {

@@ -126,9 +126,7 @@ TEST_F(TrainSwap, ACorruptCheckpointIsRefusedAndTheOneBeforeUsed) {
     const Outcome whole = run(small({"--json"}));
     ASSERT_EQ(whole.exit_code, 0) << whole.errors;
     const auto checkpoint = folder / "swap.safetensors";
-    std::string bytes = contents(checkpoint);
-    bytes[bytes.size() / 2] = char(bytes[bytes.size() / 2] ^ 4);
-    std::ofstream(checkpoint, std::ios::binary) << bytes;
+    damage(checkpoint);
     const Outcome resumed = run({"train", "swap", "--resume", "swap.safetensors", "--json"});
     ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
     EXPECT_THAT(resumed.errors, AllOf(HasSubstr("checksum"), HasSubstr("swap.safetensors.previous is used")));

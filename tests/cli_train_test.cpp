@@ -93,6 +93,14 @@ TEST_F(Train, GoesOnAfterCtrlC) {
         for (const char* field : {"step", "loss", "accuracy", "gradient_norm", "iterations", "residual"})
             EXPECT_EQ(found[step][field], expected[step][field]) << field << " of step " << step + 1;
     EXPECT_EQ(resumed.json()["test"]["loss"], whole.json()["test"]["loss"]);
+
+    // The checkpoint before, of the end of the last epoch but one, stands in for one that is damaged.
+    damage(folder / "resnet.safetensors");
+    const Outcome again = run({"train", "resnet", "--resume", "resnet.safetensors", "--json"});
+    ASSERT_EQ(again.exit_code, 0) << again.errors;
+    EXPECT_THAT(again.errors, AllOf(HasSubstr("checksum"), HasSubstr("resnet.safetensors.previous is used")));
+    EXPECT_EQ(again.json()["steps"].size(), 4u);
+    EXPECT_EQ(again.json()["test"]["loss"], whole.json()["test"]["loss"]);
 }
 
 TEST_F(Train, KeepsWhatIsThere) {

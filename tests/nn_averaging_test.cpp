@@ -413,7 +413,7 @@ TEST(Averaging, ALossThatIsNotFiniteStopsOrIsLeftOut) {
             }
         }
 
-        options.on_not_finite = OnNotFinite::skip;
+        options.on_not_finite = OnDivergence::skip;
         std::vector<SwapStep> skipped;
         run_team(2, 2, [&](Team& team) {
             const auto model = task.make_model();

@@ -25,6 +25,13 @@ inline std::string contents(const std::filesystem::path& path) {
     return text.str();
 }
 
+/// Changes a bit in the middle of a file.
+inline void damage(const std::filesystem::path& path) {
+    std::string bytes = contents(path);
+    bytes[bytes.size() / 2] = char(bytes[bytes.size() / 2] ^ 4);
+    std::ofstream(path, std::ios::binary) << bytes;
+}
+
 class ProgramTest : public testing::Test {
 protected:
     struct Outcome {

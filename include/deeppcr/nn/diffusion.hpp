@@ -48,9 +48,12 @@ struct DiffusionOptions {
     double average = 0.999;  ///< decay of the moving average of the denoiser's weights, which is what generates
     std::uint64_t seed = 1;
 
-    std::filesystem::path checkpoint = {};  ///< written at the end, also of an interrupted training; empty: none
-    index checkpoint_interval = 0;          ///< also every so many steps; 0: not
-    /// Continue from this file, to the same numbers. Model, data, batch and seed must be those of the checkpoint.
+    /// Written at the end, also of an interrupted training; empty: none. What was there before is kept beside it as
+    /// <name>.previous.
+    std::filesystem::path checkpoint = {};
+    index checkpoint_interval = 0;  ///< also every so many steps; 0: not
+    /// Continue from this file, to the same numbers; where it is damaged, from <name>.previous. Model, data, batch and
+    /// seed must be those of the checkpoint.
     std::filesystem::path resume = {};
 };
 
@@ -60,9 +63,11 @@ struct DiffusionStep {
     double loss = 0, learning_rate = 0, gradient_norm = 0;
     double seconds = 0, elapsed = 0, remaining = 0;
 };
+/// Of a group all but `interrupted` on the first rank alone.
 struct DiffusionCallbacks {
-    std::function<void(const DiffusionStep&)> step = {};  ///< of a group on the first rank alone
-    std::function<bool()> interrupted = {};               ///< true on any rank ends the training
+    std::function<void(const DiffusionStep&)> step = {};
+    std::function<void(const std::string&)> note = {};  ///< a damaged checkpoint whose predecessor is used
+    std::function<bool()> interrupted = {};             ///< true on any rank ends the training
 };
 struct DiffusionTraining {
     std::vector<DiffusionStep> steps;  ///< of this call
@@ -76,7 +81,7 @@ struct DiffusionTraining {
 /// TrainingDiverged.
 DiffusionTraining train_diffusion(const DiffusionOptions& options, const DiffusionCallbacks& callbacks = {});
 
-/// The options that a checkpoint was written with. Throws FileError where it is none.
+/// The options that a checkpoint was written with; of a damaged one those of its predecessor. Throws FileError.
 DiffusionOptions diffusion_options(const std::filesystem::path& checkpoint);
 
 struct GenerationOptions {

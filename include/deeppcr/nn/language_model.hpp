@@ -105,7 +105,7 @@ LanguagePlan plan_language_model(const LanguagePlanOptions& options);
 enum class Number { float32, bfloat16 };
 inline constexpr Names<Number, 2> number_names{{{"float32", Number::float32}, {"bfloat16", Number::bfloat16}}};
 
-enum class OnDivergence { stop, skip };
+enum class OnDivergence { stop, skip };  ///< TrainingDiverged; or the step changes nothing, and that is told
 inline constexpr Names<OnDivergence, 2> on_divergence_names{
     {{"stop", OnDivergence::stop}, {"skip", OnDivergence::skip}}};
 

@@ -32,13 +32,6 @@ enum class Trajectory {
 inline constexpr Names<Trajectory, 3> trajectory_names{
     {{"last", Trajectory::last}, {"swa", Trajectory::swa}, {"lawa", Trajectory::lawa}}};
 
-/// What to do about a loss or gradient that is not finite.
-enum class OnNotFinite {
-    stop,  ///< TrainingDiverged; the last checkpoint stays
-    skip,  ///< the step changes nothing, and says so
-};
-inline constexpr Names<OnNotFinite, 2> on_not_finite_names{{{"stop", OnNotFinite::stop}, {"skip", OnNotFinite::skip}}};
-
 struct SwapOptions {
     // The network.
     Network network = Network::convolutional;
@@ -90,7 +83,7 @@ struct SwapOptions {
     double weight_decay = 5e-4;
     double gradient_clip = 0;
     index micro_batch = 256;  ///< a larger batch passes through the network in pieces of this size
-    OnNotFinite on_not_finite = OnNotFinite::stop;
+    OnDivergence on_not_finite = OnDivergence::stop;  ///< where a loss or gradient is not finite
 
     // Checkpoints: after every epoch and phase, and of an interrupted training. The one before stays beside it as
     // <checkpoint>.previous.

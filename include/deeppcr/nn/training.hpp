@@ -48,12 +48,13 @@ struct TrainingOptions {
     double gradient_clip = 10;  ///< the norm of all gradients is limited to this; 0: not
     std::uint64_t seed = 1;     ///< of initial weights, split and shuffles
 
-    // Checkpoints: written at the end of every epoch and of the training, also of an interrupted one.
+    // Checkpoints: written at the end of every epoch and of the training, also of an interrupted one. The one before
+    // is kept beside it as <checkpoint>.previous.
     std::filesystem::path checkpoint = {};  ///< empty: none
     index checkpoint_interval = 0;          ///< also every so many steps; 0: not
     /// Continue from this file: everything goes on as if it had never stopped, to the bit (same device and threads; of
-    /// several ranks within the evaluation's tolerance, as the first one's prediction is what is saved). The network,
-    /// the data and the seed must be those of the checkpoint.
+    /// several ranks within the evaluation's tolerance, as the first one's prediction is what is saved). Where it is
+    /// damaged, from <resume>.previous. The network, the data and the seed must be those of the checkpoint.
     std::filesystem::path resume = {};
 
     bool test = true;  ///< measure the test set at the end (not after an interruption)
@@ -105,6 +106,7 @@ struct TrainingCallbacks {
     std::function<void(const EpochRecord&)> epoch = {};
     /// During validation on the held-out and test images: how much of it is done, 0..1.
     std::function<void(double done)> validation = {};
+    std::function<void(const std::string&)> note = {};  ///< a damaged checkpoint whose predecessor is used
     /// Asked after every step and every batch of a validation; true on any rank ends the training with its checkpoint
     /// saved.
     std::function<bool()> interrupted = {};
@@ -121,7 +123,7 @@ struct TrainingDiverged : NotConverged {
 /// NotConverged, NoDevice.
 TrainingResult train(const TrainingOptions& options, const TrainingCallbacks& callbacks = {});
 
-/// The options that a checkpoint was written with. Throws FileError where it is none.
+/// The options that a checkpoint was written with; of a damaged one those of its predecessor. Throws FileError.
 TrainingOptions checkpoint_options(const std::filesystem::path& checkpoint);
 
 struct ValidationOptions {
