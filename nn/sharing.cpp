@@ -16,8 +16,8 @@ using at::Tensor;
 
 template <class T>
 void sum_in_place(Group& group, const Tensor& values) {
-    const Execution execution = DeviceScope(values).options({}).execution;
-    group.sum(std::span(values.data_ptr<T>(), std::size_t(values.numel())), execution);
+    const DeviceScope here(values);
+    group.sum(std::span(values.data_ptr<T>(), std::size_t(values.numel())), here.options({}).execution);
 }
 
 /// Tensors of one type on one device become their sums.

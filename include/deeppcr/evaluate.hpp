@@ -193,8 +193,8 @@ struct Evaluation {
 /// guessed state and again from the one that the part before has handed over, until these agree within the tolerance;
 /// automatic is newton, and overlap for cells. For a number of ranks the bits are the same as above, those of
 /// Method::sequential for every number. Newton's method takes its part in one window, and goes on sequentially where it
-/// makes no progress; window, positive damping, anderson and Backend::cuda are refused (InvalidArgument),
-/// Estimates::full is as quick. What one rank throws is thrown on all (Group::agree).
+/// makes no progress; window, positive damping and anderson are refused (InvalidArgument), with Backend::cuda Newton's
+/// method of cells too; Estimates::full is as quick. What one rank throws is thrown on all (Group::agree).
 template <class T>
 Report evaluate(const Recurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, const Options& options = {});
 

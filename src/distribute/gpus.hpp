@@ -23,13 +23,14 @@ public:
     Gpus& operator=(const Gpus&) = delete;
 
     /// values [count], of the current GPU, become their sums from the first rank to the last: every rank sums one slice
-    /// of all ranks' values, and gives the sum to all. Enqueued in the stream.
-    virtual void sum(float* values, index count, CUstream_st* stream) = 0;
-    virtual void sum(double* values, index count, CUstream_st* stream) = 0;
+    /// of all ranks' values, and gives the sum to all. Enqueued in the stream. Keeps memory for as many; where one rank
+    /// has not enough, throws on all.
+    virtual void sum(Group& group, float* values, index count, CUstream_st* stream) = 0;
+    virtual void sum(Group& group, double* values, index count, CUstream_st* stream) = 0;
 };
 
-/// Between the current GPUs of all ranks, by NCCL; null where two ranks have the same one, the library is not found, or
-/// this build has no NCCL (no_nccl.cpp). Collective.
+/// Between the current GPUs of all ranks, by NCCL; null where two ranks have the same one, the library is not found or
+/// cannot connect them, or this build has no NCCL (no_nccl.cpp). Collective.
 std::unique_ptr<Gpus> connect_gpus(Group& group);
 
 }  // namespace deeppcr::distribute

@@ -266,8 +266,9 @@ void Group::sum(std::span<T> values, const Execution& execution) {
     if (execution.backend != Backend::cuda) return sum(values);
     if (size() == 1) return;
     const index count = index(values.size()), bytes = index(values.size_bytes());
+    if (count > 0) device::require_on_gpu("values", values.data());
     if (sums_slices(count) && gpus() != nullptr) {
-        gpus()->sum(values.data(), count, execution.stream);
+        gpus()->sum(*this, values.data(), count, execution.stream);
         Traffic& traffic = traffic_[std::size_t(Purpose::reduce)];
         const index mine = distribute::slice(count, rank(), size()).count();
         traffic.messages += 2 * (size() - 1);

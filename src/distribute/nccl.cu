@@ -2,7 +2,6 @@
 // the machines are wired. The library is opened when it is first needed: it has 200 MB, and most have no use for it.
 #include <dlfcn.h>
 #include <nccl.h>
-#include <unistd.h>
 
 #include <array>
 #include <cstring>
@@ -69,24 +68,30 @@ public:
         check(nccl().init_rank(&communicator_, ranks, id, rank), "meeting the other ranks");
     }
 
-    void sum(float* values, index count, CUstream_st* stream) override { sum_slices(values, count, stream); }
-    void sum(double* values, index count, CUstream_st* stream) override { sum_slices(values, count, stream); }
+    void sum(Group& group, float* values, index count, CUstream_st* stream) override {
+        sum_slices(group, values, count, stream);
+    }
+    void sum(Group& group, double* values, index count, CUstream_st* stream) override {
+        sum_slices(group, values, count, stream);
+    }
 
 private:
     template <class T>
-    void sum_slices(T* values, index count, CUstream_st* stream) {
+    void sum_slices(Group& group, T* values, index count, CUstream_st* stream) {
         const Slice mine = slice(count, rank_, ranks_);
-        const auto received = allocate<T>(mine.count() * ranks_, stream);
+        reserve(group, (count / ranks_ + 1) * ranks_ * index(sizeof(T)));
+        done_.wait_in(stream);
+        T* const received = static_cast<T*>(received_.get());
         exchange(
             [&](int other, const auto& send, const auto& receive) {
                 const Slice theirs = slice(count, other, ranks_);
                 send(values + theirs.first, theirs.count());
-                receive(received.get() + mine.count() * other, mine.count());
+                receive(received + mine.count() * other, mine.count());
             },
             stream);
         if (mine.count() > 0)
-            cuda::launch(cuda::one_each(mine.count(), stream), add_slices<T>, received.get(), rank_, ranks_,
-                         mine.count(), values + mine.first);
+            cuda::launch(cuda::one_each(mine.count(), stream), add_slices<T>, received, rank_, ranks_, mine.count(),
+                         values + mine.first);
         exchange(
             [&](int other, const auto& send, const auto& receive) {
                 const Slice theirs = slice(count, other, ranks_);
@@ -94,59 +99,80 @@ private:
                 receive(values + theirs.first, theirs.count());
             },
             stream);
+        done_.set(stream);
     }
 
-    template <class T>
-    static std::shared_ptr<T> allocate(index count, CUstream_st* stream) {
-        return std::static_pointer_cast<T>(device::allocate_in_stream(count * index(sizeof(T)), stream));
+    /// All ranks ask for the same, so that they grow at the same time. Not from a pool: NCCL may write there from
+    /// another GPU of this process, to which pools are closed.
+    void reserve(Group& group, index bytes) {
+        if (bytes <= bytes_) return;
+        std::exception_ptr problem;
+        try {
+            received_ = device::allocate_on_gpu(bytes, device::current_gpu());
+        } catch (...) {
+            problem = std::current_exception();
+        }
+        group.agree(problem);
+        bytes_ = bytes;
     }
 
-    /// For every other rank body(rank, send, receive), which call send(from, count) and receive(to, count) once.
+    /// For every other rank body(rank, send, receive), which call send(from, count) and receive(to, count) once. What
+    /// goes wrong is thrown when NCCL's group of calls has ended, or the next would be a part of it.
     template <class Body>
     void exchange(const Body& body, CUstream_st* stream) {
         check(nccl().group_start(), "beginning an exchange");
+        ncclResult_t first = ncclSuccess;
+        const auto note = [&](ncclResult_t result) { first = first == ncclSuccess ? result : first; };
         for (int distance = 1; distance < ranks_; ++distance) {
             const int other = (rank_ + distance) % ranks_;
             body(
                 other,
                 [&](const auto* from, index count) {
-                    check(nccl().send(from, std::size_t(count) * sizeof *from, ncclUint8, other, communicator_, stream),
-                          "sending");
+                    note(nccl().send(from, std::size_t(count) * sizeof *from, ncclUint8, other, communicator_, stream));
                 },
                 [&](auto* to, index count) {
-                    check(nccl().receive(to, std::size_t(count) * sizeof *to, ncclUint8, other, communicator_, stream),
-                          "receiving");
+                    note(nccl().receive(to, std::size_t(count) * sizeof *to, ncclUint8, other, communicator_, stream));
                 });
         }
-        check(nccl().group_end(), "ending an exchange");
+        note(nccl().group_end());
+        check(first, "exchanging values");
     }
 
     int rank_, ranks_;
     ncclComm_t communicator_ = nullptr;  // to the end of the process: its end would wait for ranks that have failed
+    std::shared_ptr<void> received_;
+    index bytes_ = 0;
+    device::Mark done_;  // with received_
 };
 
-/// The machine and the current GPU, as long as a name can be.
-std::array<char, 272> name_of_gpu() {
-    std::array<char, 272> name{};
-    gethostname(name.data(), 255);
+using Name = std::array<char, 16>;
+
+Name name_of_gpu() {
     cudaDeviceProp properties{};
     cuda::check(cudaGetDeviceProperties(&properties, device::current_gpu().ordinal()), "looking at a GPU");
-    std::memcpy(name.data() + 256, properties.uuid.bytes, 16);
+    Name name{};
+    std::memcpy(name.data(), properties.uuid.bytes, name.size());
     return name;
+}
+
+/// Whether a condition holds on every rank.
+bool everywhere(Group& group, bool condition) {
+    index missing = condition ? 0 : 1;
+    group.maximum(std::span(&missing, 1));
+    return missing == 0;
 }
 
 }  // namespace
 
 std::unique_ptr<Gpus> connect_gpus(Group& group) {
-    index without = nccl().found ? 0 : 1;
-    group.maximum(std::span(&without, 1));
-    if (without != 0) return nullptr;
-    std::array<char, 272> name{};
+    if (!everywhere(group, nccl().found)) return nullptr;
+    Name name{};
     ncclUniqueId id{};
+    bool good = true;
     std::exception_ptr problem;
     try {
         name = name_of_gpu();
-        if (group.rank() == 0) check(nccl().unique_id(&id), "asking for a name");
+        if (group.rank() == 0) good = nccl().unique_id(&id) == ncclSuccess;
     } catch (...) {
         problem = std::current_exception();
     }
@@ -155,9 +181,14 @@ std::unique_ptr<Gpus> connect_gpus(Group& group) {
     group.gather(std::span<const char>(name), std::span<char>(names));
     std::set<std::string> different;
     for (std::size_t i = 0; i < names.size(); i += name.size()) different.emplace(names.data() + i, name.size());
-    if (index(different.size()) < group.size()) return nullptr;
+    if (!everywhere(group, good && index(different.size()) == group.size())) return nullptr;
     group.broadcast(std::span<char>(id.internal));
-    return std::make_unique<NcclGpus>(group.rank(), group.size(), id);
+    std::unique_ptr<Gpus> gpus;
+    try {
+        gpus = std::make_unique<NcclGpus>(group.rank(), group.size(), id);
+    } catch (const Error&) {  // no way between them, or a limit of the machine's
+    }
+    return everywhere(group, gpus != nullptr) ? std::move(gpus) : nullptr;
 }
 
 }  // namespace deeppcr::distribute

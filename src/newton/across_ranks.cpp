@@ -195,10 +195,11 @@ public:
 
     /// problem: what the caller's checks have found.
     Report run(std::exception_ptr problem) {
-        const Workspace::Use use(workspace_, options_.execution);
+        std::optional<Workspace::Use> use;
         const Workspace::Scope scope(workspace_);
         problem_ = std::move(problem);
         attempt([&] {
+            use.emplace(workspace_, options_.execution);
             take_memory();
             beginnings_ = Beginnings<T>(recurrence_, options_);
         });
@@ -324,7 +325,7 @@ private:
             apply();
         }
         estimate_errors();
-        store();
+        attempt([&] { store(); });
         if (std::any_of(report_.sequences.begin(), report_.sequences.end(),
                         [](const Report::Sequence& sequence) { return sequence.status == Status::non_finite; }))
             finish_sequentially(Status::non_finite);
@@ -516,7 +517,7 @@ private:
     void store() { copy_states<T>(states().steps(1, steps_ + 1), trajectory_, options_.execution); }
 
     void give_up(Status status) {
-        store();
+        attempt([&] { store(); });
         for (index j = 0; j < batch_; ++j) {
             if (ended_[std::size_t(j)]) continue;
             Report::Sequence& result = report_.sequences[std::size_t(j)];
@@ -947,7 +948,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
     report.method = "adjoint, " + describe(solving) + ", on " + std::to_string(group.size()) + " ranks";
     Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
-    const Workspace::Use use(workspace, options.execution);
+    std::optional<Workspace::Use> use;
     const Workspace::Scope scope(workspace);
     const SolveOptions solve_options{options.reduction, options.execution,    options.chunk,
                                      &workspace,        options.tensor_cores, &group};
@@ -959,6 +960,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
         if (!problem) problem = caught(body);
     };
     attempt([&] {
+        use.emplace(workspace, options.execution);
         require_no_window(options);
         require_steps(recurrence.shape());
         window_length(recurrence, solving, block);
@@ -994,7 +996,7 @@ Report sweep_across_ranks(const Recurrence<T>& recurrence, const SharedSweep<T>&
     }
     {
         const Stopwatch watch(report.reduce.seconds);
-        copy_states<T>(sweep.output_gradient, adjoint, options.execution);
+        attempt([&] { copy_states<T>(sweep.output_gradient, adjoint, options.execution); });
         reduce::Part<T> part(reduce::reversed<T>({jacobian, adjoint}, adjoint), group.rank() == group.size() - 1,
                              solve_options, workspace);
         attempt([&] { part.summarise(); });

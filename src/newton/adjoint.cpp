@@ -130,13 +130,6 @@ template <class T>
 Device check_device(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
                     const Options& options) {
     if (options.execution.backend != Backend::cuda) return Device::host();
-    if (is_shared(options)) {
-        Options alone = options;
-        alone.group = nullptr;
-        Device here;
-        options.group->agree(caught([&] { here = check_device<T>(recurrence, trajectory, output_gradient, alone); }));
-        return here;
-    }
     check_gpu_arguments(recurrence, options);
     if (!trajectory.empty()) {
         device::require_on_gpu("trajectory", trajectory.data());
@@ -145,15 +138,25 @@ Device check_device(const Recurrence<T>& recurrence, View<const T> trajectory, V
     return device::current_gpu();
 }
 
+/// What may throw on one rank alone before the ranks' next exchange, as where memory is taken on its GPU: throws on
+/// all.
+template <class Body>
+void together(const Options& options, const Body& body) {
+    if (!is_shared(options) || options.execution.backend != Backend::cuda) return body();
+    options.group->agree(caught(body));
+}
+
 template <class T>
 Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> trajectory, const Report& report,
                           View<const T> output_gradient, const Options& options) {
     check_adjoint_arguments<T>(recurrence, trajectory, report, output_gradient, options);
     const Shape& shape = recurrence.shape();
-    const Device here = check_device<T>(recurrence, trajectory, output_gradient, options);
-    Adjoint<T> result{Buffer<T>::uninitialised(shape, Layout::steps_first, here),
-                      Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, here),
-                      {}};
+    Adjoint<T> result;
+    together(options, [&] {
+        const Device here = check_device<T>(recurrence, trajectory, output_gradient, options);
+        result.states = Buffer<T>::uninitialised(shape, Layout::steps_first, here);
+        result.initial = Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, here);
+    });
     result.report = transposed_sweep<T>(
         recurrence, trajectory, output_gradient, options, result.initial,
         [&](const Section& section, View<const T>, View<const T> adjoint) {
@@ -259,16 +262,18 @@ DenseChainGradients<T> chain_gradients(const DenseChain<T>& chain, View<const T>
     if (!slopes.empty() && slopes.shape() != Shape{chain.layers(), batch, width})
         throw InvalidArgument("slopes", "one row per layer, " + to_string(Shape{chain.layers(), batch, width}),
                               to_string(slopes.shape()));
-    const Device here = check_device<T>(chain, trajectory, output_gradient, options);
-    if (!here.is_host() && !slopes.empty()) device::require_on_gpu("slopes", slopes.data());
-    DenseChainGradients<T> result{Buffer<T>::uninitialised({chain.layers(), width, width}, Layout::steps_first, here),
-                                  Buffer<T>::uninitialised({chain.layers(), 1, width}, Layout::steps_first, here),
-                                  Buffer<T>({1, batch, width}, Layout::steps_first, here),
-                                  {}};
-    if (batch == 0) {
+    const Shape states{1, batch, width}, weights{chain.layers(), width, width}, biases{chain.layers(), 1, width};
+    DenseChainGradients<T> result;
+    together(options, [&] {
+        const Device here = check_device<T>(chain, trajectory, output_gradient, options);
+        if (!here.is_host() && !slopes.empty()) device::require_on_gpu("slopes", slopes.data());
+        result.weights = Buffer<T>::uninitialised(weights, Layout::steps_first, here);
+        result.biases = Buffer<T>::uninitialised(biases, Layout::steps_first, here);
+        result.initial = Buffer<T>(states, Layout::steps_first, here);
+        if (states.batch > 0) return;
         detail::fill_zeros(result.weights.data(), result.weights.size() * index(sizeof(T)), here);
         detail::fill_zeros(result.biases.data(), result.biases.size() * index(sizeof(T)), here);
-    }
+    });
     result.report = by_choice<T>(
         chain, options,
         [&](Workspace& workspace) {
@@ -324,12 +329,15 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
     check_adjoint_arguments<T>(cell, trajectory, report, output_gradient, options);
     const auto [steps, batch, width] = cell.shape();
     const index hidden = cell.hidden(), gates = cell.gates();
-    const Device here = check_device<T>(cell, trajectory, output_gradient, options);
-    DenseCellGradients<T> result{Buffer<T>::uninitialised({steps, batch, gates * hidden}, Layout::steps_first, here),
-                                 Buffer<T>({gates, hidden, hidden}, Layout::steps_first, here),
-                                 Buffer<T>({gates, 1, hidden}, Layout::steps_first, here),
-                                 Buffer<T>({1, batch, width}, Layout::steps_first, here),
-                                 {}};
+    const Shape states{1, batch, width}, inputs{steps, batch, gates * hidden};
+    DenseCellGradients<T> result;
+    together(options, [&] {
+        const Device here = check_device<T>(cell, trajectory, output_gradient, options);
+        result.inputs = Buffer<T>::uninitialised(inputs, Layout::steps_first, here);
+        result.weights = Buffer<T>({gates, hidden, hidden}, Layout::steps_first, here);
+        result.biases = Buffer<T>({gates, 1, hidden}, Layout::steps_first, here);
+        result.initial = Buffer<T>(states, Layout::steps_first, here);
+    });
     result.report = by_choice<T>(
         cell, options,
         [&](Workspace& workspace) { run_backward<T>(cell, trajectory, output_gradient, options, workspace, result); },
@@ -345,6 +353,7 @@ DenseCellGradients<T> cell_gradients(const DenseCell<T>& cell, View<const T> tra
     if (is_shared(options))
         for (const Buffer<T>& shared : {std::cref(result.weights), std::cref(result.biases)})
             options.group->sum(std::span(shared.data(), std::size_t(shared.size())), options.execution);
+    if (is_shared(options) && options.execution.backend == Backend::cuda) device::synchronise(options.execution.stream);
     return result;
 }
 

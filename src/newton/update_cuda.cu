@@ -140,13 +140,13 @@ std::vector<E> fetched(const E* from, index count, CUstream_st* stream) {
 /// Calls launch(sweep, launch by rows of lanes, launch by rows); returns what was found.
 template <class T, class Launch>
 std::vector<Found> sweep(const Window<T>& window, const std::vector<Progress>& progress, Tolerance tolerance,
-                         CUstream_st* stream, const Launch& launch) {
+                         bool measured, CUstream_st* stream, const Launch& launch) {
     const auto [rows, batch, width] = window.after.shape();
     std::vector<index> confirmed;
     for (const Progress& sequence : progress) confirmed.push_back(sequence.confirmed);
     const auto there = copied(confirmed, stream);
     const auto found = zeros<Found>(batch, stream);
-    const auto measures = allocate<Measure>(rows * batch, stream);
+    const auto measures = allocate<Measure>(measured ? rows * batch : 0, stream);
     const Sweep<T> all{window.states.data(),
                        window.after.data(),
                        window.update.data(),
@@ -177,7 +177,7 @@ index test_residual_on_gpu(const Window<T>& window, std::vector<Progress>& progr
                            CUstream_st* stream) {
     const index rows = window.after.steps();
     const std::vector<Found> found =
-        sweep(window, progress, tolerance, stream,
+        sweep(window, progress, tolerance, true, stream,
               [](const Sweep<T>& all, const cuda::Launch& by_lanes, const cuda::Launch& by_row) {
                   cuda::launch(by_lanes, measure_rows<T>, all);
                   cuda::launch(by_row, gather_measures<T>, all);
@@ -195,10 +195,10 @@ index test_residual_on_gpu(const Window<T>& window, std::vector<Progress>& progr
 
 template <class T>
 index apply_update_on_gpu(const Window<T>& window, const std::vector<Progress>& progress, CUstream_st* stream) {
-    return resets(
-        sweep(window, progress, {}, stream, [](const Sweep<T>& all, const cuda::Launch& by_lanes, const cuda::Launch&) {
-            cuda::launch(by_lanes, update_rows<T>, all);
-        }));
+    return resets(sweep(window, progress, {}, false, stream,
+                        [](const Sweep<T>& all, const cuda::Launch& by_lanes, const cuda::Launch&) {
+                            cuda::launch(by_lanes, update_rows<T>, all);
+                        }));
 }
 
 template <class T>

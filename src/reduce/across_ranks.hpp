@@ -26,7 +26,7 @@ class Part {
 public:
     /// system: with at least one step; without `initial`, but where the part begins. Transposed, its steps are those of
     /// this rank's array, the last first, and what one rank hands to the next is A_first^T y_first, of the array's
-    /// first step. Memory is taken from `workspace`, until the caller's Scope ends.
+    /// first step. Memory is taken from `workspace`, on a GPU by `summarise`, until the caller's Scope ends.
     Part(const OrderedSystem<T>& system, bool begins, const SolveOptions& options, Workspace& workspace);
     /// One where there is nothing to do; it hands on zeros.
     Part(const Shape& states, index block, const SolveOptions& options, Workspace& workspace);

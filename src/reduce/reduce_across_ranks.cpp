@@ -53,9 +53,6 @@ Part<T>::Part(const OrderedSystem<T>& system, bool begins, const SolveOptions& o
     system_ = system;
     begins_ = begins;
     idle_ = false;
-    if (!on_gpu()) return;
-    row_ = workspace.take_states<T>(state_);
-    if (!begins_) solved_ = workspace.take_states<T>(system.solution.shape());
 }
 
 template <class T>
@@ -104,6 +101,10 @@ void Part<T>::summarise() {
     std::fill_n(summary_.end.data(), width, T(0));
     if (idle_) return;
     const index steps = system_.steps();
+    if (on_gpu()) {
+        row_ = options_.workspace->template take_states<T>(state_);
+        if (!begins_) solved_ = options_.workspace->template take_states<T>(system_.solution.shape());
+    }
     if (begins_) {
         used_ = solve_ordered(system_, options_);
         device::fetch<T>(system_.solution.steps(steps - 1, steps), end_of(summary_), options_.execution);
