@@ -12,7 +12,8 @@ namespace deeppcr::nn {
 
 /// Each tensor becomes its sum over the ranks, the same bits on all of them: in the order of Group::sum, which depends
 /// on their number and on how many values there are together. All values of a type on a device are sent as one array,
-/// between GPUs by NCCL where Group::sum does. Collective; shapes and types are the same on all ranks. Throws InvalidArgument where one is neither float nor double.
+/// between GPUs by NCCL where Group::sum does. Collective; shapes and types are the same on all ranks. Throws
+/// InvalidArgument where one is neither float nor double.
 void sum_over(Group& group, const std::vector<at::Tensor>& tensors);
 
 /// The part in a training of one of the processes that train together; of the only one where there is no group.
