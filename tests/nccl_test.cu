@@ -5,6 +5,7 @@
 #include <deeppcr/launch.cuh>
 
 #include "distribute/gpus.hpp"
+#include "tests/compare.hpp"
 
 namespace deeppcr {
 namespace {
@@ -26,10 +27,12 @@ Group::Traffic expect_sums_of_main_memory(Group& group, index count, Device gpu)
     const auto mine = Buffer<T>::random({1, 1, count}, std::uint64_t(group.rank() + 1));
     const auto expected = mine.clone();
     group.sum(std::span<T>(expected.data(), std::size_t(count)));
-    const auto there = mine.on(gpu);
-    group.reset_traffic();
+    const auto there = mine.on(gpu), again = mine.on(gpu);
     group.sum(std::span<T>(there.data(), std::size_t(count)), on_gpu);
+    group.reset_traffic();
+    group.sum(std::span<T>(again.data(), std::size_t(count)), on_gpu);  // in the memory of the first
     const auto traffic = group.traffic();
+    EXPECT_EQ(largest_difference<T>(again.on(Device::host()), there.on(Device::host())), 0);
     const auto found = there.on(Device::host());
     for (index i = 0; i < count; ++i) EXPECT_EQ(found.data()[i], expected.data()[i]) << i << ", " << to_string(group);
     return traffic;
