@@ -264,9 +264,9 @@ bool Group::sums_slices(index count) const { return count / size() >= many_value
 template <class T>
 void Group::sum(std::span<T> values, const Execution& execution) {
     if (execution.backend != Backend::cuda) return sum(values);
-    if (size() == 1) return;
+    if (size() == 1 || values.empty()) return;
     const index count = index(values.size()), bytes = index(values.size_bytes());
-    if (count > 0) device::require_on_gpu("values", values.data());
+    device::require_on_gpu("values", values.data());
     if (sums_slices(count) && gpus() != nullptr) {
         gpus()->sum(*this, values.data(), count, execution.stream);
         Traffic& traffic = traffic_[std::size_t(Purpose::reduce)];
