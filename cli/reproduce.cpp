@@ -333,7 +333,7 @@ void add_reproduce(Program& program) {
                     [arguments](Output& output) { return reproduce(*arguments, output); });
     command
         .add_option("part", arguments->part,
-                    "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 5), swap (about 3), "
+                    "mlp (about 1 minute), resnet (about 4), rnn (about 1.5), diffusion (about 5), swap (about 4), "
                     "lm (about 6), tasks (about 4), or all")
         ->check(CLI::IsMember({"mlp", "resnet", "rnn", "diffusion", "swap", "lm", "tasks", "all"}))
         ->capture_default_str();
