@@ -355,7 +355,7 @@ void add_reproduce(Program& program) {
         "--full", arguments->experiment.full,
         "Of diffusion: Fréchet distances of 1,000 steps too, half an hour; of swap: 10,240 images and 5 seeds in place "
         "of 5,120 and 2, and more learning rates, 10 minutes; of lm: 4,000 steps and 3 seeds in place of 400 and 1, "
-        "hours; of tasks: four times the steps and 3 seeds in place of 1, hours");
+        "over an hour; of tasks: four times the steps and 3 seeds in place of 1, up to hours");
     command.add_flag("--quick", arguments->experiment.quick,
                      "Tiny sizes, seconds in all: shows only that everything works");
 }
