@@ -86,23 +86,6 @@ struct Here {
     __device__ bool has_next() const { return last < ends; }
 };
 
-__device__ inline index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
-
-/// The larger of the lanes' values goes to `target`: by one of them where all have the same target. All lanes call.
-__device__ inline void raise(unsigned long long* target, unsigned long long value) {
-    const auto address = reinterpret_cast<unsigned long long>(target);
-    const bool alike = __all_sync(~0U, __shfl_sync(~0U, address, 0) == address) != 0;
-    if (!alike) {
-        if (target != nullptr && value > 0) atomicMax(target, value);
-        return;
-    }
-    for (int d = 16; d > 0; d /= 2) {
-        const unsigned long long other = __shfl_xor_sync(~0U, value, d);
-        value = other > value ? other : value;
-    }
-    if (threadIdx.x % 32 == 0 && target != nullptr && value > 0) atomicMax(target, value);
-}
-
 __device__ inline unsigned long long bits_of(double value) {
     unsigned long long bits;
     memcpy(&bits, &value, sizeof bits);
@@ -831,8 +814,8 @@ struct OnGpu {
         }
         note_non_finite(all, exists ? zero : A(0));
         SequenceStatus* const status = exists ? all.sequences + here.sequence : nullptr;
-        raise(status != nullptr ? &status->residual : nullptr, bits_of(double(residual)));
-        raise(status != nullptr ? &status->relative_residual : nullptr, bits_of(double(relative)));
+        cuda::raise_from_warp(status != nullptr ? &status->residual : nullptr, bits_of(double(residual)));
+        cuda::raise_from_warp(status != nullptr ? &status->relative_residual : nullptr, bits_of(double(relative)));
         tell_repeated(all, repeated);
         if (threadIdx.x == 0) atomicMax(&all.run->shots, most);
     }
@@ -1055,7 +1038,7 @@ void launch_looked_at(const DeviceChunks<T>& chunks, const cuda::Launch& where, 
 #define DEEPPCR_CELL_KERNEL(name)                                                                                    \
     template <class Cell, class T, bool whole>                                                                       \
     __global__ void __launch_bounds__(cell_threads) name##_kernel(const __grid_constant__ DeviceChunks<T> all) {     \
-        OnGpu<Cell, T, whole>::name(all, this_thread());                                                             \
+        OnGpu<Cell, T, whole>::name(all, cuda::this_thread());                                                       \
     }                                                                                                                \
     template <class Cell, class T>                                                                                   \
     DeviceKernel<T> name##_on_gpu() {                                                                                \

@@ -45,6 +45,20 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, std::size_t shar
 
 constexpr int plain_threads = 256;  // of a block whose threads know nothing of each other
 
+__device__ inline index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+/// The larger of the lanes' values goes to `target`: by one of them where all have the same target. All lanes call.
+__device__ inline void raise_from_warp(unsigned long long* target, unsigned long long value) {
+    const auto address = reinterpret_cast<unsigned long long>(target);
+    const bool alike = __all_sync(~0U, __shfl_sync(~0U, address, 0) == address) != 0;
+    if (alike)
+        for (int d = 16; d > 0; d /= 2) {
+            const unsigned long long other = __shfl_xor_sync(~0U, value, d);
+            value = other > value ? other : value;
+        }
+    if ((!alike || threadIdx.x % 32 == 0) && target != nullptr && value > 0) atomicMax(target, value);
+}
+
 /// Blocks of `threads`, or as many warps as are enough, one thread for each of `count`. Throws InvalidArgument where
 /// they are more than a grid has.
 Launch one_each(index count, cudaStream_t stream, int threads = plain_threads);

@@ -168,32 +168,45 @@ struct Hardware {
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
         return result;
     }
+    /// Left whole: of -(a b) the compiler would make another product, where an operand takes its sign for nothing.
+    __device__ __forceinline__ static float product(float a, float b) { return __fmul_rn(a, b); }
 };
 #endif
 constexpr float log2_e = 1.44269504F, log2_e_low = 1.92596299e-8F, ln_2 = 0.693147181F;
 
+/// x log2(e) as a sum: the product's rounding error is up to |x| units.
+struct Power {
+    float rounded, rest;
+};
+template <class Hardware>
+DEEPPCR_INLINE Power power_of(float x) {
+    const float rounded = Hardware::product(x, log2_e);
+    return {rounded, std::fma(x, log2_e_low, std::fma(x, log2_e, -rounded))};
+}
+
 template <class Hardware>
 DEEPPCR_INLINE float fast_exponential(float x) {
-    // The product's rounding error is up to |x| units: what it leaves goes into a factor beside 1.
-    const float kept = clamp(x, Format<float>::least, Format<float>::greatest), power = kept * log2_e;
-    const float left = std::fma(kept, log2_e, -power) + kept * log2_e_low, result = Hardware::power_of_two(power);
-    return select(result > std::numeric_limits<float>::max(), result, std::fma(result, left * ln_2, result));
+    const Power power = power_of<Hardware>(clamp(x, Format<float>::least, Format<float>::greatest));
+    const float result = Hardware::power_of_two(power.rounded);
+    return select(result > std::numeric_limits<float>::max(), result, std::fma(result, power.rest * ln_2, result));
 }
 template <class Hardware>
 DEEPPCR_INLINE float fast_logistic(float x) {
-    // As above, for -x; beyond 88 the result is 1, or below the smallest normal number, thus 0.
-    const float kept = clamp(x, -88.0F, 88.0F), power = kept * -log2_e;
-    const float left = std::fma(kept, -log2_e, -power) - kept * log2_e_low, result = Hardware::power_of_two(power);
-    return Hardware::reciprocal(1 + std::fma(result, left * ln_2, result));
+    // Beyond 88 the result is 1, or below the smallest normal number, thus 0.
+    const Power power = power_of<Hardware>(clamp(x, -88.0F, 88.0F));
+    return Hardware::reciprocal(
+        std::fma(Hardware::power_of_two(-power.rounded), std::fma(power.rest, -ln_2, 1.0F), 1.0F));
 }
 template <class Hardware>
 DEEPPCR_INLINE float fast_hyperbolic_tangent(float x) {
     // Odd powers where 1 - 2 / (1 + e^2|x|) would cancel.
-    const float size = magnitude(x), square = x * x;
-    const float far = std::fma(-2.0F, Hardware::reciprocal(1 + Hardware::power_of_two(size * (2 * log2_e))), 1.0F);
-    const float odd = std::fma(square, std::fma(square, std::fma(square, 0.0179887444F, -0.0533871106F), 0.133304765F),
-                               -0.333333111F);
-    return with_sign(square < 0.25F ? std::fma(size * square, odd, size) : far, x);
+    const float square = x * x, power = Hardware::power_of_two(std::fabs(x) * (2 * log2_e));
+    const float far = std::fma(-2.0F, Hardware::reciprocal(1 + power), 1.0F);  // positive, where it counts
+    const float even = std::fma(square, std::fma(square, std::fma(square, 0.0179887444F, -0.0533871106F), 0.133304765F),
+                                -0.333333111F);
+    const auto sign = std::bit_cast<std::int32_t>(x) & std::numeric_limits<std::int32_t>::min();
+    return square < 0.25F ? x * std::fma(square, even, 1.0F)
+                          : std::bit_cast<float>(std::bit_cast<std::int32_t>(far) | sign);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 #include "device/cuda.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <memory>
@@ -303,6 +304,16 @@ void Letter::send(const void* from, index bytes, CUstream_st* stream) {
 const void* Letter::receive() const {
     check(cudaEventSynchronize(paper_->sent), "running");
     return paper_->memory;
+}
+
+void fetch_bytes(void* to, const void* from, index bytes, CUstream_st* stream) {
+    if (bytes > Letter::most_bytes) {
+        copy_from_gpu(to, from, bytes, stream);
+        return synchronise(stream);
+    }
+    Letter letter;
+    letter.send(from, bytes, stream);
+    std::memcpy(to, letter.receive(), std::size_t(bytes));
 }
 
 }  // namespace device

@@ -36,6 +36,9 @@ void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_on_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
+/// To main memory, where it is once this returns, and all before it in the stream is done. Few bytes go through pinned
+/// memory, which spares the driver's own copy.
+void fetch_bytes(void* to, const void* from, index bytes, CUstream_st* stream);
 /// Bytes that the current GPU has available: free, or kept by the pool and not in use.
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.
@@ -58,7 +61,7 @@ private:
 /// where there are any.
 class Letter {
 public:
-    static constexpr index most_bytes = 256;
+    static constexpr index most_bytes = 4096;
     Letter();
     /// Enqueued: what is there when the stream gets to it.
     void send(const void* from, index bytes, CUstream_st* stream);

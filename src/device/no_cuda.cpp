@@ -31,6 +31,7 @@ void copy_to_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void copy_from_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void copy_on_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
+void fetch_bytes(void*, const void*, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
 bool is_captured(CUstream_st*) { return false; }

@@ -37,12 +37,13 @@ using cell::DeviceChunks;
 using cell::DeviceKernel;
 using cell::DeviceKernels;
 using cell::repair_rounds;
+using cuda::this_thread;
 
 constexpr index shortest_chunk = 64;     // where chunks are chosen
 constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
 constexpr index fewest_tile_bytes = 32;  // of a step of an input: a sector of memory
-
-__device__ index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
+constexpr index chunks_to_collect = 8;   // by a thread
+constexpr int most_sum_threads = 1024;   // of a block that adds up a parameter's gradient
 
 /// mismatch[c] = ends[c] - starts[c + 1]
 template <class A>
@@ -89,36 +90,43 @@ __global__ void __launch_bounds__(cuda::plain_threads)
     starts[i] = start - start == A(0) ? start : initial;
 }
 
-/// Of each sequence the largest residuals, and the first step that chunks left unconfirmed. A thread per group of a
-/// part.
-template <class T>
-__global__ void __launch_bounds__(cuda::plain_threads) collect(const DeviceChunks<T> all, bool finished) {
-    const index row = this_thread(), rows = all.part_count * all.groups;
-    if (row >= rows) return;
-    const SequencePart whole =
-        all.parts != nullptr ? all.parts[row / all.groups] : SequencePart{row / all.groups, 0, all.steps};
-    const bool complete = finished || all.run->pending[repair_rounds - 1] == 0;
-    double residual = 0, relative = 0;
-    index confirmed = all.steps;
-    for (index c = 0; c < all.count; ++c) {
-        const index flag = c * rows + row;
-        residual = fmax(residual, double(all.residuals[2 * flag]));
-        relative = fmax(relative, double(all.residuals[2 * flag + 1]));
-        // Where chunks still do not fit, nothing after them is confirmed.
-        if (!complete && confirmed == all.steps && all.old_changed[flag] != 0)
-            confirmed = whole.first + (c + 1) * all.length;
-    }
-    cell::SequenceStatus& status = all.sequences[whole.sequence];
-    // Bits of doubles of 0 and more order as they do.
-    if (residual > 0) atomicMax(&status.residual, std::bit_cast<unsigned long long>(residual));
-    if (relative > 0) atomicMax(&status.relative_residual, std::bit_cast<unsigned long long>(relative));
-    if (confirmed < all.steps) atomicMax(&status.unconfirmed, (unsigned long long)(all.steps - confirmed));
+/// Neighbouring threads that have the same row of the flags.
+__host__ __device__ index lanes_of_row(index rows) { return rows < 32 ? 32 : 1; }
+template <class A>
+__device__ A larger(A a, A b) {
+    return a < b ? b : a;
 }
 
-/// The first step of each sequence at which a state is not finite, where the kernels have seen one.
+/// Of each sequence the largest residuals, the first step that chunks left unconfirmed, and, where the kernels have
+/// seen a state that is not finite, the first step with one. A thread has every so many chunks of a group of a part;
+/// the lanes of a warp have neighbouring groups, or, where those are few, neighbouring chunks of one.
 template <class T>
-__global__ void __launch_bounds__(cuda::plain_threads) find_non_finite(const DeviceChunks<T> all, index width) {
+__global__ void __launch_bounds__(cuda::plain_threads)
+    collect(const DeviceChunks<T> all, bool finished, index threads_per_row, index width) {
     using A = Arithmetic<T>;
+    if (all.residuals != nullptr) {
+        const index rows = all.part_count * all.groups, lanes = lanes_of_row(rows);
+        const index row = this_thread() / lanes % rows;
+        const index place = this_thread() / (lanes * rows) * lanes + this_thread() % lanes;
+        const SequencePart whole =
+            all.parts != nullptr ? all.parts[row / all.groups] : SequencePart{row / all.groups, 0, all.steps};
+        const bool complete = finished || all.run->pending[repair_rounds - 1] == 0;
+        A residual = 0, relative = 0;
+        index unconfirmed = 0;
+        for (index c = place; c < all.count && place < threads_per_row; c += threads_per_row) {
+            const index flag = c * rows + row;
+            residual = larger(residual, all.residuals[2 * flag]);
+            relative = larger(relative, all.residuals[2 * flag + 1]);
+            // Where chunks still do not fit, nothing after them is confirmed.
+            if (!complete && unconfirmed == 0 && all.old_changed[flag] != 0)
+                unconfirmed = all.steps - (whole.first + (c + 1) * all.length);
+        }
+        cell::SequenceStatus& status = all.sequences[whole.sequence];
+        // Bits of doubles of 0 and more order as they do.
+        cuda::raise_from_warp(&status.residual, std::bit_cast<unsigned long long>(double(residual)));
+        cuda::raise_from_warp(&status.relative_residual, std::bit_cast<unsigned long long>(double(relative)));
+        if (unconfirmed > 0) atomicMax(&status.unconfirmed, (unsigned long long)(unconfirmed));
+    }
     if (all.run->non_finite == 0) return;
     const index per_step = all.batch * width, total = all.steps * per_step;
     for (index i = this_thread(); i < total; i += index(gridDim.x) * blockDim.x) {
@@ -131,7 +139,7 @@ __global__ void __launch_bounds__(cuda::plain_threads) find_non_finite(const Dev
 
 /// A block per parameter sums over chunks and parts: each thread in their order, then the threads as a tree.
 template <class A>
-__global__ void __launch_bounds__(cuda::plain_threads)
+__global__ void __launch_bounds__(most_sum_threads)
     sum_parameter_gradients(const double* parts, index terms, index parameters, A* sums) {
     double* const shared = cuda::shared_memory<double>();
     const index q = blockIdx.x;
@@ -261,8 +269,7 @@ protected:
     /// Waits for everything, and for what the kernels tell.
     cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences) {
         std::vector<unsigned char> bytes(static_cast<std::size_t>(status_bytes_));
-        device::copy_from_gpu(bytes.data(), all_.sequences, status_bytes_, stream_);
-        device::synchronise(stream_);
+        device::fetch_bytes(bytes.data(), all_.sequences, status_bytes_, stream_);
         sequences.resize(std::size_t(all_.batch));
         std::memcpy(sequences.data(), bytes.data(), sequences.size() * sizeof(cell::SequenceStatus));
         cell::RunStatus run;
@@ -316,9 +323,7 @@ public:
         } else {
             run_chunks(method);
         }
-        const index blocks = std::min(index(numbers()) / cuda::plain_threads + 1, index(all_.multiprocessors) * 8);
-        cuda::launch(cuda::one_each(blocks * cuda::plain_threads, stream_), find_non_finite<T>, all_,
-                     all_.channels * states_);
+        enqueue_collecting();
         std::vector<cell::SequenceStatus> sequences;
         const cell::RunStatus status = wait(sequences);
         describe_result(method, sequences, status);
@@ -424,9 +429,16 @@ private:
         ++report_.iterations;
         run_rounds(kernels_.repair, rounds);
         report_.iterations += repair_rounds;
-        const bool finishes = options_.on_failure == OnFailure::finish;
-        if (finishes) kernels_.finish(all_, stream_);
-        cuda::launch(cuda::one_each(rows(), stream_), collect<T>, all_, finishes);
+        if (finishes()) kernels_.finish(all_, stream_);
+    }
+    bool finishes() const { return options_.on_failure == OnFailure::finish; }
+
+    void enqueue_collecting() {
+        const index lanes = lanes_of_row(rows());
+        const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
+        const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * 8 * cuda::plain_threads);
+        cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
+                     per_row, all_.channels * states_);
     }
 
     /// Newton's method for the chunks' starts; the repairs test them.
@@ -556,8 +568,8 @@ public:
                 "adjoint, " + std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps";
         }
         cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
-        sums.threads = dim3(cuda::plain_threads);
-        sums.shared_bytes = cuda::plain_threads * sizeof(double);
+        sums.threads = dim3(std::bit_ceil(unsigned(std::clamp<index>(terms, 32, most_sum_threads))));
+        sums.shared_bytes = sums.threads.x * sizeof(double);
         cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms, parameters,
                      gradients_.parameters.data());
         cuda::launch(cuda::one_each(initial, stream_), store_rows<T>, all_.initial_gradient, width, initial,

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <vector>
 
@@ -181,39 +182,45 @@ public:
         initial_ = workspace_.template take_states<T>({1, batch_, width_});
         chunks_.starts = starts_;
         chunks_.trajectory = trajectory_;
-        // A chunk is repaired where the one before it has changed: both lists are one array, a chunk apart.
-        unsigned char* lists[2] = {take_zeros<unsigned char>((count_ + 1) * batch_),
-                                   take_zeros<unsigned char>((count_ + 1) * batch_)};
-        chunks_.mismatches = take_zeros<Mismatch<T>>(batch_);
-        chunks_.repeated = take_zeros<unsigned long long>(1);
-        non_finite_ = take_zeros<unsigned long long>(batch_);
+        take_told();
 
         recurrence_.initial({0, 0, all_, options_.execution}, initial_);
         gather(options_.guess == Guess::given ? View<const T>(trajectory_) : View<const T>());
         advance({0, steps_, all_, options_.execution}, chunks_);
-        fill(lists[0] + batch_, 1, (count_ - 1) * batch_);
         int round = 0;
-        for (; round < rounds && (on_gpu_ || round == 0 || pending(lists[round % 2])); ++round) {
+        for (; round < rounds && (on_gpu_ || round == 0 || pending(list(round))); ++round) {
             gather(trajectory_);
-            chunks_.asked = lists[round % 2];
-            chunks_.changed = lists[(round + 1) % 2] + batch_;
-            fill(chunks_.changed, 0, count_ * batch_);
+            chunks_.asked = list(round);
+            chunks_.changed = list(round + 1) + batch_;
             advance({0, steps_, all_, options_.execution}, chunks_);
         }
         report_.iterations = 1 + round;
         look_for_non_finite();
-        describe_result(lists[round % 2]);
+        describe_result(list(round));
         report_.seconds = seconds_since(begin);
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
 
 private:
-    template <class Number>
-    Number* take_zeros(index count) {
-        auto* const memory = workspace_.template take<Number>(count);
-        fill(memory, 0, count * index(sizeof(Number)));
-        return memory;
+    index list_bytes() const { return (count_ + 1) * batch_; }
+    /// Of the chunks that a round repairs: where the one before it has changed. One that says so for round + 1 writes
+    /// there a chunk further on.
+    unsigned char* list(int round) const { return last_list_ + (rounds - round) * list_bytes(); }
+
+    /// What the sweeps tell, in one piece of memory, which begins with what is fetched.
+    void take_told() {
+        using Word = unsigned long long;
+        constexpr index word = index(sizeof(Word));
+        const index bytes = batch_ * (index(sizeof(Mismatch<T>)) + word) + word,
+                    all = bytes + (rounds + 1) * list_bytes();
+        told_ = workspace_.template take<unsigned char>(all);
+        chunks_.mismatches = reinterpret_cast<Mismatch<T>*>(told_);
+        non_finite_ = reinterpret_cast<Word*>(chunks_.mismatches + batch_);
+        chunks_.repeated = non_finite_ + batch_;
+        last_list_ = told_ + bytes;
+        fill(told_, 0, all);
+        fill(list(0) + batch_, 1, (count_ - 1) * batch_);
     }
     void fill(void* memory, int value, index bytes) const {
         if (on_gpu_)
@@ -228,21 +235,19 @@ private:
         std::vector<unsigned long long> non_finite, repeated;
     };
     Found fetch(const unsigned char* list) const {
-        Found found;
-        copy(list, count_ * batch_, found.left);
-        copy(chunks_.mismatches, batch_, found.mismatches);
-        copy(non_finite_, batch_, found.non_finite);
-        copy(chunks_.repeated, 1, found.repeated);
-        if (on_gpu_) device::synchronise(options_.execution.stream);
-        return found;
-    }
-    template <class Number>
-    void copy(const Number* from, index count, std::vector<Number>& to) const {
-        to.resize(static_cast<std::size_t>(count));
+        std::vector<unsigned char> told(static_cast<std::size_t>(list + count_ * batch_ - told_));
         if (on_gpu_)
-            device::copy_from_gpu(to.data(), from, count * index(sizeof(Number)), options_.execution.stream);
+            device::fetch_bytes(told.data(), told_, index(told.size()), options_.execution.stream);
         else
-            std::copy_n(from, count, to.begin());
+            std::copy_n(told_, told.size(), told.begin());
+        const auto part = [&]<class Number>(const Number* from, index count) {
+            std::vector<Number> numbers(static_cast<std::size_t>(count));
+            std::memcpy(numbers.data(), told.data() + (reinterpret_cast<const unsigned char*>(from) - told_),
+                        numbers.size() * sizeof(Number));
+            return numbers;
+        };
+        return {part(list, count_ * batch_), part(chunks_.mismatches, batch_), part(non_finite_, batch_),
+                part(chunks_.repeated, 1)};
     }
 
     void gather(View<const T> trajectory) {
@@ -344,6 +349,7 @@ private:
     std::vector<index> all_;
     Chunks<T> chunks_;
     View<T> starts_, initial_;
+    unsigned char *told_ = nullptr, *last_list_ = nullptr;
     unsigned long long* non_finite_ = nullptr;
     Report report_;
 };

@@ -10,7 +10,7 @@ template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
     gather(const T* trajectory, index step_stride, index batch_stride, const T* initial, index length, index batch,
            index width, index count, T* starts) {
-    const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
+    const index i = cuda::this_thread();
     if (i >= count) return;
     const index chunk = i / (batch * width), sequence = i / width % batch, k = i % width;
     starts[i] = chunk == 0 || trajectory == nullptr
@@ -22,7 +22,7 @@ template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
     find(const T* trajectory, index step_stride, index batch_stride, index steps, index batch, index width,
          unsigned long long* first) {
-    const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
+    const index i = cuda::this_thread();
     if (i >= steps * batch * width) return;
     const index step = i / (batch * width), sequence = i / width % batch;
     const T value = trajectory[step * step_stride + sequence * batch_stride + i % width];

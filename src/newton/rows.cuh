@@ -14,11 +14,10 @@
 namespace deeppcr::newton {
 
 using cuda::plain_threads;
+using cuda::this_thread;
 
 /// A count, or the bits of a non-negative double, which order as it does.
 using Word = unsigned long long;
-
-inline __device__ index this_thread() { return index(blockIdx.x) * blockDim.x + threadIdx.x; }
 
 template <class T>
 __device__ bool finite(T value) {

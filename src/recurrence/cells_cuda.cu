@@ -13,7 +13,7 @@ template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
     copy_rows(const T* from, index from_step, index from_batch, index batch, index width, index count, bool adding,
               T* to, index to_step, index to_batch) {
-    const index i = this_thread();
+    const index i = cuda::this_thread();
     if (i >= count) return;
     const index step = i / (batch * width), sequence = i / width % batch, k = i % width;
     const T value = from[step * from_step + sequence * from_batch + k];
