@@ -35,6 +35,7 @@ struct Experience {
     index repeated = 64;  ///< steps until repairs met
     double shots = 2;     ///< Newton sweeps of shooting
     bool overlap_works = true, shooting_works = true;
+    bool one_round_is_enough = true;  ///< of repairs; on a GPU, where the others are enqueued unasked if it is not
     std::map<Method, Observed> observed = {};
     // Of recurrences that are not a cell's:
     std::map<Method, double> predicted = {};  ///< seconds per number, from a few steps; empty: not measured yet

@@ -4,14 +4,15 @@
 //            corrections d_c = P_{c-1} d_{c-1} + (end of c-1 - start of c) are one bidiagonal solve; shots that follow
 //            one which left nothing to correct end at once
 //   sweep    every chunk runs from its start and writes its trajectory
-//   repair   every chunk runs again from the end of the one before it, until it meets its old states; some rounds, of
-//            which those that have nothing left to do end at once
-//   finish   what has not met by then, step after step
+//   repair   every chunk runs again from the end of the one before it, until it meets its old states
 //   collect  residuals, and what is not confirmed; where a state was not finite, the first of each sequence
+//
+// All is enqueued, and the host waits for the status. Where a chunk has not met, it enqueues some more rounds of
+// repairs, then what is left step after step (finish), and collects again; the next time all of that comes at once.
 //
 // Where the channels of all sequences are many, but too few for step after step, shooting takes tiles instead, whose
 // inputs are read once (shoot_tiles in cell.cuh). Each channel is tested by itself, against its own magnitude: at least
-// as strict as the residual test of evaluate.hpp. All is enqueued; the host waits once, at the end, for the status.
+// as strict as the residual test of evaluate.hpp.
 #include "newton/fused_gpu.hpp"
 
 #include <algorithm>
@@ -204,6 +205,11 @@ public:
         }
         all_.absolute_tolerance = tolerance_.absolute;
         all_.relative_tolerance = tolerance_.relative;
+        key_ = {.kernels = &kernels_,
+                .backend = Backend::cuda,
+                .workers = device::current_gpu().ordinal(),
+                .steps = std::ilogb(double(longest_)),
+                .numbers = std::ilogb(chains())};
         status_bytes_ = index(sizeof(cell::RunStatus)) + all_.batch * index(sizeof(cell::SequenceStatus));
         all_.sequences =
             reinterpret_cast<cell::SequenceStatus*>(workspace_.template take<unsigned char>(status_bytes_));
@@ -246,22 +252,24 @@ protected:
         unsigned char* changed[2];
     };
     /// Taken before anything of the caller's is written: where memory is short, that stays as it was.
-    Rounds take_rounds() {
+    void take_rounds() {
         const auto ends = [&] { return workspace_.template take<A>(boundary_size()); };
         const auto flags = [&] { return workspace_.template take<unsigned char>(all_.count * rows()); };
-        return {{ends(), ends()}, {flags(), flags()}};
+        rounds_ = {{ends(), ends()}, {flags(), flags()}};
     }
-    /// From rounds.ends[0] on.
-    void run_rounds(const DeviceKernel<T>& kernel, const Rounds& rounds) {
-        all_.old_changed = nullptr;
-        for (int round = 0; round < repair_rounds; ++round) {
-            all_.round = round;
-            all_.old_ends = rounds.ends[round % 2];
-            all_.ends = rounds.ends[(round + 1) % 2];
-            all_.changed = rounds.changed[round % 2];
-            kernel(all_, stream_);
-            all_.old_changed = all_.changed;
-        }
+    /// The first one goes on from rounds_.ends[0].
+    void run_round(const DeviceKernel<T>& kernel, int round) {
+        all_.round = round;
+        all_.old_ends = rounds_.ends[round % 2];
+        all_.ends = rounds_.ends[(round + 1) % 2];
+        all_.old_changed = round > 0 ? rounds_.changed[(round - 1) % 2] : nullptr;
+        all_.changed = rounds_.changed[round % 2];
+        kernel(all_, stream_);
+    }
+    /// Where the first one was not enough.
+    void run_other_rounds(const DeviceKernel<T>& kernel) {
+        for (int round = 1; round < repair_rounds; ++round) run_round(kernel, round);
+        all_.old_changed = all_.changed;
         all_.old_ends = all_.ends;
         all_.ends = nullptr;
     }
@@ -285,17 +293,18 @@ protected:
     index states_, longest_ = 0, status_bytes_ = 0;
     Tolerance tolerance_;
     DeviceChunks<T> all_;
+    Rounds rounds_ = {};
+    ExperienceKey key_;
 };
 
 template <class T>
 class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
-    using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
-        Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs, Base::cut,
-        Base::plan, Base::take_rounds, Base::run_rounds, Base::wait;
+    using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
+        Base::states_, Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs,
+        Base::cut, Base::plan, Base::take_rounds, Base::rounds_, Base::run_round, Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
-    using typename Base::Rounds;
 
 public:
     GpuEvaluator(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options,
@@ -306,6 +315,7 @@ public:
         all_.trajectory_step = trajectory.step_stride();
         all_.trajectory_batch = trajectory.batch_stride();
         all_.given = options.guess == Guess::given;
+        key_.tolerance = std::ilogb(tolerance_.relative) / 4;
     }
 
     Report run() {
@@ -323,27 +333,23 @@ public:
         } else {
             run_chunks(method);
         }
-        enqueue_collecting();
         std::vector<cell::SequenceStatus> sequences;
-        const cell::RunStatus status = wait(sequences);
+        cell::RunStatus status = collected(sequences);
+        if (status.pending[0] > 0 && !went_on_) {
+            device::fill_bytes(all_.sequences, 0, all_.batch * index(sizeof(cell::SequenceStatus)), stream_);
+            go_on();
+            status = collected(sequences);
+        }
         describe_result(method, sequences, status);
         report_.seconds = seconds_since(begin);
         if (options_.chunk == 0 && report_.ok())
-            learn(key(), [&](Experience& now) { now.observed[method].add(report_.seconds / numbers()); });
+            learn(key_, [&](Experience& now) { now.observed[method].add(report_.seconds / numbers()); });
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
     }
 
 private:
     double numbers() const { return double(recurrence_.shape().count()); }
-    ExperienceKey key() const {
-        return {.kernels = &kernels_,
-                .backend = Backend::cuda,
-                .workers = device::current_gpu().ordinal(),
-                .steps = std::ilogb(double(longest_)),
-                .numbers = std::ilogb(chains()),
-                .tolerance = std::ilogb(tolerance_.relative) / 4};
-    }
 
     /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same. 0:
     /// there are too few channels for tiles.
@@ -373,7 +379,7 @@ private:
 
     /// The method; how chunks, shots and tiles are to be is set.
     Method choose() {
-        const Experience seen = experience(key());
+        const Experience seen = experience(key_);
         shots_ = int(std::min<double>(seen.shots + 1, cell::most_shots));
         if (options_.max_iterations > 0) shots_ = int(std::min<index>(shots_, options_.max_iterations));
         const bool automatic = options_.method == Method::automatic;
@@ -415,8 +421,8 @@ private:
 
     void run_chunks(Method method) {
         const index size = boundary_size();
-        const Rounds rounds = take_rounds();
-        A* const ends = rounds.ends[0];
+        take_rounds();
+        A* const ends = rounds_.ends[0];
         all_.residuals = workspace_.template take<A>(2 * all_.count * rows());
         if (method == Method::shooting || all_.given) {
             A* const starts = workspace_.template take<A>(size);
@@ -427,18 +433,26 @@ private:
         all_.ends = ends;
         kernels_.advance(all_, stream_);
         ++report_.iterations;
-        run_rounds(kernels_.repair, rounds);
-        report_.iterations += repair_rounds;
-        if (finishes()) kernels_.finish(all_, stream_);
+        run_round(kernels_.repair, 0);
+        ++report_.iterations;
+        if (!experience(key_).one_round_is_enough) go_on();
     }
     bool finishes() const { return options_.on_failure == OnFailure::finish; }
+    /// With chunks that one round of repairs has left.
+    void go_on() {
+        went_on_ = true;
+        run_other_rounds(kernels_.repair);
+        report_.iterations += repair_rounds - 1;
+        if (finishes()) kernels_.finish(all_, stream_);
+    }
 
-    void enqueue_collecting() {
+    cell::RunStatus collected(std::vector<cell::SequenceStatus>& sequences) {
         const index lanes = lanes_of_row(rows());
         const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
         const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * 8 * cuda::plain_threads);
         cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
                      per_row, all_.channels * states_);
+        return wait(sequences);
     }
 
     /// Newton's method for the chunks' starts; the repairs test them.
@@ -503,7 +517,8 @@ private:
         if (method == Method::shooting) report_.method += std::to_string(status.shots) + " Newton sweeps, ";
         report_.method += std::to_string(status.repeated) + " steps repeated";
         const bool met = all_.tile_groups > 0 || status.pending[repair_rounds - 1] == 0;
-        learn(key(), [&](Experience& now) {
+        learn(key_, [&](Experience& now) {
+            if (all_.tile_groups == 0) now.one_round_is_enough = status.pending[0] == 0;
             if (method == Method::overlap) {
                 now.overlap_works = met;
                 if (met) now.repeated = std::max<index>(32, index(status.repeated));
@@ -517,17 +532,17 @@ private:
 
     Report report_;
     int shots_ = 0;
+    bool went_on_ = false;
 };
 
 template <class T>
 class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
-    using Base::all_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_, Base::states_,
-        Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds,
-        Base::run_rounds, Base::wait;
+    using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
+        Base::states_, Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan,
+        Base::take_rounds, Base::rounds_, Base::run_round, Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
-    using typename Base::Rounds;
 
 public:
     GpuAdjoint(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
@@ -547,6 +562,7 @@ public:
         all_.input_gradient = gradients.inputs.data();
         all_.input_gradient_step = gradients.inputs.step_stride();
         all_.input_gradient_batch = gradients.inputs.batch_stride();
+        key_.backward = true;
     }
 
     Report run() {
@@ -554,27 +570,41 @@ public:
         cut(chunk_length());
         const index parameters = recurrence_.parameters().shape().count(), terms = all_.count * all_.part_count;
         const index width = all_.channels * states_, initial = all_.part_count * width;
-        const Rounds rounds = take_rounds();
+        take_rounds();
         all_.parameter_gradient = workspace_.template take<double>(terms * parameters);
         all_.initial_gradient = workspace_.template take<A>(initial);
-        all_.ends = rounds.ends[0];
+        all_.ends = rounds_.ends[0];
         kernels_.backward(all_, stream_);
+        const auto store = [&] {
+            cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
+            sums.threads = dim3(std::bit_ceil(unsigned(std::clamp<index>(terms, 32, most_sum_threads))));
+            sums.shared_bytes = sums.threads.x * sizeof(double);
+            cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms, parameters,
+                         gradients_.parameters.data());
+            cuda::launch(cuda::one_each(initial, stream_), store_rows<T>, all_.initial_gradient, width, initial,
+                         gradients_.initial.batch_stride(), gradients_.initial.data());
+        };
+        const auto go_on = [&] {
+            run_other_rounds(kernels_.correct);
+            kernels_.finish_backward(all_, stream_);
+        };
+        const bool goes_on = all_.count > 1 && !experience(key_).one_round_is_enough;
+        if (all_.count > 1) run_round(kernels_.correct, 0);
+        if (goes_on) go_on();
+        store();
         Report report;
         report.method = "adjoint, sequential";
-        if (all_.count > 1) {
-            run_rounds(kernels_.correct, rounds);
-            kernels_.finish_backward(all_, stream_);
+        if (all_.count > 1)
             report.method =
                 "adjoint, " + std::to_string(all_.count) + " chunks of " + std::to_string(all_.length) + " steps";
+        std::vector<cell::SequenceStatus> sequences;
+        const bool enough = wait(sequences).pending[0] == 0;
+        if (!enough && !goes_on) {
+            go_on();
+            store();
+            device::synchronise(stream_);
         }
-        cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
-        sums.threads = dim3(std::bit_ceil(unsigned(std::clamp<index>(terms, 32, most_sum_threads))));
-        sums.shared_bytes = sums.threads.x * sizeof(double);
-        cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms, parameters,
-                     gradients_.parameters.data());
-        cuda::launch(cuda::one_each(initial, stream_), store_rows<T>, all_.initial_gradient, width, initial,
-                     gradients_.initial.batch_stride(), gradients_.initial.data());
-        device::synchronise(stream_);
+        if (all_.count > 1) learn(key_, [&](Experience& now) { now.one_round_is_enough = enough; });
         report.window = all_.length;
         report.lyapunov = std::numeric_limits<double>::quiet_NaN();
         report.sequences.resize(std::size_t(all_.batch));

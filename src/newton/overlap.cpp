@@ -1,12 +1,13 @@
 // Overlap for any recurrence:
 //
 //   sweep    all chunks side by side, from the initial state or a given trajectory's
-//   repair   every chunk runs again from the end of the one before it, until it meets its old states; some rounds, of
-//            which those that have nothing left to do end at once
+//   repair   every chunk runs again from the end of the one before it, until it meets its old states; some rounds,
+//            while there is something left to do
 //   finish   what has not met by then, step after step
 //
 // Every number is tested by itself, against its own magnitude: at least as strict as the residual test of evaluate.hpp.
-// On a GPU all is enqueued; the host waits once, for the status, and again only where something is left to finish.
+// On a GPU all is enqueued up to the first round of repairs; the host waits for the status, and again only where
+// something is left to repair or to finish.
 #include "newton/overlap.hpp"
 
 #include <algorithm>
@@ -188,15 +189,19 @@ public:
         gather(options_.guess == Guess::given ? View<const T>(trajectory_) : View<const T>());
         advance({0, steps_, all_, options_.execution}, chunks_);
         int round = 0;
-        for (; round < rounds && (on_gpu_ || round == 0 || pending(list(round))); ++round) {
-            gather(trajectory_);
-            chunks_.asked = list(round);
-            chunks_.changed = list(round + 1) + batch_;
-            advance({0, steps_, all_, options_.execution}, chunks_);
+        do {
+            repair(round++);
+        } while (!on_gpu_ && round < rounds && pending(list(round)));
+        look_for_non_finite();
+        Found found = fetch(list(round));
+        if (on_gpu_ && std::find(found.left.begin(), found.left.end(), 1) != found.left.end()) {
+            while (round < rounds) repair(round++);
+            fill(non_finite_, 0, batch_ * index(sizeof *non_finite_));
+            look_for_non_finite();
+            found = fetch(list(round));
         }
         report_.iterations = 1 + round;
-        look_for_non_finite();
-        describe_result(list(round));
+        describe_result(list(round), std::move(found));
         report_.seconds = seconds_since(begin);
         report_.workspace_bytes = workspace_.peak_bytes();
         return std::move(report_);
@@ -204,11 +209,11 @@ public:
 
 private:
     index list_bytes() const { return (count_ + 1) * batch_; }
-    /// Of the chunks that a round repairs: where the one before it has changed. One that says so for round + 1 writes
-    /// there a chunk further on.
-    unsigned char* list(int round) const { return last_list_ + (rounds - round) * list_bytes(); }
+    /// Of each chunk of a round whether the one before it has changed, so that it is to be repaired; what a round
+    /// leaves to the next goes there a chunk further on. That of round 1 lies first.
+    unsigned char* list(int round) const { return lists_ + (round + rounds) % (rounds + 1) * list_bytes(); }
 
-    /// What the sweeps tell, in one piece of memory, which begins with what is fetched.
+    /// What the sweeps tell, in one piece of memory, which begins with what is fetched after one round.
     void take_told() {
         using Word = unsigned long long;
         constexpr index word = index(sizeof(Word));
@@ -218,7 +223,7 @@ private:
         chunks_.mismatches = reinterpret_cast<Mismatch<T>*>(told_);
         non_finite_ = reinterpret_cast<Word*>(chunks_.mismatches + batch_);
         chunks_.repeated = non_finite_ + batch_;
-        last_list_ = told_ + bytes;
+        lists_ = told_ + bytes;
         fill(told_, 0, all);
         fill(list(0) + batch_, 1, (count_ - 1) * batch_);
     }
@@ -267,6 +272,13 @@ private:
                                   to_string(options_.method));
     }
 
+    void repair(int round) {
+        gather(trajectory_);
+        chunks_.asked = list(round);
+        chunks_.changed = list(round + 1) + batch_;
+        advance({0, steps_, all_, options_.execution}, chunks_);
+    }
+
     /// Of processors: whether a chunk is still to be repaired.
     bool pending(const unsigned char* list) const {
         return std::find(list, list + count_ * batch_, 1) != list + count_ * batch_;
@@ -282,10 +294,9 @@ private:
         }
     }
 
-    void describe_result(const unsigned char* list) {
+    void describe_result(const unsigned char* list, Found found) {
         report_.sequences.resize(all_.size());
         report_.lyapunov = report_.error = std::numeric_limits<double>::quiet_NaN();
-        Found found = fetch(list);
         index first_left = count_;
         for (index c = count_ - 1; c > 0; --c)
             for (index j = 0; j < batch_; ++j) {
@@ -336,7 +347,7 @@ private:
             sequence.status = Status::finished_sequentially;
             report_.sequential_steps += steps_ - first;
         }
-        fill(non_finite_, 0, batch_ * index(sizeof(unsigned long long)));
+        fill(non_finite_, 0, batch_ * index(sizeof *non_finite_));
         look_for_non_finite();
     }
 
@@ -349,7 +360,7 @@ private:
     std::vector<index> all_;
     Chunks<T> chunks_;
     View<T> starts_, initial_;
-    unsigned char *told_ = nullptr, *last_list_ = nullptr;
+    unsigned char *told_ = nullptr, *lists_ = nullptr;
     unsigned long long* non_finite_ = nullptr;
     Report report_;
 };
