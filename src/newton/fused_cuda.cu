@@ -205,11 +205,11 @@ public:
         }
         all_.absolute_tolerance = tolerance_.absolute;
         all_.relative_tolerance = tolerance_.relative;
-        key_ = {.kernels = &kernels_,
-                .backend = Backend::cuda,
-                .workers = device::current_gpu().ordinal(),
-                .steps = std::ilogb(double(longest_)),
-                .numbers = std::ilogb(chains())};
+        key_ = ExperienceKey{.kernels = &kernels_,
+                             .backend = Backend::cuda,
+                             .workers = device::current_gpu().ordinal(),
+                             .steps = std::ilogb(double(longest_)),
+                             .numbers = std::ilogb(chains())};
         status_bytes_ = index(sizeof(cell::RunStatus)) + all_.batch * index(sizeof(cell::SequenceStatus));
         all_.sequences =
             reinterpret_cast<cell::SequenceStatus*>(workspace_.template take<unsigned char>(status_bytes_));
