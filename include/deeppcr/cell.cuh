@@ -165,17 +165,21 @@ struct OnGpu {
                 if (exists(v, there)) to[v * K + k] = x[std::size_t(v)][std::size_t(k)];
     }
     __device__ __forceinline__ static State widen(const StatePack& pack) {
+        A numbers[V * K];
+        cuda::widen<V * K>(pack.at, numbers);
         State x;
         DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
-            for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = cuda::widen(pack.at[v * K + k]);
+            for (int k = 0; k < K; ++k) x[std::size_t(v)][std::size_t(k)] = numbers[v * K + k];
         return x;
     }
     __device__ __forceinline__ static StatePack narrow(const State& x) {
-        StatePack pack;
+        A numbers[V * K];
         DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v)
-            for (int k = 0; k < K; ++k) pack.at[v * K + k] = cuda::narrow<T>(x[std::size_t(v)][std::size_t(k)]);
+            for (int k = 0; k < K; ++k) numbers[v * K + k] = x[std::size_t(v)][std::size_t(k)];
+        StatePack pack;
+        cuda::narrow<V * K>(numbers, pack.at);
         return pack;
     }
     __device__ static State zeros() {
@@ -365,8 +369,12 @@ struct OnGpu {
         }
         __device__ __forceinline__ void set_inputs(const InputPack (&u)[G]) {
             DEEPPCR_UNROLL
-            for (int v = 0; v < V; ++v)
-                for (int g = 0; g < G; ++g) lane[v].u[std::size_t(g)] = cuda::widen(u[g].at[v]);
+            for (int g = 0; g < G; ++g) {
+                A numbers[V];
+                cuda::widen<V>(u[g].at, numbers);
+                DEEPPCR_UNROLL
+                for (int v = 0; v < V; ++v) lane[v].u[std::size_t(g)] = numbers[v];
+            }
         }
         /// A step, and product <- J product: the columns of the product are the directions.
         __device__ __forceinline__ void step(const InputPack (&u)[G], A (&product)[V][K * K]) {
@@ -416,9 +424,10 @@ struct OnGpu {
     /// Whether states are finite, as they are stored: 0 exactly where all are. What is finite where it is computed may
     /// overflow where it is rounded to 16 bits.
     __device__ __forceinline__ static A zero_of(const StatePack& stored) {
-        A sum = A(0);
+        A numbers[V * K], sum = A(0);
+        cuda::widen<V * K>(stored.at, numbers);
         DEEPPCR_UNROLL
-        for (int e = 0; e < V * K; ++e) sum += A(0) * cuda::widen(stored.at[e]);
+        for (int e = 0; e < V * K; ++e) sum += A(0) * numbers[e];
         return sum;
     }
     /// Where the first one is, find_non_finite looks up afterwards: this state may yet be replaced.
@@ -430,13 +439,14 @@ struct OnGpu {
     /// difference is infinite. Raises the residuals where it agrees.
     __device__ __forceinline__ static bool meet(const Chunks& all, const StatePack& old, const StatePack& now,
                                                 A& residual, A& relative) {
+        const State olds = widen(old), news = widen(now);
         A most = A(0), fraction = A(0);
         bool all_meet = true;
         DEEPPCR_UNROLL
         for (int v = 0; v < V; ++v) {
             A apart = A(0), size = A(0);
             for (int k = 0; k < K; ++k) {
-                const A before = cuda::widen(old.at[v * K + k]), after = cuda::widen(now.at[v * K + k]);
+                const A before = olds[std::size_t(v)][std::size_t(k)], after = news[std::size_t(v)][std::size_t(k)];
                 apart = scalar_functions::larger_or_nan(apart, scalar_functions::magnitude(after - before));
                 size = max(size, scalar_functions::magnitude(before));
             }
@@ -844,20 +854,23 @@ struct OnGpu {
         __device__ __forceinline__ void step(const Item& item, const State& before) {
             group.set_inputs(item.u);
             group.set(before);
-            InputPack gradient[G];
+            A gradient[G][V];
+            if constexpr (adding)
+                for (int g = 0; g < G; ++g) cuda::widen<V>(item.input_gradient[g].at, gradient[g]);
             DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) {
                 A result[K + G + P];
                 group.sensitivities(v, adjoint[std::size_t(v)], result);
                 for (int k = 0; k < K; ++k) adjoint[std::size_t(v)][std::size_t(k)] = result[k];
-                for (int g = 0; g < G; ++g) {
-                    const A more = result[K + g];
-                    gradient[g].at[v] =
-                        cuda::narrow<T>(adding ? cuda::widen(item.input_gradient[g].at[v]) + more : more);
-                }
+                for (int g = 0; g < G; ++g) gradient[g][v] = adding ? gradient[g][v] + result[K + g] : result[K + g];
                 for (int q = 0; q < P; ++q) sums[v][q] += result[K + G + q];
             }
-            for (int g = 0; g < G; ++g) store<1>(all, input_gradient + g * all.channels, here.there, gradient[g]);
+            DEEPPCR_UNROLL
+            for (int g = 0; g < G; ++g) {
+                InputPack stored;
+                cuda::narrow<V>(gradient[g], stored.at);
+                store<1>(all, input_gradient + g * all.channels, here.there, stored);
+            }
             input_gradient -= all.input_gradient_step;
         }
         __device__ void add_sums() {

@@ -136,18 +136,64 @@ __device__ __forceinline__ T widen(T value) {
 }
 __device__ __forceinline__ float widen(bfloat16 value) { return __uint_as_float(unsigned(value.bits) << 16); }
 __device__ __forceinline__ float widen(float16 value) { return __half2float(__ushort_as_half(value.bits)); }
+
+/// Two numbers of 16 bits in a word, in one instruction of those that do arithmetic: a conversion of one of them would
+/// be left to the unit of special functions, which has a quarter of their rate.
+template <class T>
+__device__ __forceinline__ unsigned narrow_two(float low, float high) {
+    unsigned word;
+    if constexpr (std::is_same_v<T, bfloat16>)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
 template <class T>
 __device__ __forceinline__ T narrow(Arithmetic<T> value) {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-        bfloat16 stored;
-        stored.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
-        return stored;
-    } else if constexpr (std::is_same_v<T, float16>) {
-        float16 stored;
-        stored.bits = __half_as_ushort(__float2half_rn(value));
+    if constexpr (is_stored_in_16_bits<T>) {
+        T stored;
+        stored.bits = static_cast<unsigned short>(narrow_two<T>(value, 0.0F));
         return stored;
     } else {
         return value;
+    }
+}
+
+/// `n` neighbours, two at once where they have 16 bits.
+template <int n, class T>
+__device__ __forceinline__ void widen(const T* stored, Arithmetic<T>* numbers) {
+    if constexpr (is_stored_in_16_bits<T> && n % 2 == 0) {
+        DEEPPCR_UNROLL
+        for (int i = 0; i < n; i += 2) {
+            unsigned word;
+            memcpy(&word, stored + i, sizeof word);
+            if constexpr (std::is_same_v<T, bfloat16>) {
+                numbers[i] = __uint_as_float(word << 16);
+                numbers[i + 1] = __uint_as_float(word & 0xffff0000U);
+            } else {
+                __half2 pair;
+                memcpy(&pair, &word, sizeof word);
+                const float2 both = __half22float2(pair);
+                numbers[i] = both.x;
+                numbers[i + 1] = both.y;
+            }
+        }
+    } else {
+        DEEPPCR_UNROLL
+        for (int i = 0; i < n; ++i) numbers[i] = widen(stored[i]);
+    }
+}
+template <int n, class T>
+__device__ __forceinline__ void narrow(const Arithmetic<T>* numbers, T* stored) {
+    if constexpr (is_stored_in_16_bits<T> && n % 2 == 0) {
+        DEEPPCR_UNROLL
+        for (int i = 0; i < n; i += 2) {
+            const unsigned word = narrow_two<T>(numbers[i], numbers[i + 1]);
+            memcpy(static_cast<void*>(stored + i), &word, sizeof word);
+        }
+    } else {
+        DEEPPCR_UNROLL
+        for (int i = 0; i < n; ++i) stored[i] = narrow<T>(numbers[i]);
     }
 }
 

@@ -61,8 +61,7 @@ __device__ __forceinline__ void read_numbers(const T* from, Arithmetic<T> (&to)[
     DEEPPCR_UNROLL
     for (int p = 0; p < count / numbers; ++p) {
         const auto piece = reinterpret_cast<const Piece<T, numbers>*>(from)[p];
-        DEEPPCR_UNROLL
-        for (int n = 0; n < numbers; ++n) to[p * numbers + n] = cuda::widen(piece.values[n]);
+        cuda::widen<numbers>(piece.values, to + p * numbers);
     }
 }
 template <int count, class T>
@@ -71,8 +70,7 @@ __device__ __forceinline__ void write_numbers(T* to, const Arithmetic<T> (&from)
     DEEPPCR_UNROLL
     for (int p = 0; p < count / numbers; ++p) {
         Piece<T, numbers> piece;
-        DEEPPCR_UNROLL
-        for (int n = 0; n < numbers; ++n) piece.values[n] = cuda::narrow<T>(from[p * numbers + n]);
+        cuda::narrow<numbers>(from + p * numbers, piece.values);
         reinterpret_cast<Piece<T, numbers>*>(to)[p] = piece;
     }
 }

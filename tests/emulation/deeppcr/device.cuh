@@ -105,5 +105,13 @@ template <class T>
 T narrow(Arithmetic<T> value) {
     return T(value);
 }
+template <int n, class T>
+void widen(const T* stored, Arithmetic<T>* numbers) {
+    for (int i = 0; i < n; ++i) numbers[i] = widen(stored[i]);
+}
+template <int n, class T>
+void narrow(const Arithmetic<T>* numbers, T* stored) {
+    for (int i = 0; i < n; ++i) stored[i] = narrow<T>(numbers[i]);
+}
 
 }  // namespace deeppcr::cuda
