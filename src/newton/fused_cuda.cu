@@ -266,6 +266,8 @@ protected:
         all_.changed = rounds_.changed[round % 2];
         kernel(all_, stream_);
     }
+    /// Launches: one round, or all and what is left of them.
+    double rounds_expected() const { return experience(key_).one_round_is_enough ? 1 : repair_rounds + 1; }
     /// Where the first one was not enough.
     void run_other_rounds(const DeviceKernel<T>& kernel) {
         for (int round = 1; round < repair_rounds; ++round) run_round(kernel, round);
@@ -302,7 +304,8 @@ class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs,
-        Base::cut, Base::plan, Base::take_rounds, Base::rounds_, Base::run_round, Base::run_other_rounds, Base::wait;
+        Base::cut, Base::plan, Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round,
+        Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -365,14 +368,16 @@ private:
     }
 
     Plan plan_overlap(const DeviceCosts& cost, index repeated) const {
+        const double launches = 3 + rounds_expected();
         return plan([&](double chunks, double length) {
-            return (4 + repair_rounds) * cost.launch + cost.advance.seconds(chunks * chains(), length) +
+            return launches * cost.launch + cost.advance.seconds(chunks * chains(), length) +
                    cost.advance.seconds(chunks * chains(), std::min(length, double(repeated)));
         });
     }
     Plan plan_shooting(const DeviceCosts& cost, double shots) const {
+        const double launches = 4 + rounds_expected() + 5 * shots;
         return plan([&](double chunks, double length) {
-            return (5 + repair_rounds + 5 * shots) * cost.launch + cost.advance.seconds(chunks * chains(), length) +
+            return launches * cost.launch + cost.advance.seconds(chunks * chains(), length) +
                    shots * cost.multiply.seconds(chunks * chains(), length);
         });
     }
@@ -540,7 +545,7 @@ class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan,
-        Base::take_rounds, Base::rounds_, Base::run_round, Base::run_other_rounds, Base::wait;
+        Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -620,8 +625,9 @@ private:
         if (options_.chunk > 0) return std::min(options_.chunk, longest_);
         // A step back costs about as much as one with the product of Jacobians.
         const DeviceCosts cost = costs();
+        const double launches = rounds_expected();
         const Plan chunks = plan([&](double count, double length) {
-            return (4 + repair_rounds) * cost.launch + cost.multiply.seconds(count * chains(), length) +
+            return launches * cost.launch + cost.multiply.seconds(count * chains(), length) +
                    cost.multiply.seconds(count * chains(), std::min(length, double(shortest_chunk)));
         });
         return chunks.seconds < cost.multiply.seconds(chains(), double(longest_)) ? chunks.length : longest_;
