@@ -86,43 +86,6 @@ int bytes_at_once(const Arrays<T>& arrays, int K) {
     return bytes;
 }
 
-/// Begins to copy `rows` rows of `numbers` numbers, `stride` apart, to shared memory, `pitch` apart: by thread `thread`
-/// of `threads`, `bytes` at once.
-template <int bytes, class T>
-__device__ void begin_copying_as(const T* from, int stride, int rows, int numbers, T* shared, int pitch, int thread,
-                                 int threads) {
-    constexpr int many = bytes / int(sizeof(T));
-    const int pieces = (numbers + many - 1) / many, row_step = threads / pieces, piece_step = threads % pieces;
-    int row = thread / pieces, piece = thread % pieces;
-    while (row < rows) {
-        T* const to = shared + row * pitch + piece * many;
-        const T* const at = from + index(row) * stride + piece * many;
-        if constexpr (bytes >= 4)
-            cuda::begin_copy<bytes>(to, at);
-        else
-            *to = *at;
-        row += row_step;
-        piece += piece_step;
-        if (piece >= pieces) {
-            piece -= pieces;
-            ++row;
-        }
-    }
-}
-template <class T>
-__device__ void begin_copying(int bytes, const T* from, int stride, int rows, int numbers, T* shared, int pitch,
-                              int thread, int threads) {
-    constexpr int one = int(sizeof(T));
-    if (bytes == 16)
-        begin_copying_as<16>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else if (bytes == 8)
-        begin_copying_as<8>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else if (bytes == 4)
-        begin_copying_as<(one > 4 ? one : 4)>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else
-        begin_copying_as<one>(from, stride, rows, numbers, shared, pitch, thread, threads);
-}
-
 /// Numbers from row to row of shared memory: an odd number of pieces of 16 bytes, so that neighbouring rows lie in
 /// different banks.
 template <class T, int numbers>
@@ -150,6 +113,12 @@ constexpr int stages = 4;  // steps that are in shared memory: one in use, the o
 /// Of a block.
 template <class T, int side>
 constexpr int warps = side * sizeof(T) <= 128 ? 4 : 2;
+/// Chunks that a multiprocessor summarises at once, as registers allow; of larger blocks, blocks of threads.
+template <class A>
+constexpr int chunks_at_once(int K) {
+    const bool wide = sizeof(A) > 4;
+    return K <= 8 ? 64 : K <= 16 ? (wide ? 24 : 32) : K <= 32 ? (wide ? 8 : 12) : 2;
+}
 
 /// A system in chunks.
 template <class T>
@@ -195,12 +164,71 @@ struct Path {
           from_nothing(run.from_nothing) {}
 };
 
+/// How `side` threads copy a block of K x K numbers, which lie side by side, to rows of shared memory: each the same
+/// parts of every block, whose places are known before the first.
+template <class T, int side>
+class BlockCopy {
+    static constexpr int pitch = pitch_of<T, side>;
+
+public:
+    __device__ BlockCopy(int K, int bytes, int me) : K_(K), bytes_(bytes), me_(me), many_(bytes / int(sizeof(T))) {
+        if (whole()) return;
+        const int pieces = K / many_;
+        piece_ = me % pieces * many_;
+        place_ = me / pieces * pitch + piece_;
+        piece_step_ = side % pieces * many_;
+        step_ = side / pieces * pitch + piece_step_;
+    }
+    __device__ __forceinline__ void begin(const T* from, T* to) const {
+        if (whole()) {
+            constexpr int many = 16 / int(sizeof(T)), pieces = side / many, rows = side / pieces;
+            from += me_ * many;
+            to += me_ / pieces * pitch + me_ % pieces * many;
+            DEEPPCR_UNROLL
+            for (int row = 0; row < side; row += rows) cuda::begin_copy<16>(to + row * pitch, from + row * side);
+        } else if (bytes_ == 16) {
+            begin_as<16>(from, to);
+        } else if (bytes_ == 8) {
+            begin_as<8>(from, to);
+        } else if (bytes_ == 4) {
+            begin_as<4>(from, to);
+        } else {
+            begin_as<2>(from, to);
+        }
+    }
+
+private:
+    __device__ bool whole() const { return K_ == side && bytes_ == 16; }
+    template <int bytes>
+    __device__ __forceinline__ void begin_as(const T* from, T* to) const {
+        int piece = piece_;
+        to += place_;
+        DEEPPCR_ROLLED
+        for (int i = me_ * many_; i < K_ * K_; i += side * many_) {
+            if constexpr (bytes >= 4)
+                cuda::begin_copy<bytes>(to, from + i);
+            else
+                *to = from[i];
+            to += step_;
+            piece += piece_step_;
+            if (piece >= K_) {
+                piece -= K_;
+                to += pitch - K_;
+            }
+        }
+    }
+
+    int K_, bytes_, me_, many_, piece_ = 0, place_ = 0, piece_step_ = 0, step_ = 0;
+};
+
 /// `side` threads run along a path: thread `me` has row `me` of the state, and column `me` of the product. The teams of
 /// a warp go side by side, as far as the longest path. T: what their shared memory is made for, or smaller numbers.
 template <class T, int side, bool transposed>
 struct Team {
     using A = Arithmetic<T>;
     static constexpr int threads = warps<T, side> * 32, teams = threads / side;
+    /// To a multiprocessor. Wider numbers than T would spill within the loop.
+    static constexpr int blocks = std::is_same_v<T, A> ? chunks_at_once<A>(side) / teams : 1;
     static constexpr int ring_bytes = stages * side * pitch_of<T, side> * int(sizeof(T));
     static constexpr std::size_t shared_bytes = std::size_t(teams) * (ring_bytes + side * sizeof(A));
 
@@ -228,13 +256,17 @@ struct Team {
         for (int i = me; i < stages * side * pitch / at_once; i += side)  // beyond K it stays so
             reinterpret_cast<Piece<N, at_once>*>(matrices)[i] = {};
         __syncwarp();
+        const BlockCopy<N, side> copy(K, bytes, me);
+        const N *ahead = path.factor, *ahead_right_side = path.right_side + me;
         const auto right_side = [&](int n) {
-            return me < K && n < path.steps ? path.right_side[n * path.right_side_step + me] : N();
+            const N value = me < K && n < path.steps ? *ahead_right_side : N();
+            ahead_right_side += path.right_side_step;
+            return value;
         };
         const auto begin = [&](int n) {
             if (n < path.steps && !(n == 0 && path.from_nothing))
-                begin_copying(bytes, path.factor + n * path.factor_step, K, K, K,
-                              matrices + n % stages * (side * pitch), pitch, me, side);
+                copy.begin(ahead, matrices + n % stages * (side * pitch));
+            ahead += path.factor_step;
             cuda::commit_copies();
         };
         for (int n = 0; n < stages - 1; ++n) begin(n);
@@ -307,7 +339,7 @@ struct Team {
 
 /// The maps of all chunks but the last, to the first level, and where they are A's, of all levels.
 template <class T, int side, bool transposed>
-__global__ void __launch_bounds__(warps<T, side> * 32)
+__global__ void __launch_bounds__(Team<T, side, transposed>::threads, Team<T, side, transposed>::blocks)
     summarise_small(const __grid_constant__ System<T> system, const __grid_constant__ Levels<Arithmetic<T>> levels) {
     using A = Arithmetic<T>;
     const Team<T, side, transposed> team;
@@ -351,7 +383,7 @@ __global__ void __launch_bounds__(warps<T, side> * 32)
 
 /// All states, from those of the last level.
 template <class T, int side, bool transposed>
-__global__ void __launch_bounds__(warps<Arithmetic<T>, side> * 32)
+__global__ void __launch_bounds__(Team<Arithmetic<T>, side, transposed>::threads)
     substitute_small(const __grid_constant__ System<T> system, const __grid_constant__ Levels<Arithmetic<T>> levels) {
     using A = Arithmetic<T>;
     const Team<A, side, transposed> team;
@@ -772,13 +804,14 @@ void launch(index blocks, int threads, std::size_t shared_bytes, CUstream_st* st
 }
 
 /// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
-/// shorter than this one. A product is worth several steps of a substitution: of 2^14 steps of one chain chunks of 8,
-/// three times over, leave 21 products and 55 other steps one after the other; chunks of 16 45 and 51; of 4, five
-/// times, 15 and 36, and twice as many ends to pass on.
+/// shorter than this one. Of 2^14 steps of one chain, chunks of 8 three times over leave 21 products and 55 other steps
+/// one after the other, and three times maps are passed on from multiprocessor to multiprocessor, which takes as long
+/// as a few products; chunks of 16 leave 45 and 51, three times too; of 4, 15 and 35, and five times.
+template <class A>
 index chunk_length(index steps, index chains, int K) {
     constexpr index few_steps = 48, shortest = 8;  // few take less than a scan's launches
     if (steps <= few_steps) return steps;
-    const index at_once = index(device::multiprocessors()) * (K <= 8 ? 64 : K <= 16 ? 32 : K <= 32 ? 12 : 2);
+    const index at_once = index(device::multiprocessors()) * chunks_at_once<A>(K);
     return std::min(steps, std::max(shortest, (steps * chains + at_once - 1) / at_once));
 }
 Chunks chunks_of(index steps, index length) { return {length, (steps + length - 1) / length}; }
@@ -812,7 +845,7 @@ Levels<Arithmetic<T>> levels_of(const System<T>& system, CUstream_st* stream, Wo
         level.products = workspace->take<A>(steps * chains * K * K);
         level.sums = workspace->take<A>(steps * chains * K);
         level.arrays = ends_of(*below, system.arrays.batch, system.arrays.rows, K, level.products, level.sums);
-        level.chunks = chunks_of(steps, levels.count < most ? chunk_length(steps, chains, K) : steps);
+        level.chunks = chunks_of(steps, levels.count < most ? chunk_length<A>(steps, chains, K) : steps);
         level.K = K;
         level.bytes = bytes_at_once(level.arrays, K);
         chunks += level.chunks.count;
@@ -841,7 +874,7 @@ void scan_small(const System<T>& system, CUstream_st* stream, Workspace* workspa
                                                              summarise_small<T, side, transposed>);
         if constexpr (!std::is_same_v<T, A>) {
             System<A> ends = levels.all[0];
-            ends.chunks = chunks_of(ends.arrays.steps, chunk_length(ends.arrays.steps, ends.chains(), ends.K));
+            ends.chunks = chunks_of(ends.arrays.steps, chunk_length<A>(ends.arrays.steps, ends.chains(), ends.K));
             scan_small<A, side, transposed>(ends, stream, workspace);
         }
     }
@@ -913,7 +946,7 @@ void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index length, 
                  CUstream_st* stream, Workspace* workspace) {
     using A = Arithmetic<T>;
     const index chains = arrays.batch * arrays.rows, steps = arrays.steps;
-    if (length == 0) length = chunk_length(steps, chains, K);
+    if (length == 0) length = chunk_length<A>(steps, chains, K);
     if (length > steps || K > largest_in_slices<T>()) length = steps;
     const Chunks chunks = chunks_of(steps, length);
     if (K <= largest_in_registers) {
