@@ -57,14 +57,16 @@ private:
     std::shared_ptr<void> event_;
 };
 
-/// Few bytes on their way from the current GPU to the host, while both go on. What it needs is taken from earlier ones,
+/// Few bytes from a kernel of the current GPU to the host, while both go on. What it needs is taken from earlier ones,
 /// where there are any.
 class Letter {
 public:
     static constexpr index most_bytes = 4096;
     Letter();
-    /// Enqueued: what is there when the stream gets to it.
-    void send(const void* from, index bytes, CUstream_st* stream);
+    /// Main memory that the kernel writes.
+    void* paper() const;
+    /// Enqueued right behind the kernel.
+    void send(CUstream_st* stream);
     /// Waits for what was sent last. Throws as `synchronise`.
     const void* receive() const;
 

@@ -1,15 +1,16 @@
 // Newton's method for any recurrence on a GPU, pass by pass as evaluate.cpp has it on a processor:
 //
 //   linearise   the recurrence's callback: f and J at all states of the window
-//   test        -r_t, and the first step of each sequence that fails the residual test
-//   advance     confirms the steps before it; the first step beyond is cut off from its predecessor (J = 0), so that
-//               the frozen prefix passes nothing on
+//   test        -r_t, and the first step of each sequence that fails the residual test. The last block to end confirms
+//               the steps before it; the first step beyond is cut off from its predecessor (J = 0), so that the frozen
+//               prefix passes nothing on
 //   solve       d_t = J_t d_{t-1} - r_t
 //   settle      x_t <- x_t + d_t beyond the confirmed steps; the residuals of those just confirmed
 //
-// All of it is enqueued, and at the end of a pass a few numbers (Summary) are sent to the host, which reads them while
-// the next pass runs, or at once where a pass takes so long that one too many costs more than the wait. A pass after
-// the one that confirms the last step changes nothing. All sequences take part in all passes.
+// After the test a few numbers (Summary) are in the host's memory, which hears them while the GPU solves, so that the
+// next pass is enqueued before this one ends, and none too many. Where a solve takes long, it is not enqueued before
+// the host knows that anything is left to solve for. Passes that nobody hears (EnqueuedEvaluation) change nothing after
+// the one that confirms the last step. All sequences take part in all passes.
 //
 // The window slides by a pointer: states have room for two windows, and move back to the beginning once per window.
 //
@@ -39,7 +40,7 @@ namespace deeppcr::newton {
 namespace {
 
 constexpr index sequential_piece = 1024;          // steps between two copies to the caller's array
-constexpr index bytes_worth_waiting = 64 << 20;   // read and written by a pass; fewer take less than a wait
+constexpr index bytes_worth_waiting = 64 << 20;   // read and written by a pass; the solve of fewer is less than a wait
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
 constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
@@ -69,19 +70,18 @@ struct Summary {
     Word left;       ///< steps not confirmed, of the sequence that has most of them; 0: all is done
     Word confirmed;  ///< the sum over the sequences
     Word worst;      ///< largest relative residual among the steps not confirmed
+    Word tested;     ///< blocks of threads that have tested their rows
 };
+constexpr index summaries = 3;  // of the pass before, of this one, and of the next, which begins with zeros
 
-/// The window in a pass. Rows are i * batch + j, contiguous.
+/// The window in a pass.
 template <class T>
-struct Pass {
-    T* states;  ///< x_{t-1} in row i, x_t in row i + 1
-    T *after, *update, *jacobian;
-    index block, first, rows, batch, width, steps;
-    int lanes;  ///< threads per row
-    Tolerance tolerance;
+struct Pass : Rows<T> {
+    index first, steps;
     Track* tracks;
-    const Summary* before;  ///< of the pass before
-    Summary* now;
+    const Summary* before;
+    Summary *now, *next;
+    Summary* heard;  ///< in the host's memory; null: nobody hears
     Word* resets;
 };
 
@@ -92,28 +92,24 @@ struct Ending {
 };
 
 template <class T>
-__global__ void __launch_bounds__(plain_threads) test_rows(const Pass<T> pass) {
-    if (pass.before->left == 0) return;
-    const int lanes = pass.lanes, lane = int(threadIdx.x) % lanes;
-    const index row = this_thread() / lanes, width = pass.width;
+__device__ void test_row(const Pass<T>& pass, index row, int lane) {
+    const index width = pass.width;
     const bool exists = row < pass.rows * pass.batch;
     const index step = pass.first + (exists ? row / pass.batch : 0);
     Track* const track = pass.tracks + (exists ? row % pass.batch : 0);
     const bool open = exists && track->ended == 0 && Word(step) >= track->confirmed;
     T* const state = pass.states + (row + pass.batch) * width;
-    T* const update = pass.update + row * width;
     Norms<T> norms;
-    for (index k = lane; exists && k < width; k += lanes) {
+    for (index k = lane; exists && k < width; k += pass.lanes) {
         const T f = pass.after[row * width + k];
         if (pass.rows == 1 && open) state[k] = f;  // of a confirmed state: exact, as sequential evaluation has it
         const T x = state[k];
-        update[k] = open ? f - x : T(0);
+        pass.update[row * width + k] = open ? f - x : T(0);
         norms.add(x, f);
     }
-    norms.join(lanes);
-    if (!open) {  // passes nothing on: infinity times 0 would be NaN
-        if (exists && track->singular != 0)
-            for (index k = lane; k < width * pass.block; k += lanes) pass.jacobian[row * width * pass.block + k] = T(0);
+    norms.join(pass.lanes);
+    if (!open) {
+        if (exists && track->singular != 0) pass.cut_off(row, lane);  // infinity times 0 would be NaN
         return;
     }
     const double relative = norms.relative(pass.tolerance);
@@ -126,44 +122,46 @@ __global__ void __launch_bounds__(plain_threads) test_rows(const Pass<T> pass) {
         raise(&pass.now->worst, word_of(good ? relative : infinity()));
         if (!good) atomicAdd(pass.resets, Word(1));
     }
-    if (good) return;
-    // Cut off from its neighbours; a state that is not finite itself restarts from the confirmed one.
-    const T* const restart =
-        pass.states + ((index(track->confirmed) - pass.first) * pass.batch + row % pass.batch) * width;
-    for (index k = lane; k < width; k += lanes) {
-        update[k] = T(0);
-        if ((norms.bad & 1) != 0) state[k] = restart[k];
-    }
-    for (index k = lane; k < width * pass.block; k += lanes) pass.jacobian[row * width * pass.block + k] = T(0);
+    if (!good) pass.isolate(row, lane, norms, index(track->confirmed) - pass.first);
 }
 
-/// A block of threads for each sequence.
+/// By one block of threads, when all rows are tested.
 template <class T>
-__global__ void __launch_bounds__(plain_threads) advance_tracks(const Pass<T> pass) {
-    if (pass.before->left == 0) return;
-    const index j = blockIdx.x;
-    Track track = pass.tracks[j];
-    __syncthreads();  // all have read it
+__device__ void advance_tracks(const Pass<T>& pass) {
     const Word last = Word(pass.first + pass.rows), steps = Word(pass.steps);
-    track.confirmed_before = track.confirmed;
-    if (track.ended == 0 && track.confirmed < steps) {
-        track.confirmed = track.failed > 0 ? last - track.failed : larger(track.confirmed, last);
-        track.ended = track.failed > 0 && track.bad == track.failed ? 1 : 0;
-        ++track.iterations;
-    }
-    track.failed = track.bad = 0;
-    if (threadIdx.x == 0) {
-        pass.tracks[j] = track;
+    for (index j = threadIdx.x; j < pass.batch; j += blockDim.x) {
+        Track& track = pass.tracks[j];
+        track.confirmed_before = track.confirmed;
+        if (track.ended == 0 && track.confirmed < steps) {
+            track.confirmed = track.failed > 0 ? last - track.failed : larger(track.confirmed, last);
+            track.ended = track.failed > 0 && track.bad == track.failed ? 1 : 0;
+            ++track.iterations;
+        }
+        track.failed = track.bad = 0;
         atomicAdd(&pass.now->confirmed, track.confirmed);
         if (track.ended == 0) raise(&pass.now->left, steps - track.confirmed);
     }
-    if (track.ended != 0 || track.confirmed >= last) return;
-    const index entries = pass.width * pass.block, row = (index(track.confirmed) - pass.first) * pass.batch + j;
-    for (index k = threadIdx.x; k < entries; k += blockDim.x) pass.jacobian[row * entries + k] = T(0);
+    __syncthreads();
+    __threadfence();
+    if (pass.heard != nullptr && threadIdx.x == 0) *pass.heard = *pass.now;
+    const int lane = int(threadIdx.x) % pass.lanes;
+    for (index j = index(threadIdx.x) / pass.lanes; j < pass.batch; j += index(blockDim.x) / pass.lanes) {
+        const Track& track = pass.tracks[j];
+        if (track.ended == 0 && track.confirmed < last)
+            pass.cut_off((index(track.confirmed) - pass.first) * pass.batch + j, lane);
+    }
 }
 
 template <class T>
-__global__ void __launch_bounds__(plain_threads) settle_rows(const Pass<T> pass) {
+__global__ void __launch_bounds__(plain_threads) test_rows(const __grid_constant__ Pass<T> pass) {
+    if (this_thread() == 0) *pass.next = {};
+    if (pass.before->left == 0) return;
+    test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes);
+    if (is_last_block(&pass.now->tested)) advance_tracks(pass);
+}
+
+template <class T>
+__global__ void __launch_bounds__(plain_threads) settle_rows(const __grid_constant__ Pass<T> pass) {
     if (pass.before->left == 0) return;
     const int lanes = pass.lanes, lane = int(threadIdx.x) % lanes;
     const index row = this_thread() / lanes, width = pass.width;
@@ -314,7 +312,10 @@ public:
         report_ = {};
         report_.method = describe(options_);
         begin_passes();
-        for (index pass = 0; pass < passes; ++pass) enqueue_pass();
+        for (index pass = 0; pass < passes; ++pass) {
+            enqueue_test(nullptr);
+            enqueue_update(true);
+        }
         end_passes();
     }
 
@@ -328,6 +329,7 @@ public:
     }
 
 private:
+    using Letter = device::Letter;
     static constexpr double unknown = std::numeric_limits<double>::quiet_NaN();
 
     /// All that will be needed, before anything is changed; the solver takes its own in the first pass.
@@ -347,7 +349,7 @@ private:
         }
         state_ = workspace_.template take<T>(batch_ * width_);
         tracks_ = workspace_.template take<Track>(batch_);
-        summaries_ = workspace_.template take<Summary>(2);
+        summaries_ = workspace_.template take<Summary>(summaries);
         resets_ = workspace_.template take<Word>(1);
         starts_ = workspace_.template take<index>(batch_);
         endings_ = workspace_.template take<Ending>(batch_);
@@ -376,47 +378,58 @@ private:
         report_.window = window_;
         device::fill_bytes(tracks_, 0, batch_ * index(sizeof(Track)), stream_);
         device::fill_bytes(resets_, 0, index(sizeof(Word)), stream_);
-        device::fill_bytes(summaries_ + 1, 0xFF, index(sizeof(Summary)), stream_);  // before the first pass all is left
+        device::fill_bytes(summaries_, 0, index(sizeof(Summary)), stream_);
+        // Before the first pass all is left.
+        device::fill_bytes(summaries_ + summaries - 1, 0xFF, index(sizeof(Summary)), stream_);
         if (estimating()) device::fill_bytes(carried_, 0, batch_ * width_ * index(sizeof(T)), stream_);
         recurrence_.initial(section(0, 0), View<T>(row(0), shape(1)));
         enter(0);
     }
 
-    void enqueue_pass() {
+    Pass<T> pass() const {
         Pass<T> pass{};
         pass.states = row(0);
         pass.after = after_;
         pass.update = update_;
         pass.jacobian = jacobian_;
         pass.block = block_;
-        pass.first = first_;
         pass.rows = rows();
         pass.batch = batch_;
         pass.width = width_;
-        pass.steps = steps_;
         pass.lanes = lanes_of(width_);
         pass.tolerance = tolerance_of<T>(options_);
+        pass.first = first_;
+        pass.steps = steps_;
         pass.tracks = tracks_;
-        pass.now = summaries_ + passes_ % 2;
-        pass.before = summaries_ + (passes_ + 1) % 2;
+        pass.before = summaries_ + (passes_ + summaries - 1) % summaries;
+        pass.now = summaries_ + passes_ % summaries;
+        pass.next = summaries_ + (passes_ + 1) % summaries;
         pass.resets = resets_;
-        device::fill_bytes(pass.now, 0, index(sizeof(Summary)), stream_);
+        return pass;
+    }
+    cuda::Launch by_row() const { return cuda::one_each(rows() * batch_ * lanes_of(width_), stream_); }
+    index row_bytes() const { return rows() * batch_ * width_ * index(sizeof(T)); }
 
+    /// The first half of a pass; letter: the Summary's, or null.
+    void enqueue_test(Letter* letter) {
         linearise();
-        const cuda::Launch by_row = cuda::one_each(rows() * batch_ * pass.lanes, stream_);
-        cuda::launch(by_row, test_rows<T>, pass);
-        const dim3 per_sequence = cuda::one_each(width_ * std::max<index>(block_, 1), stream_).threads;
-        cuda::launch({dim3(unsigned(batch_)), per_sequence, 0, stream_}, advance_tracks<T>, pass);
-        if (options_.surrogate != Surrogate::zero) {
+        Pass<T> tested = pass();
+        if (letter != nullptr) tested.heard = static_cast<Summary*>(letter->paper());
+        cuda::launch(by_row(), test_rows<T>, tested);
+        if (letter != nullptr) letter->send(stream_);
+        report_.linearise.bytes += (2 + block_) * row_bytes();
+    }
+
+    /// The second half. Where nothing is left, there is nothing to solve for.
+    void enqueue_update(bool left) {
+        if (left && options_.surrogate != Surrogate::zero) {
             const View<T> update(update_, shape(rows()));
             solve(BidiagonalSystem<T>{jacobian(), update}, update, solve_options());
+            report_.reduce.bytes += (2 + block_) * row_bytes();
         }
-        cuda::launch(by_row, settle_rows<T>, pass);
+        cuda::launch(by_row(), settle_rows<T>, pass());
         ++passes_;
-        const index bytes = rows() * batch_ * width_ * index(sizeof(T));
-        report_.linearise.bytes += (2 + block_) * bytes;
-        report_.reduce.bytes += options_.surrogate == Surrogate::zero ? 0 : (2 + block_) * bytes;
-        report_.update.bytes += 6 * bytes;
+        report_.update.bytes += 6 * row_bytes();
     }
 
     void linearise() {
@@ -439,32 +452,30 @@ private:
     /// Enqueues passes until the host hears that all is done, or that they do not help.
     Status run_passes(double patience) {
         Clock::time_point begin;  // of the second pass
-        Letter letters[2];
+        Letter letter;
         const index limit = options_.max_iterations > 0 ? options_.max_iterations : std::numeric_limits<index>::max();
         const Status failure =
             options_.on_failure == OnFailure::finish ? Status::finished_sequentially : Status::max_iterations;
         Review review;
         index confirmed = 0;  // by all sequences together
-        for (index heard = 0;;) {
-            if (passes_ < limit && (passes_ == heard || hears_late())) {
-                enqueue_pass();
-                letters[(passes_ - 1) % 2].send(summaries_ + (passes_ - 1) % 2, index(sizeof(Summary)), stream_);
-            }
-            if (passes_ - heard < 2 && passes_ < limit && hears_late()) continue;
-            const Summary summary = *static_cast<const Summary*>(letters[heard % 2].receive());
-            ++heard;
+        for (;;) {
+            enqueue_test(&letter);
+            const bool waits = (4 + block_) * row_bytes() > bytes_worth_waiting;
+            if (!waits) enqueue_update(true);
+            const Summary summary = *static_cast<const Summary*>(letter.receive());
+            if (waits) enqueue_update(summary.left > 0);
             const index everywhere = steps_ - index(summary.left);
-            const bool go_on = !options_.progress || options_.progress(everywhere, steps_, heard);
+            const bool go_on = !options_.progress || options_.progress(everywhere, steps_, passes_);
             report_.residuals.push_back(std::bit_cast<double>(summary.worst));
             if (summary.left == 0) return Status::converged;
             if (!go_on) return Status::max_iterations;
-            if (heard >= limit) return failure;
-            if (heard == 1) begin = Clock::now();  // the first pass may have loaded kernels
+            if (passes_ >= limit) return failure;
+            if (passes_ == 1) begin = Clock::now();  // the first pass may have loaded kernels
             if (seconds_since(begin) > patience * double(summary.left)) return Status::finished_sequentially;
             review.add(double(index(summary.confirmed) - confirmed) / double(batch_),
                        std::bit_cast<double>(summary.worst));
             confirmed = index(summary.confirmed);
-            if (heard % review_period == 0 && !review.conclude(rows(), window_, report_.window_shrinks > 0) &&
+            if (passes_ % review_period == 0 && !review.conclude(rows(), window_, report_.window_shrinks > 0) &&
                 window_ > 1) {
                 next_window_ = shorter_window();
                 if (next_window_ < smallest_window) return failure;
@@ -473,12 +484,6 @@ private:
             const index shift = everywhere - first_;
             if (next_window_ < window_ || least_slide * shift >= rows()) slide(shift);
         }
-    }
-
-    /// Whether the next pass begins before the outcome of this one is known.
-    bool hears_late() const {
-        return window_ >= steps_ - first_ &&
-               rows() * batch_ * width_ * (4 + block_) * index(sizeof(T)) <= bytes_worth_waiting;
     }
 
     /// As much as products of the Jacobians leave digits for, between an eighth and a half of the window.
@@ -692,8 +697,6 @@ private:
     SolveOptions solve_options() const {
         return {options_.reduction, options_.execution, options_.chunk, &workspace_, options_.tensor_cores};
     }
-
-    using Letter = device::Letter;
 
     const Recurrence<T>& recurrence_;
     const View<T> trajectory_;

@@ -1,5 +1,5 @@
 // What the kernels of Newton's method share: rows (one state of one sequence) and their norms, maxima by atomic
-// integers, and the sources of the error.
+// integers, what the last block of a grid does, and the sources of the error.
 #pragma once
 
 #include <algorithm>
@@ -59,6 +59,42 @@ struct Norms {
         return residual == T(0) ? 0.0 : double(residual) / (tolerance.absolute + tolerance.relative * double(state));
     }
 };
+
+/// The arrays of a window. Rows are i * batch + j, contiguous.
+template <class T>
+struct Rows {
+    T* states;  ///< x_{t-1} in row i, x_t in row i + 1
+    T *after, *update, *jacobian;
+    index block, rows, batch, width;
+    int lanes;  ///< threads per row
+    Tolerance tolerance;
+
+    /// By the lanes of a row: nothing comes to it from its predecessor.
+    __device__ void cut_off(index row, int lane) const {
+        const index entries = width * block;
+        for (index k = lane; k < entries; k += lanes) jacobian[row * entries + k] = T(0);
+    }
+    /// By the lanes of a row whose residual is not finite: it is cut off from both its neighbours, and a state that is
+    /// not finite itself restarts from the confirmed one, that of row i = `confirmed`.
+    __device__ void isolate(index row, int lane, const Norms<T>& norms, index confirmed) const {
+        const T* const restart = states + (confirmed * batch + row % batch) * width;
+        for (index k = lane; k < width; k += lanes) {
+            update[row * width + k] = T(0);
+            if ((norms.bad & 1) != 0) states[(row + batch) * width + k] = restart[k];
+        }
+        cut_off(row, lane);
+    }
+};
+
+/// Whether the block is the last of its grid to get here, and so sees what the others wrote. All its threads call.
+/// arrived: 0 before the first.
+inline __device__ bool is_last_block(Word* arrived) {
+    __threadfence();
+    __syncthreads();
+    const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, Word(1)) + 1 == gridDim.x) != 0;
+    __threadfence();
+    return last;
+}
 
 /// Elements of [steps,batch,width] arrays, a thread for each.
 struct Elements {

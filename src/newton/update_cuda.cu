@@ -21,11 +21,7 @@ struct Measure {
 };
 
 template <class T>
-struct Sweep {
-    T *states, *after, *update, *jacobian;
-    index block, rows, batch, width;
-    int lanes;  ///< threads per row
-    Tolerance tolerance;
+struct Sweep : Rows<T> {
     const index* confirmed;  ///< per sequence
     Found* found;
     Measure* measures;
@@ -54,14 +50,7 @@ __global__ void __launch_bounds__(plain_threads) measure_rows(const Sweep<T> swe
         if (!(relative <= 1)) raise(&sweep.found[j].failed, Word(sweep.rows - i));
         if (norms.bad != 0) atomicAdd(&sweep.found[j].reset, Word(1));
     }
-    if (norms.bad == 0) return;
-    // Cut off from its neighbours; a state that is not finite itself restarts from the confirmed one.
-    const T* const restart = sweep.states + (sweep.confirmed[j] * sweep.batch + j) * width;
-    for (index k = lane; k < width; k += lanes) {
-        update[k] = T(0);
-        if ((norms.bad & 1) != 0) state[k] = restart[k];
-    }
-    for (index k = lane; k < width * sweep.block; k += lanes) sweep.jacobian[row * width * sweep.block + k] = T(0);
+    if (norms.bad != 0) sweep.isolate(row, lane, norms, sweep.confirmed[j]);
 }
 
 /// A thread for each row.
@@ -147,16 +136,9 @@ std::vector<Found> sweep(const Window<T>& window, const std::vector<Progress>& p
     const auto there = copied(confirmed, stream);
     const auto found = zeros<Found>(batch, stream);
     const auto measures = allocate<Measure>(measured ? rows * batch : 0, stream);
-    const Sweep<T> all{window.states.data(),
-                       window.after.data(),
-                       window.update.data(),
-                       window.jacobian.data(),
-                       window.jacobian.data() != nullptr ? window.jacobian.block() : 0,
-                       rows,
-                       batch,
-                       width,
-                       lanes_of(width),
-                       tolerance,
+    const Sweep<T> all{{window.states.data(), window.after.data(), window.update.data(), window.jacobian.data(),
+                        window.jacobian.data() != nullptr ? window.jacobian.block() : 0, rows, batch, width,
+                        lanes_of(width), tolerance},
                        there.get(),
                        found.get(),
                        measures.get()};

@@ -6,9 +6,8 @@
 //                  2. the states at the chunks' ends: the same kind of system, a chunk for a step, solved the same way
 //                  3. substitution along each chunk: M is read twice, b too, and a product costs K times a step's work
 //
-// One kernel does both: it carries the state along a chunk, and where it summarises the product too. A product's
-// columns are independent: P <- M P takes M from shared memory, where the steps to come are copied meanwhile, and keeps
-// P
+// A product's columns are independent: P <- M P takes M from shared memory, where the steps to come are copied
+// meanwhile, and keeps P
 //
 //   K <= 32        in registers: a thread has one column, the threads of a column's K neighbours read the same entry of
 //   M
@@ -42,17 +41,22 @@ struct Carried {
 };
 
 /// A chunk of a chain.
-template <class T>
 struct Run {
     index chunk, sequence, row, first;
     int steps;
     bool from_nothing;  ///< no state is before the first step, whose M is not to be read
 
+    template <class T>
     __device__ Run(const Arrays<T>& arrays, const Chunks& chunks, index number) {
         const index chains = arrays.batch * arrays.rows, chain = number % chains;
-        chunk = number / chains;
         sequence = chain / arrays.rows;
         row = chain % arrays.rows;
+        enter(arrays, chunks, number / chains);
+    }
+    /// Another chunk of the same chain.
+    template <class T>
+    __device__ void enter(const Arrays<T>& arrays, const Chunks& chunks, index other) {
+        chunk = other;
         first = chunk * chunks.length;
         steps = int(min(chunks.length, arrays.steps - first));
         from_nothing = chunk == 0 && arrays.initial.data == nullptr;
@@ -61,8 +65,8 @@ struct Run {
 
 /// An entry of the state before a chunk.
 template <class T>
-__device__ Arithmetic<T> before(const Arrays<T>& arrays, const Carried<Arithmetic<T>>& carried, const Run<T>& run,
-                                int K, int entry) {
+__device__ Arithmetic<T> before(const Arrays<T>& arrays, const Carried<Arithmetic<T>>& carried, const Run& run, int K,
+                                int entry) {
     if (run.from_nothing) return 0;
     if (run.chunk == 0) return cuda::widen(arrays.initial.at(0, run.sequence, run.row, K)[entry]);
     return carried.sums[(((run.chunk - 1) * arrays.batch + run.sequence) * arrays.rows + run.row) * K + entry];
@@ -82,43 +86,6 @@ int bytes_at_once(const Arrays<T>& arrays, int K) {
     return bytes;
 }
 
-/// Begins to copy `rows` rows of `numbers` numbers, `stride` apart, to shared memory, `pitch` apart: by thread `thread`
-/// of `threads`, `bytes` at once.
-template <int bytes, class T>
-__device__ void begin_copying_as(const T* from, int stride, int rows, int numbers, T* shared, int pitch, int thread,
-                                 int threads) {
-    constexpr int many = bytes / int(sizeof(T));
-    const int pieces = (numbers + many - 1) / many, row_step = threads / pieces, piece_step = threads % pieces;
-    int row = thread / pieces, piece = thread % pieces;
-    while (row < rows) {
-        T* const to = shared + row * pitch + piece * many;
-        const T* const at = from + index(row) * stride + piece * many;
-        if constexpr (bytes >= 4)
-            cuda::begin_copy<bytes>(to, at);
-        else
-            *to = *at;
-        row += row_step;
-        piece += piece_step;
-        if (piece >= pieces) {
-            piece -= pieces;
-            ++row;
-        }
-    }
-}
-template <class T>
-__device__ void begin_copying(int bytes, const T* from, int stride, int rows, int numbers, T* shared, int pitch,
-                              int thread, int threads) {
-    constexpr int one = int(sizeof(T));
-    if (bytes == 16)
-        begin_copying_as<16>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else if (bytes == 8)
-        begin_copying_as<8>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else if (bytes == 4)
-        begin_copying_as<(one > 4 ? one : 4)>(from, stride, rows, numbers, shared, pitch, thread, threads);
-    else
-        begin_copying_as<one>(from, stride, rows, numbers, shared, pitch, thread, threads);
-}
-
 /// Numbers from row to row of shared memory: an odd number of pieces of 16 bytes, so that neighbouring rows lie in
 /// different banks.
 template <class T, int numbers>
@@ -136,108 +103,314 @@ __device__ __forceinline__ void read_line(const T* m, int pitch, int row, int co
 }
 
 // --- blocks of up to 32
+//
+// The scan takes two launches, however many times chunks are made of chunks' ends. In the first, who ends a chunk of
+// ends last goes on with it, and whoever ends the last of all has the states of the top level. In the second, each
+// chunk comes down from there by itself, over a few maps of each level, which lie in the second-level cache: as many
+// steps one after the other as level by level, and no wait for a launch in between.
 
 constexpr int stages = 4;  // steps that are in shared memory: one in use, the others coming
 /// Of a block.
 template <class T, int side>
 constexpr int warps = side * sizeof(T) <= 128 ? 4 : 2;
-
-template <class T, int side>
-constexpr std::size_t small_shared_bytes() {
-    return std::size_t(warps<T, side> * 32 / side) *
-           (stages * side * pitch_of<T, side> * sizeof(T) + side * sizeof(Arithmetic<T>));
+/// Chunks that a multiprocessor summarises at once, as registers allow; of larger blocks, blocks of threads.
+template <class A>
+constexpr int chunks_at_once(int K) {
+    const bool wide = sizeof(A) > 4;
+    return K <= 8 ? 64 : K <= 16 ? (wide ? 24 : 32) : K <= 32 ? (wide ? 8 : 12) : 2;
 }
 
-/// `side` threads run along a chunk: thread c has row c of the state, and column c of the product.
-template <class T, int side, bool transposed, bool summarises>
-__global__ void __launch_bounds__(warps<T, side> * 32)
-    run_small(const __grid_constant__ Arrays<T> arrays, int K, int bytes, Chunks chunks,
-              Carried<Arithmetic<T>> carried) {
-    using A = Arithmetic<T>;
-    constexpr int pitch = pitch_of<T, side>, vector = 4, teams = warps<T, side> * 32 / side;
-    const index chains = arrays.batch * arrays.rows, runs = (chunks.count - (summarises ? 1 : 0)) * chains;
-    const int team = int(threadIdx.x) / side, me = int(threadIdx.x) % side;
-    const index number = index(blockIdx.x) * teams + team;
-    const bool present = number < runs;  // the others go along, for the sake of their warp, and keep nothing
-    const Run<T> run(arrays, chunks, min(number, runs - 1));
-    T* const ring = shared_memory<T>() + team * (stages * side * pitch);
-    A* const state = reinterpret_cast<A*>(shared_memory<T>() + teams * (stages * side * pitch)) + team * side;
+/// A system in chunks.
+template <class T>
+struct System {
+    Arrays<T> arrays;
+    Chunks chunks;
+    int K, bytes;  ///< bytes: of a copy
+    __host__ __device__ index chains() const { return arrays.batch * arrays.rows; }
+};
 
-    for (int i = me; i < stages * side * pitch; i += side) ring[i] = T();
-    state[me] = me < K && !(summarises && run.chunk > 0) ? before(arrays, carried, run, K, me) : A(0);
-    __syncwarp();
+/// The system of the ends of chunks; of the last level the solution is wanted, in the place of `sums`.
+template <class A>
+struct Level : System<A> {
+    A *products, *sums;  ///< written by the chunks: the system's arrays
+    unsigned* ended;     ///< [chunks, chains]: how many steps of a chunk have been written
+};
+template <class A>
+struct Levels {
+    static constexpr int most = 12;
+    Level<A> all[most];
+    int count;
+};
 
-    const auto right_side = [&](int n) {
-        return me < K && n < run.steps ? arrays.right_side.at(run.first + n, run.sequence, run.row, K)[me] : T();
-    };
-    const auto begin = [&](int n) {
-        if (n < run.steps && !(n == 0 && run.from_nothing))
-            begin_copying(bytes, arrays.factor.at(run.first + n, run.sequence, run.row, K * K), K, K, K,
-                          ring + n % stages * (side * pitch), pitch, me, side);
-        cuda::commit_copies();
-    };
-    for (int n = 0; n < stages - 1; ++n) begin(n);
-    T next_right_side = right_side(0);
-    A column[summarises ? side : 1];
-    const int longest = int(min(chunks.length, arrays.steps));
-    for (int n = 0; n < longest; ++n) {
-        cuda::wait_for_copies_but<stages - 2>();
-        __syncwarp();
-        begin(n + stages - 1);
-        const T* const m = ring + n % stages * (side * pitch);
-        A sum = cuda::widen(next_right_side);
-        next_right_side = right_side(n + 1);
-        if (n > 0 || !summarises || (run.chunk == 0 && !run.from_nothing)) {
+/// Steps that a team runs along, from the first one's arrays on.
+template <class T>
+struct Path {
+    const T *factor, *right_side;
+    T* solution;  ///< null: not wanted
+    index factor_step, right_side_step, solution_step;
+    int steps;
+    bool from_nothing;  ///< as Run has it
+
+    __device__ Path(const System<T>& system, const Run& run, bool present)
+        : factor(system.arrays.factor.at(run.first, run.sequence, run.row, system.K * system.K)),
+          right_side(system.arrays.right_side.at(run.first, run.sequence, run.row, system.K)),
+          solution(system.arrays.solution.data == nullptr
+                       ? nullptr
+                       : system.arrays.solution.at(run.first, run.sequence, run.row, system.K)),
+          factor_step(system.arrays.factor.step),
+          right_side_step(system.arrays.right_side.step),
+          solution_step(system.arrays.solution.step),
+          steps(present ? run.steps : 0),
+          from_nothing(run.from_nothing) {}
+};
+
+/// How `side` threads copy a block of K x K numbers, which lie side by side, to rows of shared memory: each the same
+/// parts of every block, whose places are known before the first.
+template <class T, int side>
+class BlockCopy {
+    static constexpr int pitch = pitch_of<T, side>;
+
+public:
+    __device__ BlockCopy(int K, int bytes, int me) : K_(K), bytes_(bytes), me_(me), many_(bytes / int(sizeof(T))) {
+        if (whole()) return;
+        const int pieces = K / many_;
+        piece_ = me % pieces * many_;
+        place_ = me / pieces * pitch + piece_;
+        piece_step_ = side % pieces * many_;
+        step_ = side / pieces * pitch + piece_step_;
+    }
+    __device__ __forceinline__ void begin(const T* from, T* to) const {
+        if (whole()) {
+            constexpr int many = 16 / int(sizeof(T)), pieces = side / many, rows = side / pieces;
+            from += me_ * many;
+            to += me_ / pieces * pitch + me_ % pieces * many;
             DEEPPCR_UNROLL
-            for (int l = 0; l < side; l += vector) {
-                A entries[vector];
-                read_line<transposed>(m, pitch, me, l, entries);
-                DEEPPCR_UNROLL
-                for (int v = 0; v < vector; ++v) sum += entries[v] * state[l + v];
+            for (int row = 0; row < side; row += rows) cuda::begin_copy<16>(to + row * pitch, from + row * side);
+        } else if (bytes_ == 16) {
+            begin_as<16>(from, to);
+        } else if (bytes_ == 8) {
+            begin_as<8>(from, to);
+        } else if (bytes_ == 4) {
+            begin_as<4>(from, to);
+        } else {
+            begin_as<2>(from, to);
+        }
+    }
+
+private:
+    __device__ bool whole() const { return K_ == side && bytes_ == 16; }
+    template <int bytes>
+    __device__ __forceinline__ void begin_as(const T* from, T* to) const {
+        int piece = piece_;
+        to += place_;
+        DEEPPCR_ROLLED
+        for (int i = me_ * many_; i < K_ * K_; i += side * many_) {
+            if constexpr (bytes >= 4)
+                cuda::begin_copy<bytes>(to, from + i);
+            else
+                *to = from[i];
+            to += step_;
+            piece += piece_step_;
+            if (piece >= K_) {
+                piece -= K_;
+                to += pitch - K_;
             }
         }
-        if constexpr (summarises) {
-            if (n == 0) {
+    }
+
+    int K_, bytes_, me_, many_, piece_ = 0, place_ = 0, piece_step_ = 0, step_ = 0;
+};
+
+/// `side` threads run along a path: thread `me` has row `me` of the state, and column `me` of the product. The teams of
+/// a warp go side by side, as far as the longest path. T: what their shared memory is made for, or smaller numbers.
+template <class T, int side, bool transposed>
+struct Team {
+    using A = Arithmetic<T>;
+    static constexpr int threads = warps<T, side> * 32, teams = threads / side;
+    /// To a multiprocessor. Wider numbers than T would spill within the loop.
+    static constexpr int blocks = std::is_same_v<T, A> ? chunks_at_once<A>(side) / teams : 1;
+    static constexpr int ring_bytes = stages * side * pitch_of<T, side> * int(sizeof(T));
+    static constexpr std::size_t shared_bytes = std::size_t(teams) * (ring_bytes + side * sizeof(A));
+
+    unsigned char* ring;
+    A* state;
+    index number;  ///< among all teams
+    int me;
+
+    __device__ Team() : me(int(threadIdx.x) % side) {
+        const int team = int(threadIdx.x) / side;
+        number = index(blockIdx.x) * teams + team;
+        ring = shared_memory<unsigned char>() + team * ring_bytes;
+        state = reinterpret_cast<A*>(shared_memory<unsigned char>() + teams * ring_bytes) + team * side;
+    }
+
+    /// From the state at hand, or, where the path is `apart`, from a state of 0 and a product of 1.
+    template <bool summarises, class N>
+    __device__ __forceinline__ void run_along(const Path<N>& path, int K, int bytes, bool apart,
+                                              A (&column)[summarises ? side : 1]) const {
+        constexpr int pitch = pitch_of<N, side>, vector = 4, at_once = 16 / int(sizeof(N));
+        const int longest = int(cuda::largest_in_warp(unsigned(path.steps)));
+        if (longest == 0) return;
+        N* const matrices = reinterpret_cast<N*>(ring);
+        __syncwarp();
+        for (int i = me; i < stages * side * pitch / at_once; i += side)  // beyond K it stays so
+            reinterpret_cast<Piece<N, at_once>*>(matrices)[i] = {};
+        __syncwarp();
+        const BlockCopy<N, side> copy(K, bytes, me);
+        const N *ahead = path.factor, *ahead_right_side = path.right_side + me;
+        const auto right_side = [&](int n) {
+            const N value = me < K && n < path.steps ? *ahead_right_side : N();
+            ahead_right_side += path.right_side_step;
+            return value;
+        };
+        const auto begin = [&](int n) {
+            if (n < path.steps && !(n == 0 && path.from_nothing))
+                copy.begin(ahead, matrices + n % stages * (side * pitch));
+            ahead += path.factor_step;
+            cuda::commit_copies();
+        };
+        for (int n = 0; n < stages - 1; ++n) begin(n);
+        N next_right_side = right_side(0);
+        for (int n = 0; n < longest; ++n) {
+            cuda::wait_for_copies_but<stages - 2>();
+            __syncwarp();
+            begin(n + stages - 1);
+            const N* const m = matrices + n % stages * (side * pitch);
+            A sums[vector] = {cuda::widen(next_right_side)};
+            next_right_side = right_side(n + 1);
+            if (n > 0 || !(apart || path.from_nothing)) {
                 DEEPPCR_UNROLL
-                for (int i = 0; i < side; ++i) column[i] = cuda::widen(m[transposed ? me * pitch + i : i * pitch + me]);
-            } else {
-                A next[side];
-                DEEPPCR_UNROLL
-                for (int i = 0; i < side; ++i) next[i] = A(0);
-                DEEPPCR_UNROLL
-                for (int i = 0; i < side; ++i) {
+                for (int l = 0; l < side; l += vector) {
+                    A entries[vector];
+                    read_line<transposed>(m, pitch, me, l, entries);
                     DEEPPCR_UNROLL
-                    for (int l = 0; l < side; l += vector) {
-                        A entries[vector];
-                        read_numbers<vector>(m + i * pitch + l, entries);
+                    for (int v = 0; v < vector; ++v) sums[v] += entries[v] * state[l + v];
+                }
+            }
+            if constexpr (summarises) {
+                if (n == 0) {
+                    DEEPPCR_UNROLL
+                    for (int i = 0; i < side; ++i)
+                        column[i] = cuda::widen(m[transposed ? me * pitch + i : i * pitch + me]);
+                } else {
+                    A next[side];
+                    DEEPPCR_UNROLL
+                    for (int i = 0; i < side; ++i) next[i] = A(0);
+                    DEEPPCR_UNROLL
+                    for (int i = 0; i < side; ++i) {
                         DEEPPCR_UNROLL
-                        for (int v = 0; v < vector; ++v) {
-                            if constexpr (transposed)
-                                next[l + v] += entries[v] * column[i];
-                            else
-                                next[i] += entries[v] * column[l + v];
+                        for (int l = 0; l < side; l += vector) {
+                            A entries[vector];
+                            read_numbers<vector>(m + i * pitch + l, entries);
+                            DEEPPCR_UNROLL
+                            for (int v = 0; v < vector; ++v) {
+                                if constexpr (transposed)
+                                    next[l + v] += entries[v] * column[i];
+                                else
+                                    next[i] += entries[v] * column[l + v];
+                            }
                         }
                     }
+                    // Beyond K nothing, which infinity times 0 is not.
+                    DEEPPCR_UNROLL
+                    for (int i = 0; i < side; ++i) column[i] = i < K ? next[i] : A(0);
                 }
-                // Beyond K nothing, which infinity times 0 is not.
-                DEEPPCR_UNROLL
-                for (int i = 0; i < side; ++i) column[i] = i < K ? next[i] : A(0);
             }
+            __syncwarp();
+            if (n >= path.steps) continue;
+            const A sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            state[me] = me < K ? sum : A(0);
+            if constexpr (!summarises)
+                if (path.solution != nullptr && me < K)
+                    path.solution[n * path.solution_step + me] = cuda::narrow<N>(sum);
         }
-        __syncwarp();
-        state[me] = me < K ? sum : A(0);
-        if constexpr (!summarises)
-            if (present && me < K && n < run.steps)
-                arrays.solution.at(run.first + n, run.sequence, run.row, K)[me] = cuda::narrow<T>(sum);
     }
-    if constexpr (summarises)
+
+    /// Whether the team is the last of `members` to write, and so sees what the others wrote. All of a warp call.
+    __device__ bool is_last(bool present, unsigned* ended, index members) const {
+        __threadfence();
+        __syncwarp();
+        const unsigned before = present && me == 0 ? atomicAdd(ended, 1U) : 0U;
+        const bool last = __shfl_sync(~0U, before, 0, side) + 1 == members;
+        __threadfence();
+        return present && last;
+    }
+};
+
+/// The maps of all chunks but the last, to the first level, and where they are A's, of all levels.
+template <class T, int side, bool transposed>
+__global__ void __launch_bounds__(Team<T, side, transposed>::threads, Team<T, side, transposed>::blocks)
+    summarise_small(const __grid_constant__ System<T> system, const __grid_constant__ Levels<Arithmetic<T>> levels) {
+    using A = Arithmetic<T>;
+    const Team<T, side, transposed> team;
+    const int K = system.K, me = team.me;
+    const index chains = system.chains(), runs = (system.chunks.count - 1) * chains;
+    bool present = team.number < runs;  // the others go along, for the sake of their warp
+    Run run(system.arrays, system.chunks, min(team.number, runs - 1));
+    const index chain = run.sequence * system.arrays.rows + run.row;
+    A column[side];
+    [[maybe_unused]] A none[1];
+    const System<T>* from = &system;
+    for (int l = 0;; ++l) {
+        const bool apart = run.chunk > 0;
+        team.state[me] = !apart && me < K ? before(from->arrays, {}, run, K, me) : A(0);
+        team.template run_along<true>(Path<T>(*from, run, present), K, from->bytes, apart, column);
+        const Level<A>& ends = levels.all[l];
         if (present && me < K) {
-            carried.sums[number * K + me] = state[me];
-            A* const product = carried.products + number * K * K;
+            const index map = run.chunk * chains + chain;
+            ends.sums[map * K + me] = team.state[me];
+            A* const product = ends.products + map * K * K;
             DEEPPCR_UNROLL
             for (int i = 0; i < side; ++i)
                 if (i < K) product[transposed ? me * K + i : i * K + me] = column[i];
         }
+        if constexpr (std::is_same_v<T, A>) {
+            const bool top = ends.chunks.count == 1;
+            run.enter(ends.arrays, ends.chunks, top ? 0 : run.chunk / ends.chunks.length);
+            present = team.is_last(present && (top || run.chunk < ends.chunks.count - 1),
+                                   ends.ended + run.chunk * chains + chain, run.steps);
+            if (!__any_sync(~0U, present)) return;
+            if (!top) {
+                from = &ends;
+                continue;
+            }
+            team.state[me] = A(0);
+            team.template run_along<false>(Path<A>(ends, run, present), K, ends.bytes, false, none);
+        }
+        return;
+    }
+}
+
+/// All states, from those of the last level.
+template <class T, int side, bool transposed>
+__global__ void __launch_bounds__(Team<Arithmetic<T>, side, transposed>::threads)
+    substitute_small(const __grid_constant__ System<T> system, const __grid_constant__ Levels<Arithmetic<T>> levels) {
+    using A = Arithmetic<T>;
+    const Team<A, side, transposed> team;
+    const int K = system.K, me = team.me;
+    const index chains = system.chains(), runs = system.chunks.count * chains;
+    const bool present = team.number < runs;
+    const Run run(system.arrays, system.chunks, min(team.number, runs - 1));
+    const index chain = run.sequence * system.arrays.rows + run.row;
+    A none[1];
+    team.state[me] = run.chunk == 0 && me < K ? before(system.arrays, {}, run, K, me) : A(0);
+    for (int l = levels.count - 1; l >= 0; --l) {
+        index last = run.chunk - 1;  // the step of this level that is before the chunk, if any is
+        for (int m = 0; m < l && last >= 0; ++m) last = last / levels.all[m].chunks.length - 1;
+        const bool some = present && last >= 0;
+        const Level<A>& level = levels.all[l];
+        if (l == levels.count - 1) {
+            if (some && me < K) team.state[me] = level.sums[(last * chains + chain) * K + me];
+            continue;
+        }
+        Run to = run;
+        to.enter(level.arrays, level.chunks, some ? last / level.chunks.length : 0);
+        to.steps = int(last - to.first) + 1;
+        Path<A> path(level, to, some);
+        path.solution = nullptr;
+        team.template run_along<false>(path, K, level.bytes, false, none);
+    }
+    team.template run_along<false>(Path<T>(system, run, present), K, system.bytes, false, none);
 }
 
 // --- blocks of up to 256
@@ -462,7 +635,7 @@ __global__ void __launch_bounds__(large_threads, rows <= 8 ? 2 : 1)
     const int panels = summarises ? (K + panel - 1) / panel : 1;
     const index number = index(blockIdx.x) / panels;
     const int first_column = int(index(blockIdx.x) % panels) * panel;
-    const Run<T> run(arrays, chunks, number);
+    const Run run(arrays, chunks, number);
     // The product of the first chunk is of no use.
     if (summarises && run.chunk == 0 && first_column > 0) return;
     T* const ring = shared_memory<T>();
@@ -588,7 +761,7 @@ __global__ void __launch_bounds__(most_threads)
     substitute_largest(const __grid_constant__ Arrays<T> arrays, int K, bool transposed) {
     using A = Arithmetic<T>;
     A* const x = shared_memory<A>();  // [2, K]: the state and the next one
-    const Run<T> run(arrays, {arrays.steps, 1}, blockIdx.x);
+    const Run run(arrays, {arrays.steps, 1}, blockIdx.x);
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
     for (int k = int(threadIdx.x); k < K; k += most_threads) x[k] = before(arrays, {}, run, K, k);
     __syncthreads();
@@ -622,6 +795,102 @@ __global__ void __launch_bounds__(most_threads)
 
 // --- on the host
 
+template <class... Parameters, class... Arguments>
+void launch(index blocks, int threads, std::size_t shared_bytes, CUstream_st* stream, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+    if (blocks > std::numeric_limits<int>::max())
+        throw InvalidArgument("system", "fewer than 2^31 chunks of all chains", std::to_string(blocks));
+    cuda::launch({dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream}, kernel, arguments...);
+}
+
+/// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
+/// shorter than this one. Of 2^14 steps of one chain, chunks of 8 three times over leave 21 products and 55 other steps
+/// one after the other, and three times maps are passed on from multiprocessor to multiprocessor, which takes as long
+/// as a few products; chunks of 16 leave 45 and 51, three times too; of 4, 15 and 35, and five times.
+template <class A>
+index chunk_length(index steps, index chains, int K) {
+    constexpr index few_steps = 48, shortest = 8;  // few take less than a scan's launches
+    if (steps <= few_steps) return steps;
+    const index at_once = index(device::multiprocessors()) * chunks_at_once<A>(K);
+    return std::min(steps, std::max(shortest, (steps * chains + at_once - 1) / at_once));
+}
+Chunks chunks_of(index steps, index length) { return {length, (steps + length - 1) / length}; }
+
+/// The ends of chunks, where the maps of `chunks` go: their sums become the states there. The initial state is in the
+/// first sum.
+template <class A>
+Arrays<A> ends_of(const Chunks& chunks, index batch, index rows, int K, A* products, A* sums) {
+    const index chains = batch * rows, block = index(K) * K;
+    return {{products, chains * block, rows * block},
+            {sums, chains * K, rows * K},
+            {nullptr, 0, 0},
+            {sums, chains * K, rows * K},
+            chunks.count - 1,
+            batch,
+            rows};
+}
+
+/// Where the ends are of the system's own type, one upon the other until one chunk holds them all; else the first.
+template <class T>
+Levels<Arithmetic<T>> levels_of(const System<T>& system, CUstream_st* stream, Workspace* workspace) {
+    using A = Arithmetic<T>;
+    constexpr int most = std::is_same_v<T, A> ? Levels<A>::most : 1;
+    Levels<A> levels{};
+    const index chains = system.chains();
+    const int K = system.K;
+    index chunks = 0;
+    for (const Chunks* below = &system.chunks; below->count > 1 && levels.count < most;) {
+        const index steps = below->count - 1;
+        Level<A>& level = levels.all[levels.count++];
+        level.products = workspace->take<A>(steps * chains * K * K);
+        level.sums = workspace->take<A>(steps * chains * K);
+        level.arrays = ends_of(*below, system.arrays.batch, system.arrays.rows, K, level.products, level.sums);
+        level.chunks = chunks_of(steps, levels.count < most ? chunk_length<A>(steps, chains, K) : steps);
+        level.K = K;
+        level.bytes = bytes_at_once(level.arrays, K);
+        chunks += level.chunks.count;
+        below = &level.chunks;
+    }
+    if (most == 1 || levels.count == 0) return levels;
+    unsigned* ended = workspace->take<unsigned>(chunks * chains);
+    device::fill_bytes(ended, 0, chunks * chains * index(sizeof(unsigned)), stream);
+    for (int l = 0; l < levels.count; ++l) {
+        levels.all[l].ended = ended;
+        ended += levels.all[l].chunks.count * chains;
+    }
+    return levels;
+}
+
+template <class T, int side, bool transposed>
+void scan_small(const System<T>& system, CUstream_st* stream, Workspace* workspace) {
+    using A = Arithmetic<T>;
+    const Levels<A> levels = levels_of(system, stream, workspace);
+    const auto along = [&]<class Of>(index chunks, auto kernel) {
+        launch((chunks * system.chains() + Of::teams - 1) / Of::teams, Of::threads, Of::shared_bytes, stream, kernel,
+               system, levels);
+    };
+    if (levels.count > 0) {
+        along.template operator()<Team<T, side, transposed>>(system.chunks.count - 1,
+                                                             summarise_small<T, side, transposed>);
+        if constexpr (!std::is_same_v<T, A>) {
+            System<A> ends = levels.all[0];
+            ends.chunks = chunks_of(ends.arrays.steps, chunk_length<A>(ends.arrays.steps, ends.chains(), ends.K));
+            scan_small<A, side, transposed>(ends, stream, workspace);
+        }
+    }
+    along.template operator()<Team<A, side, transposed>>(system.chunks.count, substitute_small<T, side, transposed>);
+}
+constexpr int largest_in_registers = 32;
+template <class T, bool transposed>
+void scan_small_as(const System<T>& system, CUstream_st* stream, Workspace* workspace) {
+    if (system.K <= 8)
+        scan_small<T, 8, transposed>(system, stream, workspace);
+    else if (system.K <= 16)
+        scan_small<T, 16, transposed>(system, stream, workspace);
+    else
+        scan_small<T, largest_in_registers, transposed>(system, stream, workspace);
+}
+
 constexpr int largest_panel_block = 256;
 /// The largest block that is carried in slices on the current GPU.
 template <class T>
@@ -631,24 +900,14 @@ int largest_in_slices() {
 }
 
 template <class T, bool transposed, bool summarises>
-void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const Carried<Arithmetic<T>>& carried,
-                   TensorCores tensor_cores, CUstream_st* stream) {
+void run_large_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const Carried<Arithmetic<T>>& carried,
+                  TensorCores tensor_cores, CUstream_st* stream) {
     const index runs = (chunks.count - (summarises ? 1 : 0)) * arrays.batch * arrays.rows;
-    const auto launch = [&](auto kernel, index blocks, int threads, std::size_t shared_bytes) {
-        if (blocks > std::numeric_limits<int>::max())
-            throw InvalidArgument("system", "fewer than 2^31 chunks of all chains", std::to_string(blocks));
-        cuda::launch({dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream}, kernel, arrays, K,
-                     bytes_at_once(arrays, K), chunks, carried);
-    };
-    const auto small = [&]<int side>() {
-        constexpr int threads = warps<T, side> * 32, together = threads / side;
-        launch(run_small<T, side, transposed, summarises>, (runs + together - 1) / together, threads,
-               small_shared_bytes<T, side>());
-    };
     const auto large_by = [&]<int rows, TensorCores by>() {
         constexpr int panel = Panel<T, rows>::width;
-        launch(run_large<T, rows, transposed, summarises, by>, runs * (summarises ? (K + panel - 1) / panel : 1),
-               large_threads, LargeShape<T, rows, transposed, summarises, by>::bytes);
+        launch(runs * (summarises ? (K + panel - 1) / panel : 1), large_threads,
+               LargeShape<T, rows, transposed, summarises, by>::bytes, stream,
+               run_large<T, rows, transposed, summarises, by>, arrays, K, bytes_at_once(arrays, K), chunks, carried);
     };
     const auto large = [&]<int rows>() {
         if constexpr (summarises) {
@@ -662,64 +921,46 @@ void run_chunks_as(const Arrays<T>& arrays, int K, const Chunks& chunks, const C
         }
         large_by.template operator()<rows, TensorCores::none>();
     };
-    if (K <= 8)
-        small.template operator()<8>();
-    else if (K <= 16)
-        small.template operator()<16>();
-    else if (K <= 32)
-        small.template operator()<32>();
-    else if (K <= 64)
+    if (K <= 64)
         large.template operator()<4>();
     else if (K <= 128)
         large.template operator()<8>();
     else if (K <= largest_in_slices<T>())
         large.template operator()<16>();
     else  // one chunk
-        cuda::launch({dim3(unsigned(runs)), dim3(most_threads), std::size_t(2 * K) * sizeof(Arithmetic<T>), stream},
-                     substitute_largest<T>, arrays, K, transposed);
+        launch(runs, most_threads, std::size_t(2 * K) * sizeof(Arithmetic<T>), stream, substitute_largest<T>, arrays, K,
+               transposed);
 }
 template <bool summarises, class T>
-void run_chunks(const Arrays<T>& arrays, int K, bool transposed, const Chunks& chunks,
-                const Carried<Arithmetic<T>>& carried, TensorCores tensor_cores, CUstream_st* stream) {
+void run_large_chunks(const Arrays<T>& arrays, int K, bool transposed, const Chunks& chunks,
+                      const Carried<Arithmetic<T>>& carried, TensorCores tensor_cores, CUstream_st* stream) {
     if (transposed)
-        run_chunks_as<T, true, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
+        run_large_as<T, true, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
     else
-        run_chunks_as<T, false, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
+        run_large_as<T, false, summarises>(arrays, K, chunks, carried, tensor_cores, stream);
 }
 
-/// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
-/// shorter than this one.
-index chunk_length(index steps, index chains, int K) {
-    constexpr index shortest = 16;
-    const index at_once = index(device::multiprocessors()) * (K <= 8 ? 64 : K <= 16 ? 32 : K <= 32 ? 16 : 2);
-    return std::max(shortest, (steps * chains + at_once - 1) / at_once);
-}
-
+/// length: of a chunk; 0: from the shape and the GPU. workspace: null where all steps are one chunk.
 template <class T>
-void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, TensorCores tensor_cores,
-                 CUstream_st* stream, Workspace& workspace) {
+void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index length, TensorCores tensor_cores,
+                 CUstream_st* stream, Workspace* workspace) {
     using A = Arithmetic<T>;
-    constexpr index few_steps = 48;  // which take less than the launches of a scan
     const index chains = arrays.batch * arrays.rows, steps = arrays.steps;
-    index length = wanted > 0 ? wanted : steps <= few_steps ? steps : chunk_length(steps, chains, K);
+    if (length == 0) length = chunk_length<A>(steps, chains, K);
     if (length > steps || K > largest_in_slices<T>()) length = steps;
-    const Chunks chunks{length, (steps + length - 1) / length};
-    if (chunks.count == 1) return run_chunks<false, T>(arrays, K, transposed, chunks, {}, tensor_cores, stream);
-    const Workspace::Scope scope(workspace);
+    const Chunks chunks = chunks_of(steps, length);
+    if (K <= largest_in_registers) {
+        const System<T> system{arrays, chunks, K, bytes_at_once(arrays, K)};
+        return transposed ? scan_small_as<T, true>(system, stream, workspace)
+                          : scan_small_as<T, false>(system, stream, workspace);
+    }
+    if (chunks.count == 1) return run_large_chunks<false, T>(arrays, K, transposed, chunks, {}, tensor_cores, stream);
     const index maps = (chunks.count - 1) * chains;
-    const Carried<A> carried{workspace.take<A>(maps * K * K), workspace.take<A>(maps * K)};
-    run_chunks<true, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
-    // In place: sums become the states at the chunks' ends. The initial state is in the first sum.
-    const index block = index(K) * K;
-    const Arrays<A> ends{{carried.products, chains * block, arrays.rows * block},
-                         {carried.sums, chains * K, arrays.rows * K},
-                         {nullptr, 0, 0},
-                         {carried.sums, chains * K, arrays.rows * K},
-                         chunks.count - 1,
-                         arrays.batch,
-                         arrays.rows};
-    scan_chunks<A>(ends, K, transposed, 0, tensor_cores, stream, workspace);
-    run_chunks<false, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
+    const Carried<A> carried{workspace->take<A>(maps * K * K), workspace->take<A>(maps * K)};
+    run_large_chunks<true, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
+    scan_chunks<A>(ends_of(chunks, arrays.batch, arrays.rows, K, carried.products, carried.sums), K, transposed, 0,
+                   tensor_cores, stream, workspace);
+    run_large_chunks<false, T>(arrays, K, transposed, chunks, carried, tensor_cores, stream);
 }
 
 }  // namespace
@@ -727,13 +968,14 @@ void scan_chunks(const Arrays<T>& arrays, int K, bool transposed, index wanted, 
 template <class T>
 void scan_dense(const OrderedSystem<T>& system, index chunk, TensorCores tensor_cores, CUstream_st* stream,
                 Workspace& workspace) {
-    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, chunk, tensor_cores, stream, workspace);
+    const Workspace::Scope scope(workspace);
+    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, chunk, tensor_cores, stream, &workspace);
 }
 
 template <class T>
 void substitute_dense(const OrderedSystem<T>& system, CUstream_st* stream) {
-    run_chunks<false, T>(arrays_of(system), int(system.block()), system.transposed, {system.steps(), 1}, {},
-                         TensorCores::none, stream);
+    scan_chunks<T>(arrays_of(system), int(system.block()), system.transposed, system.steps(), TensorCores::none, stream,
+                   nullptr);
 }
 
 #define DEEPPCR_INSTANTIATE(T)                                                                       \
