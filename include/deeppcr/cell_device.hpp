@@ -35,6 +35,7 @@ struct RunStatus {
     unsigned repeated = 0;                 ///< the longest repair, in steps
     unsigned shots = 0;                    ///< the most Newton sweeps that any tile took
     unsigned non_finite = 0;               ///< whether some state was not, be it one that was replaced afterwards
+    unsigned long long collected = 0;      ///< blocks of threads that have collected what the others tell
 };
 
 /// All channels of all parts of a recurrence, cut into chunks of `length` steps: chunk c of a part has its steps

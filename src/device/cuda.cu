@@ -311,7 +311,8 @@ void fetch_bytes(void* to, const void* from, index bytes, CUstream_st* stream) {
         return synchronise(stream);
     }
     Letter letter;
-    letter.send(from, bytes, stream);
+    copy_from_gpu(letter.paper(), from, bytes, stream);
+    letter.send(stream);
     std::memcpy(to, letter.receive(), std::size_t(bytes));
 }
 

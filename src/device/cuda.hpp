@@ -63,9 +63,9 @@ class Letter {
 public:
     static constexpr index most_bytes = 4096;
     Letter();
-    /// Main memory that the kernel writes.
+    /// Main memory that the kernel writes, or a copy.
     void* paper() const;
-    /// Enqueued right behind the kernel.
+    /// Enqueued right behind it.
     void send(CUstream_st* stream);
     /// Waits for what was sent last. Throws as `synchronise`.
     const void* receive() const;

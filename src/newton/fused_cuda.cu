@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include <deeppcr/launch.cuh>
@@ -28,6 +29,7 @@
 #include "newton/device_costs.hpp"
 #include "newton/experience.hpp"
 #include "newton/options.hpp"
+#include "newton/rows.cuh"
 #include "newton/stopwatch.hpp"
 #include "recurrence/device_cells.hpp"
 
@@ -38,7 +40,6 @@ using cell::DeviceChunks;
 using cell::DeviceKernel;
 using cell::DeviceKernels;
 using cell::repair_rounds;
-using cuda::this_thread;
 
 constexpr index shortest_chunk = 64;     // where chunks are chosen
 constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
@@ -93,17 +94,14 @@ __global__ void __launch_bounds__(cuda::plain_threads)
 
 /// Neighbouring threads that have the same row of the flags.
 __host__ __device__ index lanes_of_row(index rows) { return rows < 32 ? 32 : 1; }
-template <class A>
-__device__ A larger(A a, A b) {
-    return a < b ? b : a;
-}
 
 /// Of each sequence the largest residuals, the first step that chunks left unconfirmed, and, where the kernels have
 /// seen a state that is not finite, the first step with one. A thread has every so many chunks of a group of a part;
-/// the lanes of a warp have neighbouring groups, or, where those are few, neighbouring chunks of one.
+/// the lanes of a warp have neighbouring groups, or, where those are few, neighbouring chunks of one. The last block to
+/// end writes all that is told to `heard`, in the host's memory, unless it is null.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    collect(const DeviceChunks<T> all, bool finished, index threads_per_row, index width) {
+    collect(const DeviceChunks<T> all, bool finished, index threads_per_row, index width, Word* heard, index words) {
     using A = Arithmetic<T>;
     if (all.residuals != nullptr) {
         const index rows = all.part_count * all.groups, lanes = lanes_of_row(rows);
@@ -124,18 +122,20 @@ __global__ void __launch_bounds__(cuda::plain_threads)
         }
         cell::SequenceStatus& status = all.sequences[whole.sequence];
         // Bits of doubles of 0 and more order as they do.
-        cuda::raise_from_warp(&status.residual, std::bit_cast<unsigned long long>(double(residual)));
-        cuda::raise_from_warp(&status.relative_residual, std::bit_cast<unsigned long long>(double(relative)));
-        if (unconfirmed > 0) atomicMax(&status.unconfirmed, (unsigned long long)(unconfirmed));
+        cuda::raise_from_warp(&status.residual, word_of(double(residual)));
+        cuda::raise_from_warp(&status.relative_residual, word_of(double(relative)));
+        if (unconfirmed > 0) atomicMax(&status.unconfirmed, Word(unconfirmed));
     }
-    if (all.run->non_finite == 0) return;
-    const index per_step = all.batch * width, total = all.steps * per_step;
+    const index per_step = all.batch * width, total = all.run->non_finite != 0 ? all.steps * per_step : 0;
     for (index i = this_thread(); i < total; i += index(gridDim.x) * blockDim.x) {
         const index step = i / per_step, sequence = i % per_step / width, k = i % width;
         const A x = cuda::widen(all.trajectory[step * all.trajectory_step + sequence * all.trajectory_batch + k]);
-        if (!(x - x == A(0)))
-            atomicMax(&all.sequences[sequence].first_non_finite, (unsigned long long)(all.steps - step));
+        if (!(x - x == A(0))) atomicMax(&all.sequences[sequence].first_non_finite, Word(all.steps - step));
     }
+    if (heard == nullptr || !is_last_block(&all.run->collected)) return;
+    if (threadIdx.x == 0) all.run->collected = 0;
+    const Word* const told = reinterpret_cast<const Word*>(all.sequences);
+    for (index i = threadIdx.x; i < words; i += blockDim.x) heard[i] = told[i];
 }
 
 /// A block per parameter sums over chunks and parts: each thread in their order, then the threads as a tree.
@@ -276,10 +276,15 @@ protected:
         all_.ends = nullptr;
     }
 
-    /// Waits for everything, and for what the kernels tell.
-    cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences) {
+    /// Waits for everything, and for what the kernels tell; letter: where they have written it, or null.
+    cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences, device::Letter* letter = nullptr) {
         std::vector<unsigned char> bytes(static_cast<std::size_t>(status_bytes_));
-        device::fetch_bytes(bytes.data(), all_.sequences, status_bytes_, stream_);
+        if (letter != nullptr) {
+            letter->send(stream_);
+            std::memcpy(bytes.data(), letter->receive(), bytes.size());
+        } else {
+            device::fetch_bytes(bytes.data(), all_.sequences, status_bytes_, stream_);
+        }
         sequences.resize(std::size_t(all_.batch));
         std::memcpy(sequences.data(), bytes.data(), sequences.size() * sizeof(cell::SequenceStatus));
         cell::RunStatus run;
@@ -303,9 +308,9 @@ template <class T>
 class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
-        Base::states_, Base::longest_, Base::tolerance_, Base::rows, Base::chains, Base::boundary_size, Base::costs,
-        Base::cut, Base::plan, Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round,
-        Base::run_other_rounds, Base::wait;
+        Base::states_, Base::longest_, Base::status_bytes_, Base::tolerance_, Base::rows, Base::chains,
+        Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds, Base::rounds_,
+        Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -452,12 +457,17 @@ private:
     }
 
     cell::RunStatus collected(std::vector<cell::SequenceStatus>& sequences) {
+        constexpr index word = index(sizeof(Word));
+        static_assert(sizeof(cell::SequenceStatus) % word == 0 && sizeof(cell::RunStatus) % word == 0);
         const index lanes = lanes_of_row(rows());
         const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
         const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * 8 * cuda::plain_threads);
+        std::optional<device::Letter> letter;
+        if (status_bytes_ <= device::Letter::most_bytes) letter.emplace();
         cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
-                     per_row, all_.channels * states_);
-        return wait(sequences);
+                     per_row, all_.channels * states_, letter ? static_cast<Word*>(letter->paper()) : nullptr,
+                     status_bytes_ / word);
+        return wait(sequences, letter ? &*letter : nullptr);
     }
 
     /// Newton's method for the chunks' starts; the repairs test them.
