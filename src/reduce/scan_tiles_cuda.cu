@@ -38,6 +38,19 @@ namespace {
 
 using cuda::shared_memory;
 
+/// Calls body(i) for all of [begin, end), `together` times before it looks for the end.
+template <int together, class Body>
+__device__ __forceinline__ void repeat(int begin, int end, const Body& body) {
+    int i = begin;
+    DEEPPCR_ROLLED
+    for (; i + together <= end; i += together) {
+        DEEPPCR_UNROLL
+        for (int u = 0; u < together; ++u) body(i + u);
+    }
+    DEEPPCR_ROLLED
+    for (; i < end; ++i) body(i);
+}
+
 /// x -> M x + b.
 template <class A, int K>
 struct Map {
@@ -247,7 +260,7 @@ __device__ void for_flat(Shared* shared, T* first, int begin, int end, bool piec
     T* at = first + begin_of_thread;
     int place = Shape::place(begin_of_thread);
     for (int left = tail - begin_of_thread; left > 0; left -= stride) {
-        cuda::keep(at);
+        if constexpr (std::is_const_v<T>) cuda::keep(at);  // of a store, it would hide that the memory is global
         DEEPPCR_UNROLL
         for (int u = 0; u < at_once; ++u)
             if (left > u * of_warp) move_piece(shared + place + u * Shape::place(of_warp), at + u * of_warp);
@@ -389,8 +402,8 @@ __device__ void join_span(const Tiling& tiling, int earlier, const A* published,
         const auto entry = [&](int k) { return slot * map + (column == K ? K * K + k : k * K + column); };
         A x[K];
         for (int k = 0; k < K; ++k) x[k] = A(k == column);
-        DEEPPCR_ROLLED
-        for (int t = 0; t < earlier; ++t) advance_column(Map<A, K>::read(memory.staged + (t * slots + slot) * map), x);
+        repeat<2>(0, earlier,
+                  [&](int t) { advance_column(Map<A, K>::read(memory.staged + (t * slots + slot) * map), x); });
         for (int k = 0; k < K; ++k) memory.before[entry(k)] = x[k];
         if (whole_span == nullptr) continue;
         advance_column(Map<A, K>::read(memory.maps + ((tiling.chunks - 1) * slots + slot) * map), x);
@@ -429,8 +442,7 @@ __device__ void look_back(const Tiling& tiling, const A* records, int window, co
             if (nearest < 0) continue;
             A x[K];
             read_numbers<K>(record_of(nearest) + map, x);
-            DEEPPCR_ROLLED
-            for (int span = nearest + 1; span < window; ++span) Map<A, K>::read(record_of(span)).apply(x);
+            repeat<2>(nearest + 1, window, [&](int span) { Map<A, K>::read(record_of(span)).apply(x); });
             write_numbers<K>(memory.carried + slot * K, x);
         }
         if (__syncthreads_or(int(waits)) == 0) return;
@@ -502,41 +514,33 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
         A m[K * K], b[K];
         read_step(0, m, b);
         whole = Map<A, K>::template of<transposed>(m, b);
-        const auto join = [&](int s) {
+        constexpr int together = K == 1 ? 16 : K == 4 ? 2 : 4;
+        repeat<together>(1, count, [&](int s) {
             read_step(s, m, b);
             whole.template then<transposed>(m, b);
-        };
-        constexpr int together = K == 1 ? 8 : K == 4 ? 2 : 4;
-        int s = 1;
-        for (; s + together <= count; s += together) {
-            DEEPPCR_UNROLL
-            for (int u = 0; u < together; ++u) join(s + u);
-        }
-        DEEPPCR_ROLLED
-        for (; s < count; ++s) join(s);
+        });
     }
 
-    // 2. joined: the threads of a bundle, K neighbouring chunks, have a row each of its product
+    // 2. joined: the threads of a bundle have a row each of its product; the last bundle has what chunks are left over
     constexpr int map = Map<A, K>::size, record = Summaries<A, K>::record;
-    const int bundles = (tiling.chunks + K - 1) / K, bundle = chunk / K;
-    const int last = min((bundle + 1) * K, tiling.chunks) - 1;
-    A* const product = memory.maps + (last * slots + slot) * map;
-    if (present) whole.write(memory.maps + int(threadIdx.x) * map);
+    const int bundles = max(tiling.chunks / K, 1), bundle = min(chunk / K, bundles - 1), in_bundle = chunk - bundle * K;
+    const int last = bundle + 1 < bundles ? bundle * K + K - 1 : tiling.chunks - 1;
+    const auto map_of = [&](int of_chunk) { return memory.maps + (of_chunk * slots + slot) * map; };
+    if (present) whole.write(map_of(chunk));
     __syncthreads();
     MapRow<A, K> joined;
-    for (int row = chunk % K; present && row < K; row += tiling.chunks) {  // several, where chunks are fewer than K
-        joined = MapRow<A, K>::read(product, row);
+    for (int row = in_bundle; present && row < K; row += tiling.chunks) {  // several, where chunks are fewer than K
+        joined = MapRow<A, K>::read(map_of(last), row);
         DEEPPCR_ROLLED
-        for (int distance = 1; distance <= last - bundle * K; ++distance)
-            joined.after(Map<A, K>::read(product - distance * slots * map));
-        joined.write(product, row);
+        for (int earlier = last - 1; earlier >= bundle * K; --earlier) joined.after(Map<A, K>::read(map_of(earlier)));
+        joined.write(map_of(last), row);
     }
     __syncthreads();
     for (int distance = 1; distance < bundles; distance *= 2) {
-        const bool joins = present && bundle >= distance;
-        if (joins) joined.after(Map<A, K>::read(product - distance * K * slots * map));
+        const bool joins = present && in_bundle < K && bundle >= distance;
+        if (joins) joined.after(Map<A, K>::read(map_of((bundle - distance + 1) * K - 1)));
         __syncthreads();
-        if (joins) joined.write(product, chunk % K);
+        if (joins) joined.write(map_of(last), in_bundle);
         __syncthreads();
     }
 
@@ -577,7 +581,7 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
     if (in_span > 0) Map<A, K>::read(memory.before + slot * map).apply(x);
     DEEPPCR_ROLLED
     for (int earlier = max(bundle * K - 1, 0); present && earlier < chunk; ++earlier)
-        Map<A, K>::read(memory.maps + (earlier * slots + slot) * map).apply(x);
+        Map<A, K>::read(map_of(earlier)).apply(x);
     const auto replay = [&]<int steps>(int first) {  // all are read before one is written
         A m[steps][K * K], b[steps][K];
         DEEPPCR_UNROLL
@@ -624,8 +628,8 @@ Lie lie_of(const Strided<U>& array, const Arrays<T>& arrays, const Tiling& tilin
     return lie;
 }
 
-/// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as what
-/// the chip holds of one group needs.
+/// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as
+/// what the chip holds of one group needs.
 int tiles_of_a_span(int groups, int multiprocessors) {
     int span = 1;
     while (span < 32 && 2 * index(span) * span * groups < 3 * index(multiprocessors)) span *= 2;
@@ -672,9 +676,7 @@ Tiling tiling_of(const Arrays<T>& arrays) {
     const index shared = shared_bytes_of_each(Tile::blocks);
     const auto with = [&](int threads, int chunk) {
         tiling.chunk = chunk;
-        const int most = threads / tiling.slots, bundle = most < K ? 1 : K;
-        tiling.chunks =
-            int(std::min(index(most), parts(parts(arrays.steps, chunk), bundle) * bundle)) / bundle * bundle;
+        tiling.chunks = int(std::min<index>(threads / tiling.slots, (arrays.steps + chunk - 1) / chunk));
         tiling.threads = (tiling.chunks * tiling.slots + 31) / 32 * 32;
         // A multiple of 16 bytes of each array, so that all tiles lie as the first does.
         const int steps = tiling.chunks * chunk;
