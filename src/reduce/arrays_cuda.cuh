@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 #include <limits>
 #include <string>
 
@@ -61,8 +63,19 @@ __device__ __forceinline__ void read_numbers(const T* from, Arithmetic<T> (&to)[
     DEEPPCR_UNROLL
     for (int p = 0; p < count / numbers; ++p) {
         const auto piece = reinterpret_cast<const Piece<T, numbers>*>(from)[p];
-        DEEPPCR_UNROLL
-        for (int n = 0; n < numbers; ++n) to[p * numbers + n] = cuda::widen(piece.values[n]);
+        if constexpr (std::is_same_v<T, bfloat16> && numbers % 2 == 0) {
+            // Each is the upper half of its float: of the two in a word, one by shifting it, one by masking it.
+            DEEPPCR_UNROLL
+            for (int n = 0; n < numbers; n += 2) {
+                unsigned word = 0;
+                memcpy(&word, piece.values + n, sizeof word);
+                to[p * numbers + n] = std::bit_cast<float>(word << 16);
+                to[p * numbers + n + 1] = std::bit_cast<float>(word & 0xffff0000U);
+            }
+        } else {
+            DEEPPCR_UNROLL
+            for (int n = 0; n < numbers; ++n) to[p * numbers + n] = cuda::widen(piece.values[n]);
+        }
     }
 }
 template <int count, class T>

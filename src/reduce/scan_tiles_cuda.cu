@@ -415,6 +415,7 @@ __device__ void join_span(const Tiling& tiling, int earlier, const A* published,
     __syncthreads();
 }
 
+/// Whether all of `count` numbers had been published when they were staged.
 template <int count, class A>
 __device__ bool has_come(const A* staged) {
     A numbers[count];
