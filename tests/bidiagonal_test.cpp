@@ -336,6 +336,17 @@ void every_method_solves_every_size() {
 TYPED_TEST(Bidiagonal, EveryMethodSolvesEverySize) { every_method_solves_every_size<TypeParam>(); }
 TYPED_TEST(BidiagonalOf16Bits, EveryMethodSolvesEverySize) { every_method_solves_every_size<TypeParam>(); }
 
+/// 43 rows are the most that share a tile, and leave it fewer chunks than a block has rows; several tiles, and one.
+TYPED_TEST(BidiagonalOf16Bits, FewChunksOfManyRows) {
+    using T = TypeParam;
+    for (const index steps : {300, 8}) {
+        Problem<T> problem({steps, 1, 3 * 43}, 3, placements[0], 7);
+        for (const bool transposed : directions)
+            expect_solved(problem, Exact<T>(problem, transposed), placements[0],
+                          {.method = Reduction::scan, .execution = {Backend::cuda, 1}}, transposed);
+    }
+}
+
 TYPED_TEST(Bidiagonal, RandomShapesChunksAndThreads) {
     using T = TypeParam;
     const auto draw = [](index low, index high) { return *rc::gen::inRange<index>(low, high + 1); };

@@ -88,7 +88,10 @@ TEST_F(EmulatedGpu, SpansOfManyTilesGiveTheSameBitsInEveryOrder) {
                  {{4'001, 3, 2}, 1, Layout::batch_first, "sequences apart"},
                  {{3'001, 1, 2}, 2, Layout::steps_first, "blocks of 2"},
                  {{1'301, 2, 3}, 3, Layout::batch_first, "blocks of 3"},
-                 {{501, 1, 12}, 4, Layout::steps_first, "blocks of 4"}};
+                 {{501, 1, 12}, 4, Layout::steps_first, "blocks of 4"},
+                 {{1'001, 1, 4}, 4, Layout::steps_first, "a chunk of one row per thread, all bundles full"},
+                 {{151, 1, 63}, 3, Layout::steps_first, "bundles and chunks left over"},
+                 {{101, 1, 76}, 4, Layout::steps_first, "groups of rows of blocks of 4"}};
     for (const auto& [shape, block, layout, what] : cases)
         for (const bool transposed : {false, true})
             for (const int multiprocessors : {1, 132}) {

@@ -5,9 +5,14 @@
 //
 //          rows ->                 each thread owns one row of one chunk of the steps
 //   steps  [chunk 0 | 0 | 0 ...]   1. the chunk's map x -> M x + b: the product of its M, the sum of its b
-//     |    [chunk 1 | 1 | 1 ...]   2. the chunks' maps joined by PCR, log2(chunks) steps of exchange in shared memory
+//     |    [chunk 1 | 1 | 1 ...]   2. the maps joined: of K neighbouring chunks, a bundle, then of bundles by PCR
 //     v    [chunk 2 | 2 | 2 ...]   3. the state before the tile, from the tiles before it
 //          [  ...              ]   4. the chunk again, from its true first state; x takes the place of b
+//
+// Joining two maps costs K times what a step costs. But a row of a product needs one row of the later map only, with
+// all of the earlier one: the K threads of a bundle have one row each of its product, and exchange rows in shared
+// memory, log2(bundles) times. What leads to a chunk is the product of all bundles before its own, and the chunks
+// between.
 //
 // The state before a tile (decoupled look-back, which Merrill & Garland (2016) describe for sums): as many tiles are on
 // their way as the chip holds, and what is known of them grows by one look at memory at a time, so that a look has to
@@ -33,6 +38,19 @@ namespace {
 
 using cuda::shared_memory;
 
+/// Calls body(i) for all of [begin, end), `together` times before it looks for the end.
+template <int together, class Body>
+__device__ __forceinline__ void repeat(int begin, int end, const Body& body) {
+    int i = begin;
+    DEEPPCR_ROLLED
+    for (; i + together <= end; i += together) {
+        DEEPPCR_UNROLL
+        for (int u = 0; u < together; ++u) body(i + u);
+    }
+    DEEPPCR_ROLLED
+    for (; i < end; ++i) body(i);
+}
+
 /// x -> M x + b.
 template <class A, int K>
 struct Map {
@@ -57,20 +75,19 @@ struct Map {
         }
         return map;
     }
-    /// Entries `stride` apart.
-    __device__ static Map read(const A* from, int stride) {
+    __device__ static Map read(const A* from) {
+        A numbers[size];
+        read_numbers<size>(from, numbers);
         Map map;
-        for (int e = 0; e < K * K; ++e) map.m[e] = from[e * stride];
-        for (int i = 0; i < K; ++i) map.b[i] = from[(K * K + i) * stride];
+        for (int e = 0; e < K * K; ++e) map.m[e] = numbers[e];
+        for (int i = 0; i < K; ++i) map.b[i] = numbers[K * K + i];
         return map;
     }
-    __device__ void write(A* to, int stride) const {
-        for (int e = 0; e < K * K; ++e) to[e * stride] = m[e];
-        for (int i = 0; i < K; ++i) to[(K * K + i) * stride] = b[i];
-    }
-    __device__ void publish(A* to, int stride) const {
-        for (int e = 0; e < K * K; ++e) cuda::publish(to + e * stride, m[e]);
-        for (int i = 0; i < K; ++i) cuda::publish(to + (K * K + i) * stride, b[i]);
+    __device__ void write(A* to) const {
+        A numbers[size];
+        for (int e = 0; e < K * K; ++e) numbers[e] = m[e];
+        for (int i = 0; i < K; ++i) numbers[K * K + i] = b[i];
+        write_numbers<size>(to, numbers);
     }
     __device__ void apply(A (&x)[K]) const { advance<K, false>(m, b, x); }
     /// Followed by x -> N x + c, N row-major or its transpose: column by column, in place.
@@ -89,6 +106,37 @@ struct Map {
             for (int i = 0; i < K; ++i) m[i * K + j] = column[i];
         }
         advance<K, transposed>(n, c, b);
+    }
+};
+
+/// One of the K rows of a map that lies in shared memory. That of a product needs of the later map its own row only.
+template <class A, int K>
+struct MapRow {
+    A m[K], b;
+
+    __device__ static MapRow read(const A* map, int row) {
+        MapRow result;
+        read_numbers<K>(map + row * K, result.m);
+        result.b = map[K * K + row];
+        return result;
+    }
+    __device__ void write(A* map, int row) const {
+        write_numbers<K>(map + row * K, m);
+        map[K * K + row] = b;
+    }
+    /// Preceded by a map.
+    __device__ void after(const Map<A, K>& before) {
+        A next[K];
+        DEEPPCR_UNROLL
+        for (int j = 0; j < K; ++j) {
+            next[j] = m[0] * before.m[j];
+            DEEPPCR_UNROLL
+            for (int k = 1; k < K; ++k) next[j] += m[k] * before.m[k * K + j];
+        }
+        DEEPPCR_UNROLL
+        for (int k = 0; k < K; ++k) b += m[k] * before.b[k];
+        DEEPPCR_UNROLL
+        for (int j = 0; j < K; ++j) m[j] = next[j];
     }
 };
 
@@ -124,10 +172,10 @@ struct Tiling {
 /// What tiles tell each other: every number starts as unpublished, the ticket as all bits.
 template <class A, int K>
 struct Summaries {
-    static constexpr int map = Map<A, K>::size, record = map + K;  ///< entries
+    static constexpr int map = Map<A, K>::size, record = (map + K + 3) / 4 * 4;  ///< numbers
     unsigned* ticket;
-    A* maps;     ///< [groups, tiles, map, slots]
-    A* records;  ///< [groups, spans, map and state, slots]
+    A* maps;     ///< [groups, tiles, slots, map]
+    A* records;  ///< [groups, spans, slots, map and state]
 };
 
 /// The part of a tile that a group has of each array.
@@ -166,49 +214,60 @@ __device__ int offset_of(const Strided<T>& array, const Lie& lie, const Part& pa
     return int(reinterpret_cast<std::uintptr_t>(beginning<size>(array, lie, part)) % 16 / sizeof(T));
 }
 
-/// Calls move(place in shared memory, in the array) for each `numbers` numbers of an array that is not flat,
-/// neighbouring threads at neighbouring ones. `reversed`: how the tile lies in shared memory.
-template <int numbers, class Shape, class T, class Move>
-__device__ void for_pieces(const Strided<T>& array, bool reversed, const Part& part, const Move& move) {
+constexpr int at_once = 4;  ///< pieces that a thread moves before it looks whether there are more
+
+/// Calls move(in shared memory, in the array) for each `numbers` numbers of an array that is not flat, neighbouring
+/// threads at neighbouring ones. `reversed`: how the tile lies in shared memory.
+template <int numbers, class Shape, class Shared, class T, class Move>
+__device__ void for_pieces(Shared* shared, const Strided<T>& array, bool reversed, const Part& part, const Move& move) {
     const Group& group = part.group;
-    const int pieces = group.rows * Shape::size / numbers, threads = int(blockDim.x);
-    const int first_piece = int(threadIdx.x) % pieces, first_step = part.skipped + int(threadIdx.x) / pieces;
-    const int piece_stride = threads % pieces, step_stride = threads / pieces;
-    const int step_places = (reversed ? -part.slots : part.slots) * Shape::size;
-    const index advance = step_stride * array.step + piece_stride * numbers, wrap = array.step - pieces * numbers;
-    const int advance_places = step_stride * step_places + piece_stride * numbers;
-    const int wrap_places = step_places - pieces * numbers;
-    for (int sequence = 0; sequence < group.sequences; ++sequence) {
-        int piece = first_piece, step = first_step;
-        int place = ((reversed ? part.steps - 1 : 0) * part.slots + sequence * group.rows) * Shape::size +
-                    step * step_places + piece * numbers;
-        T* at = array.at(part.first + step, group.sequence + sequence, group.row, Shape::size) + piece * numbers;
-        while (step < part.steps) {
-            move(Shape::place(place), at);
-            at += advance;
-            place += advance_places;
-            piece += piece_stride;
-            step += step_stride;
-            if (piece < pieces) continue;
-            at += wrap;
-            place += wrap_places;
-            piece -= pieces;
-            ++step;
+    const int pieces = group.rows * Shape::size / numbers, threads = int(blockDim.x), thread = int(threadIdx.x);
+    const int stride = max(threads / pieces, 1);  // steps that the threads take together
+    if (thread / pieces >= stride) return;
+    const int first = part.skipped + thread / pieces;
+    const int places = (reversed ? -stride : stride) * part.slots * Shape::pitch;
+    const index advance = stride * array.step;
+    for (int sequence = 0; sequence < group.sequences; ++sequence)
+        for (int piece = thread % pieces; piece < pieces; piece += threads) {
+            const int number =
+                ((reversed ? part.steps - 1 - first : first) * part.slots + sequence * group.rows) * Shape::size +
+                piece * numbers;
+            Shared* place = shared + Shape::place(number);
+            T* at = array.at(part.first + first, group.sequence + sequence, group.row, Shape::size) + piece * numbers;
+            for (int step = first; step < part.steps; step += at_once * stride) {
+                DEEPPCR_UNROLL
+                for (int u = 0; u < at_once; ++u) {
+                    if (step + u * stride < part.steps) move(place, at);
+                    place += places;
+                    at += advance;
+                }
+            }
         }
-    }
 }
 
 /// Of a flat array, [begin, end) in shared memory: move_piece for what makes up pieces of 16 bytes, move for the rest.
-template <class Shape, class T, class MovePiece, class Move>
-__device__ void for_flat(T* first, int begin, int end, bool pieces, const MovePiece& move_piece, const Move& move) {
-    constexpr int numbers = 16 / int(sizeof(T));
+template <class Shape, class Shared, class T, class MovePiece, class Move>
+__device__ void for_flat(Shared* shared, T* first, int begin, int end, bool pieces, const MovePiece& move_piece,
+                         const Move& move) {
+    constexpr int numbers = 16 / int(sizeof(T)), of_warp = 32 * numbers;
     const int threads = int(blockDim.x), thread = int(threadIdx.x);
     const auto address = reinterpret_cast<std::uintptr_t>(first + begin);
     const int head = pieces ? min(end, begin + int((16 - address % 16) % 16 / sizeof(T))) : end;
     const int tail = head + (end - head) / numbers * numbers;
-    for (int i = begin + thread; i < head; i += threads) move(Shape::place(i), first + i);
-    for (int i = head + thread * numbers; i < tail; i += threads * numbers) move_piece(Shape::place(i), first + i);
-    for (int i = tail + thread; i < end; i += threads) move(Shape::place(i), first + i);
+    for (int i = begin + thread; i < head; i += threads) move(shared + Shape::place(i), first + i);
+    const int begin_of_thread = head + thread / 32 * at_once * of_warp + thread % 32 * numbers;
+    const int stride = threads * at_once * numbers;
+    T* at = first + begin_of_thread;
+    int place = Shape::place(begin_of_thread);
+    for (int left = tail - begin_of_thread; left > 0; left -= stride) {
+        if constexpr (std::is_const_v<T>) cuda::keep(at);  // of a store, it would hide that the memory is global
+        DEEPPCR_UNROLL
+        for (int u = 0; u < at_once; ++u)
+            if (left > u * of_warp) move_piece(shared + place + u * Shape::place(of_warp), at + u * of_warp);
+        at += stride;
+        place += Shape::place(stride);
+    }
+    for (int i = tail + thread; i < end; i += threads) move(shared + Shape::place(i), first + i);
 }
 
 /// Begins to copy what is `bytes` long, or copies it where nothing so short is copied in the background.
@@ -224,15 +283,16 @@ template <class Shape, class T>
 __device__ void begin_copying(const Strided<const T>& array, const Lie& lie, const Part& part, T* shared) {
     constexpr int one = int(sizeof(T));
     const auto pieces_of = [&]<int bytes>() {
-        for_pieces<bytes / one, Shape>(array, lie.reversed, part,
-                                       [&](int at, const T* from) { begin_copy<bytes>(shared + at, from); });
+        for_pieces<bytes / one, Shape>(shared, array, lie.reversed, part,
+                                       [](T* place, const T* from) { begin_copy<bytes>(place, from); });
     };
     if (lie.flat)
         for_flat<Shape>(
-            beginning<Shape::size>(array, lie, part), (lie.reversed ? 0 : part.skipped) * part.slots * Shape::size,
+            shared, beginning<Shape::size>(array, lie, part),
+            (lie.reversed ? 0 : part.skipped) * part.slots * Shape::size,
             (part.steps - (lie.reversed ? part.skipped : 0)) * part.slots * Shape::size, lie.bytes == 16,
-            [&](int at, const T* from) { begin_copy<16>(shared + at, from); },
-            [&](int at, const T* from) { begin_copy<one>(shared + at, from); });
+            [](T* place, const T* from) { begin_copy<16>(place, from); },
+            [](T* place, const T* from) { begin_copy<one>(place, from); });
     else if (lie.bytes == 16)
         pieces_of.template operator()<16>();
     else if (lie.bytes == 8 && one < 8)
@@ -247,9 +307,9 @@ __device__ void begin_copying(const Strided<const T>& array, const Lie& lie, con
 template <class Shape, class T>
 __device__ void store(const Strided<T>& array, const Lie& lie, bool reversed, const Part& part, const T* shared) {
     constexpr int numbers = 16 / int(sizeof(T));
-    const auto move_one = [&](int at, T* to) { *to = shared[at]; };
-    const auto move_piece = [&](int at, T* to) {
-        *reinterpret_cast<Piece<T, numbers>*>(to) = *reinterpret_cast<const Piece<T, numbers>*>(shared + at);
+    const auto move_one = [](const T* place, T* to) { *to = *place; };
+    const auto move_piece = [](const T* place, T* to) {
+        *reinterpret_cast<Piece<T, numbers>*>(to) = *reinterpret_cast<const Piece<T, numbers>*>(place);
     };
     // What was copied to shared memory lies there as it did in its own array, which may be aligned otherwise.
     T* const first = beginning<Shape::size>(array, lie, part);
@@ -257,18 +317,17 @@ __device__ void store(const Strided<T>& array, const Lie& lie, bool reversed, co
         reinterpret_cast<std::uintptr_t>(shared) - (lie.flat ? reinterpret_cast<std::uintptr_t>(first) : 0);
     const bool pieces = lie.bytes == 16 && apart % 16 == 0;
     if (lie.flat)
-        for_flat<Shape>(first, 0, part.steps * part.slots * Shape::size, pieces, move_piece, move_one);
+        for_flat<Shape>(shared, first, 0, part.steps * part.slots * Shape::size, pieces, move_piece, move_one);
     else if (pieces)
-        for_pieces<numbers, Shape>(array, reversed, part, move_piece);
+        for_pieces<numbers, Shape>(shared, array, reversed, part, move_piece);
     else
-        for_pieces<1, Shape>(array, reversed, part, move_one);
+        for_pieces<1, Shape>(shared, array, reversed, part, move_one);
 }
 
 /// To `staged`, of shared memory, what has come of `count` numbers since the last call; whether this thread's share is
 /// complete. Each thread reads and writes its own share only.
 template <class A>
 __device__ bool collect(const A* from, A* staged, int count) {
-    constexpr int at_once = 4;  // on their way through memory
     bool complete = true;
     const int threads = int(blockDim.x);
     for (int i = int(threadIdx.x); i < count; i += at_once * threads) {
@@ -292,11 +351,11 @@ struct Memory {
     using A = Arithmetic<T>;
     static constexpr int map = Map<A, K>::size;
     T *factor, *right_side;  // [steps, slots, pitch]
-    A* maps;                 // [map, threads]: of all chunks up to one
-    A* staged;               // of other tiles: [span - 1, map, slots], then [window, record, slots]
-    A* before;               // [map, slots]: of the span's tiles before this one
-    A* through;              // [map, slots]: and of this one too
-    A* carried;              // [K, slots]: the state before the tile
+    A* maps;                 // [chunks, slots, map]: of a chunk; of a bundle's last: of all chunks up to it
+    A* staged;               // of other tiles: [span - 1, slots, map], then [window, slots, record]
+    A* before;               // [slots, map]: of the span's tiles before this one
+    A* through;              // [slots, map]: and of this one too
+    A* carried;              // [slots, K]: the state before the tile
 
     __host__ __device__ static constexpr index round_up(index bytes) { return (bytes + 15) / 16 * 16; }
     __host__ __device__ static index factor_bytes(const Tiling& tiling) {
@@ -340,48 +399,52 @@ __device__ void join_span(const Tiling& tiling, int earlier, const A* published,
             for (int k = 0; k < K; ++k) shift[k] = column == K ? tile.b[k] : A(0);
             advance<K, false>(tile.m, shift, x);
         };
-        const auto entry = [&](int k) { return (column == K ? K * K + k : k * K + column) * slots + slot; };
+        const auto entry = [&](int k) { return slot * map + (column == K ? K * K + k : k * K + column); };
         A x[K];
         for (int k = 0; k < K; ++k) x[k] = A(k == column);
-        for (int t = 0; t < earlier; ++t)
-            advance_column(Map<A, K>::read(memory.staged + t * map * slots + slot, slots), x);
+        repeat<2>(0, earlier,
+                  [&](int t) { advance_column(Map<A, K>::read(memory.staged + (t * slots + slot) * map), x); });
         for (int k = 0; k < K; ++k) memory.before[entry(k)] = x[k];
         if (whole_span == nullptr) continue;
-        const int last = (tiling.chunks - 1) * slots + slot;
-        advance_column(Map<A, K>::read(memory.maps + last, tiling.threads), x);
+        advance_column(Map<A, K>::read(memory.maps + ((tiling.chunks - 1) * slots + slot) * map), x);
         for (int k = 0; k < K; ++k) {
             memory.through[entry(k)] = x[k];
-            cuda::publish(whole_span + entry(k), x[k]);
+            cuda::publish(whole_span + entry(k) + slot * (Summaries<A, K>::record - map), x[k]);
         }
     }
     __syncthreads();
 }
 
+/// Whether all of `count` numbers had been published when they were staged.
+template <int count, class A>
+__device__ bool has_come(const A* staged) {
+    A numbers[count];
+    read_numbers<count>(staged, numbers);
+    bool all = true;
+    for (const A number : numbers) all = cuda::is_published(number) && all;
+    return all;
+}
+
 /// The state after the last of `window` spans, to `carried`: the nearest state that has come, and the maps since.
 template <class A, int K, class Memory>
 __device__ void look_back(const Tiling& tiling, const A* records, int window, const Memory& memory) {
-    constexpr int map = Map<A, K>::size, record = map + K;
+    constexpr int map = Map<A, K>::size, record = Summaries<A, K>::record;
     const int slots = tiling.slots;
     while (true) {
         collect(records, memory.staged, window * record * slots);
         __syncthreads();
         bool waits = false;
         for (int slot = int(threadIdx.x); slot < slots; slot += int(blockDim.x)) {
-            const auto come = [&](int span, int begin, int end) {
-                bool all = true;
-                for (int e = begin; e < end; ++e)
-                    all = all && cuda::is_published(memory.staged[(span * record + e) * slots + slot]);
-                return all;
-            };
+            const auto record_of = [&](int span) { return memory.staged + (span * slots + slot) * record; };
             int nearest = window - 1;
-            while (nearest >= 0 && !come(nearest, map, record)) nearest = come(nearest, 0, map) ? nearest - 1 : -1;
+            while (nearest >= 0 && !has_come<K>(record_of(nearest) + map))
+                nearest = has_come<map>(record_of(nearest)) ? nearest - 1 : -1;
             waits = waits || nearest < 0;
             if (nearest < 0) continue;
             A x[K];
-            for (int k = 0; k < K; ++k) x[k] = memory.staged[(nearest * record + map + k) * slots + slot];
-            for (int span = nearest + 1; span < window; ++span)
-                Map<A, K>::read(memory.staged + span * record * slots + slot, slots).apply(x);
-            for (int k = 0; k < K; ++k) memory.carried[k * slots + slot] = x[k];
+            read_numbers<K>(record_of(nearest) + map, x);
+            repeat<2>(nearest + 1, window, [&](int span) { Map<A, K>::read(record_of(span)).apply(x); });
+            write_numbers<K>(memory.carried + slot * K, x);
         }
         if (__syncthreads_or(int(waits)) == 0) return;
         cuda::pause();
@@ -452,34 +515,44 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
         A m[K * K], b[K];
         read_step(0, m, b);
         whole = Map<A, K>::template of<transposed>(m, b);
-        for (int s = 1; s < count; ++s) {
+        constexpr int together = K == 1 ? 16 : K == 4 ? 2 : 4;
+        repeat<together>(1, count, [&](int s) {
             read_step(s, m, b);
             whole.template then<transposed>(m, b);
-        }
+        });
     }
 
-    // 2. of all chunks up to this one
-    for (int distance = 1; distance < tiling.chunks; distance *= 2) {
-        whole.write(memory.maps + threadIdx.x, threads);
-        __syncthreads();
-        const bool joins = present && chunk >= distance;
-        auto before = Map<A, K>::identity();
-        if (joins) before = Map<A, K>::read(memory.maps + threadIdx.x - distance * slots, threads);
-        __syncthreads();
-        if (joins) {
-            before.template then<false>(whole.m, whole.b);
-            whole = before;
-        }
+    // 2. joined: the threads of a bundle have a row each of its product; the last bundle has what chunks are left over
+    constexpr int map = Map<A, K>::size, record = Summaries<A, K>::record;
+    const int bundles = max(tiling.chunks / K, 1), bundle = min(chunk / K, bundles - 1), in_bundle = chunk - bundle * K;
+    const int last = bundle + 1 < bundles ? bundle * K + K - 1 : tiling.chunks - 1;
+    const auto map_of = [&](int of_chunk) { return memory.maps + (of_chunk * slots + slot) * map; };
+    if (present) whole.write(map_of(chunk));
+    __syncthreads();
+    MapRow<A, K> joined;
+    for (int row = in_bundle; present && row < K; row += tiling.chunks) {  // several, where chunks are fewer than K
+        joined = MapRow<A, K>::read(map_of(last), row);
+        DEEPPCR_ROLLED
+        for (int earlier = last - 1; earlier >= bundle * K; --earlier) joined.after(Map<A, K>::read(map_of(earlier)));
+        joined.write(map_of(last), row);
     }
-    whole.write(memory.maps + threadIdx.x, threads);
+    __syncthreads();
+    for (int distance = 1; distance < bundles; distance *= 2) {
+        const bool joins = present && in_bundle < K && bundle >= distance;
+        if (joins) joined.after(Map<A, K>::read(map_of((bundle - distance + 1) * K - 1)));
+        __syncthreads();
+        if (joins) joined.write(map_of(last), in_bundle);
+        __syncthreads();
+    }
 
     // 3. the state before the tile
     const int span = tile / tiling.span, in_span = tile % tiling.span;
     const bool last_tile = tile + 1 == tiling.tiles, ends_span = in_span + 1 == tiling.span && !last_tile;
-    constexpr int map = Map<A, K>::size, record = map + K;
     A* const maps = summaries.maps + (index(group) * tiling.tiles + tile) * (map * slots);
     A* const own_record = summaries.records + (index(group) * tiling.spans + span) * (record * slots);
-    if (present && chunk == tiling.chunks - 1 && !ends_span && !last_tile) whole.publish(maps + slot, slots);
+    if (!ends_span && !last_tile)
+        for (int i = int(threadIdx.x); i < slots * map; i += threads)
+            cuda::publish(maps + i, memory.maps[(tiling.chunks - 1) * slots * map + i]);
     if (in_span > 0 || ends_span) {
         __syncthreads();
         join_span<A, K>(tiling, in_span, maps - in_span * (map * slots), memory, ends_span ? own_record : nullptr);
@@ -489,7 +562,7 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
         look_back<A, K>(tiling, own_record - window * (record * slots), window, memory);
     } else if (present && chunk == 0) {
         for (int k = 0; k < K; ++k)
-            memory.carried[k * slots + slot] =
+            memory.carried[slot * K + k] =
                 owns && arrays.initial.data != nullptr
                     ? cuda::widen(arrays.initial.at(0, part.group.sequence + slot / part.group.rows,
                                                     part.group.row + slot % part.group.rows, K)[k])
@@ -497,30 +570,34 @@ __global__ void __launch_bounds__(TileShape<T, K>::threads, TileShape<T, K>::blo
     }
     __syncthreads();
     A x[K];
-    for (int k = 0; k < K; ++k) x[k] = present ? memory.carried[k * slots + slot] : A(0);
+    read_numbers<K>(memory.carried + slot * K, x);
     if (ends_span && present && chunk == 0) {
         A state[K];
         for (int k = 0; k < K; ++k) state[k] = x[k];
-        Map<A, K>::read(memory.through + slot, slots).apply(state);
-        for (int k = 0; k < K; ++k) cuda::publish(own_record + (map + k) * slots + slot, state[k]);
+        Map<A, K>::read(memory.through + slot * map).apply(state);
+        for (int k = 0; k < K; ++k) cuda::publish(own_record + slot * record + map + k, state[k]);
     }
 
     // 4. the chunk from its first state
-    if (present && in_span > 0) Map<A, K>::read(memory.before + slot, slots).apply(x);
-    if (present && chunk > 0) Map<A, K>::read(memory.maps + threadIdx.x - slots, threads).apply(x);
-    constexpr int at_once = K == 1 ? 4 : K == 2 ? 2 : 1;  // steps that are read before one is written
-    for (int first = 0; first < count; first += at_once) {
-        A m[at_once][K * K], b[at_once][K];
+    if (in_span > 0) Map<A, K>::read(memory.before + slot * map).apply(x);
+    DEEPPCR_ROLLED
+    for (int earlier = max(bundle * K - 1, 0); present && earlier < chunk; ++earlier)
+        Map<A, K>::read(map_of(earlier)).apply(x);
+    const auto replay = [&]<int steps>(int first) {  // all are read before one is written
+        A m[steps][K * K], b[steps][K];
         DEEPPCR_UNROLL
-        for (int u = 0; u < at_once; ++u)
-            if (first + u < count) read_step(first + u, m[u], b[u]);
+        for (int u = 0; u < steps; ++u) read_step(first + u, m[u], b[u]);
         DEEPPCR_UNROLL
-        for (int u = 0; u < at_once; ++u) {
-            if (first + u >= count) break;
+        for (int u = 0; u < steps; ++u) {
             advance<K, transposed>(m[u], b[u], x);
             write_numbers<K>(my_right_side + (first + u) * right_step, x);
         }
-    }
+    };
+    constexpr int ahead = K == 1 ? 4 : 2;
+    int step = 0;
+    for (; step + ahead <= count; step += ahead) replay.template operator()<ahead>(step);
+    DEEPPCR_ROLLED
+    for (; step < count; ++step) replay.template operator()<1>(step);
     __syncthreads();
     part.skipped = 0;
     store<States>(arrays.solution, tiling.solution, tiling.right_side.reversed, part, right_side);
@@ -552,8 +629,8 @@ Lie lie_of(const Strided<U>& array, const Arrays<T>& arrays, const Tiling& tilin
     return lie;
 }
 
-/// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as what
-/// the chip holds of one group needs.
+/// The tiles of a group of rows are many and far on their way only where the groups are few: spans only as long as
+/// what the chip holds of one group needs.
 int tiles_of_a_span(int groups, int multiprocessors) {
     int span = 1;
     while (span < 32 && 2 * index(span) * span * groups < 3 * index(multiprocessors)) span *= 2;
