@@ -40,12 +40,6 @@ protected:
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
-    std::vector<Json> log(const std::string& name) const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
-    }
 };
 
 TEST_F(TrainTask, TrainsLogsAndValidates) {

@@ -1,7 +1,6 @@
 // deeppcr train and deeppcr validate, on good and bad input, interrupted and resumed.
 #include <chrono>
 #include <csignal>
-#include <fstream>
 #include <thread>
 
 #include <files/safetensors.hpp>
@@ -23,12 +22,6 @@ protected:
                                               "--batch", "16",     "--train-images", "64", "--held-out", "200"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
-    }
-    std::vector<Json> log(const std::string& name = "log") const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
     }
 };
 
