@@ -108,13 +108,13 @@ Exit run_validate(const Arguments& arguments, Output& output) {
     std::string text = std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
                        percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
                        count_text(result.images) + " images in " + seconds_text(result.seconds);
-    if (options.evaluation.method != Method::sequential)
+    if (result.iterations > 0)
         text += ", " + number_text(result.iterations) + " Newton iterations per batch, residual at most " +
                 scientific_text(result.residual);
     output.line(text);
     output.result.update(Json{{"checkpoint", arguments.checkpoint},
                               {"set", arguments.held_out ? "held_out" : "test"},
-                              {"method", nn::name_of(nn::method_names, options.evaluation.method)},
+                              {"method", nn::name_of(nn::open_method_names, options.evaluation.method)},
                               {"images", result.images},
                               {"accuracy", result.accuracy},
                               {"loss", result.loss},

@@ -61,6 +61,29 @@ TEST_F(Train, TellsAPersonWhatItDoes) {
     EXPECT_THAT(validated.output, AllOf(HasSubstr("held-out accuracy"), HasSubstr("200 images"), HasSubstr("Newton")));
 }
 
+TEST_F(Train, LeavesTheMethodToWhatTakesLess) {
+    ASSERT_EQ(run(small({"--steps", "4", "--method", "sequential", "--log", "sequential.log"})).exit_code, 0);
+    const Outcome outcome = run(small({"--steps", "4", "--method", "automatic", "--log", "log", "--overwrite"}));
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    EXPECT_THAT(outcome.output, HasSubstr("whichever takes less"));
+    const auto found = log(), expected = log("sequential.log");
+    ASSERT_EQ(found.size(), 4u);
+    for (std::size_t step = 0; step < found.size(); ++step)
+        EXPECT_NEAR(found[step]["loss"].get<double>(), expected[step]["loss"].get<double>(), 1e-3) << step;
+
+    // A guess of one's own makes it Newton's method, in every step: here from what the step before predicts.
+    const auto metadata = [&] { return files::read_safetensors(folder / "resnet.safetensors").metadata; };
+    EXPECT_EQ(metadata().at("method"), "automatic");
+    EXPECT_EQ(metadata().at("guess"), "initial_state");
+    const Outcome resumed =
+        run({"train", "resnet", "--resume", "resnet.safetensors", "--steps", "6", "--guess", "predicted", "--json"});
+    ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
+    EXPECT_EQ(metadata().at("method"), "automatic");
+    EXPECT_EQ(metadata().at("guess"), "predicted");
+    for (const Json& step : resumed.json()["steps"]) EXPECT_GE(step["iterations"], 1);
+    EXPECT_EQ(run({"validate", "resnet.safetensors", "--method", "automatic"}).exit_code, 0);
+}
+
 TEST_F(Train, GoesOnAfterCtrlC) {
     const Outcome whole =
         run(small({"--steps", "200", "--checkpoint", "whole.safetensors", "--log", "whole.log", "--json"}));
