@@ -52,6 +52,7 @@ TEST_F(Language, FromTextToText) {
     const Outcome validated = run({"validate", "lm.safetensors", "--json"});
     ASSERT_EQ(validated.exit_code, 0) << validated.errors;
     EXPECT_EQ(validated.json()["loss"], result["validations"][2]["validation_loss"]);
+    expect_error({"validate", "lm.safetensors", "--held-out"}, HasSubstr("--held-out"));
 
     const Outcome plan = run(small({"--plan", "--json"}));
     ASSERT_EQ(plan.exit_code, 0) << plan.errors;

@@ -102,6 +102,7 @@ TEST_F(TrainTask, SaysWhatIsWrong) {
                  HasSubstr("task: expected parity, as in the checkpoint, got recall"));
     expect_error({"train", "lm", "--resume", "task.safetensors"}, HasSubstr("task.safetensors"));
     expect_error({"validate", "task.safetensors", "--length", "-3"}, HasSubstr("length"));
+    expect_error({"validate", "task.safetensors", "--data", "text.tokens"}, HasSubstr("--data"));
 }
 
 }  // namespace

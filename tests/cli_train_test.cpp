@@ -173,6 +173,7 @@ TEST_F(Train, RefusesWhatIsNoCheckpoint) {
     expect_error({"validate", "resnet.safetensors", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"validate", "resnet.safetensors", "--batch", "-1"}, HasSubstr("batch"));
     files::write_safetensors(folder / "other.safetensors", {{{"x", {{1}, std::vector<float>{1}}}}, {}});
+    expect_error({"validate", "resnet.safetensors", "--length", "5"}, HasSubstr("--length"));
     expect_error({"validate", "other.safetensors"}, HasSubstr("not a checkpoint"));
     std::filesystem::resize_file(checkpoint, std::filesystem::file_size(checkpoint) / 2);
     expect_error({"validate", "resnet.safetensors"}, HasSubstr("resnet.safetensors"));
