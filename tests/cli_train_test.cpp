@@ -157,6 +157,7 @@ TEST_F(Train, RefusesBadOptions) {
     expect_error({"train", "resnet", "--tolerance", "nan"}, HasSubstr("tolerance"));
     expect_error({"train", "resnet", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"train", "resnet", "--checkpoint", "nowhere/file"}, HasSubstr("nowhere"));
+    expect_error({"train", "resnet", "--checkpoint", "/proc/file"}, HasSubstr("/proc/file: cannot be written"));
     expect_error({"train", "resnet", "--resume", "none.safetensors"}, HasSubstr("none.safetensors"));
     expect_error({"train", "resnet", "--log", "nowhere/log"}, HasSubstr("nowhere/log"));
     expect_error({"train", "resnet", "--layers", "4", "--width", "2000000"}, HasSubstr("bytes"));
@@ -172,8 +173,8 @@ TEST_F(Train, RefusesWhatIsNoCheckpoint) {
     expect_error({"validate", "none.safetensors"}, HasSubstr("none.safetensors"));
     expect_error({"validate", "resnet.safetensors", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"validate", "resnet.safetensors", "--batch", "-1"}, HasSubstr("batch"));
-    files::write_safetensors(folder / "other.safetensors", {{{"x", {{1}, std::vector<float>{1}}}}, {}});
     expect_error({"validate", "resnet.safetensors", "--length", "5"}, HasSubstr("--length"));
+    files::write_safetensors(folder / "other.safetensors", {{{"x", {{1}, std::vector<float>{1}}}}, {}});
     expect_error({"validate", "other.safetensors"}, HasSubstr("not a checkpoint"));
     std::filesystem::resize_file(checkpoint, std::filesystem::file_size(checkpoint) / 2);
     expect_error({"validate", "resnet.safetensors"}, HasSubstr("resnet.safetensors"));
