@@ -36,18 +36,19 @@ public:
         if constexpr (std::is_unsigned_v<Value>) option->check(without_sign());
     }
 
-    /// A field that is one of `names`.
+    /// A field that is one of `names`. consequence: of giving it.
     template <class Access, class Choice, std::size_t count>
-    void choice(const std::string& flag, Access access, const nn::Names<Choice, count>& names,
-                const std::string& help) {
+    void choice(const std::string& flag, Access access, const nn::Names<Choice, count>& names, const std::string& help,
+                const std::function<void(Target&)>& consequence = {}) {
         std::vector<std::string> known;
         for (const auto& name : names) known.emplace_back(name.first);
         command_
             .add_option_function<std::string>(
                 flag,
-                [this, access, &names, flag](const std::string& name) {
+                [this, access, &names, flag, consequence](const std::string& name) {
                     const Choice chosen = nn::choice_of(names, flag, name);
                     changes_.push_back([access, chosen](Target& target) { access(target) = chosen; });
+                    if (consequence) changes_.push_back(consequence);
                 },
                 help)
             ->check(CLI::IsMember(known))
@@ -60,8 +61,15 @@ public:
         const auto field = [access](auto member) {
             return [=](Target & target) -> auto& { return access(target).*member; };
         };
-        choice("--method", field(&Options::method), nn::method_names,
-               "How the layers are evaluated: all at once, or one after the other");
+        choice(
+            "--method", field(&Options::method), nn::open_method_names,
+            "How the layers are evaluated: all at once, or one after the other; automatic: by what takes less, which "
+            "may give other bits in every run, or all at once where options below ask for it",
+            // As the usual guess would; where --guess names it, that is applied later.
+            [access](Target& target) {
+                Options& options = access(target);
+                if (options.method == Method::automatic) options.guess = Guess::initial_state;
+            });
         choice("--surrogate", field(&Options::surrogate), nn::surrogate_names, "What stands for the Jacobian");
         choice("--reduction", field(&Options::reduction), nn::reduction_names, "How the bidiagonal systems are solved");
         value("--chunk", field(&Options::chunk), "Layers per chunk of the scan; 0: chosen");

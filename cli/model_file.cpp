@@ -102,6 +102,7 @@ ModelFile::ModelFile(std::filesystem::path path, const std::string& module)
     std::set<std::string> recurrent, deep;
     for (const auto& [name, tensor] : contents_.tensors) {
         constexpr std::string_view deep_name = "layers.weight";
+        if (name.starts_with("optimiser.")) continue;  // of a checkpoint: in the shapes of the weights
         if (const auto found = module_of_recurrent(name)) recurrent.insert(*found);
         if (name.ends_with(deep_name)) deep.insert(name.substr(0, name.size() - deep_name.size()));
     }

@@ -15,9 +15,6 @@
 namespace deeppcr::program {
 namespace {
 
-constexpr nn::Names<Method, 3> method_names{
-    {{"automatic", Method::automatic}, {"newton", Method::newton}, {"sequential", Method::sequential}}};
-
 struct Target {
     Target() {
         generation.evaluation.method = Method::automatic;
@@ -206,7 +203,7 @@ void add_sample(Program& program) {
                 "How much more of its class an image is to have; 1: as trained");
     given.value("--clip", generation(&nn::GenerationOptions::clip), "Hold estimates of the sample within this; 0: not");
     given.value("--seed", generation(&nn::GenerationOptions::seed), "Of the noise");
-    given.choice("--method", evaluation(&Options::method), method_names,
+    given.choice("--method", evaluation(&Options::method), nn::open_method_names,
                  "How the steps are evaluated; automatic measures whether side by side can pay");
     given.choice("--surrogate", evaluation(&Options::surrogate), nn::surrogate_names,
                  "What stands for the Jacobian: full for small latents only");

@@ -76,7 +76,14 @@ TrainingOptions gather(const Arguments& arguments, Group& group) {
 std::string describe(const TrainingOptions& options) {
     std::string text = "residual network of " + count_text(options.layers) + " layers x " + count_text(options.width) +
                        ", " + nn::name_of(nn::activation_names, options.activation) + ", evaluated ";
-    return text + (options.evaluation.method == Method::sequential ? "layer by layer" : "by Newton's method");
+    switch (options.evaluation.method) {
+        case Method::sequential:
+            return text + "layer by layer";
+        case Method::automatic:
+            return text + "layer by layer or by Newton's method, whichever takes less";
+        default:
+            return text + "by Newton's method";
+    }
 }
 
 std::string describe(const nn::EpochRecord& epoch) {
@@ -90,22 +97,24 @@ std::string describe(const nn::EpochRecord& epoch) {
 std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
     if (steps.empty()) return "no steps were left to do";
     nn::StepRecord sum;
-    index finished = 0;
+    index parallel = 0, finished = 0;
     for (const auto& step : steps) {
         sum.seconds += step.seconds;
         sum.forward_seconds += step.forward_seconds;
         sum.backward_seconds += step.backward_seconds;
         sum.iterations += step.iterations;
         sum.residual = std::max(sum.residual, step.residual);
+        parallel += step.iterations > 0;
         finished += step.sequential_steps > 0;
     }
     const double count = double(steps.size());
     std::string text = count_text(index(steps.size())) + " steps of " + seconds_text(sum.seconds / count) +
                        " (layers: forward " + seconds_text(sum.forward_seconds / count) + ", backward " +
                        seconds_text(sum.backward_seconds / count) + ")";
-    if (sum.iterations > 0)
-        text += ", " + number_text(double(sum.iterations) / count) + " Newton iterations each, residual at most " +
-                scientific_text(sum.residual);
+    if (parallel > 0)
+        text += ", " + number_text(double(sum.iterations) / double(parallel)) + " Newton iterations " +
+                (parallel < index(steps.size()) ? "in " + count_text(parallel) + " of them" : "each") +
+                ", residual at most " + scientific_text(sum.residual);
     if (finished > 0) text += "; " + count_text(finished) + " of them finished sequentially";
     return text;
 }

@@ -19,6 +19,15 @@ struct Arguments {
     std::unique_ptr<GivenOptions<DiffusionOptions>> given;
 };
 
+Json to_json(const nn::DiffusionStep& step) {
+    return {{"network", step.autoencoder ? "autoencoder" : "denoiser"},
+            {"step", step.step},
+            {"loss", step.loss},
+            {"learning_rate", step.learning_rate},
+            {"gradient_norm", step.gradient_norm},
+            {"seconds", step.seconds}};
+}
+
 DiffusionOptions gather(const Arguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::diffusion_options);
     arguments.given->apply(options);
@@ -30,6 +39,7 @@ DiffusionOptions gather(const Arguments& arguments, Group& group) {
 
 Exit run_train_diffusion(const Arguments& arguments, Output& output) {
     const DiffusionOptions options = gather(arguments, output.group());
+    Log log(arguments.files, output);
     output.line("Fashion-MNIST, a diffusion model of " +
                 (options.space == nn::Space::latent ? count_text(options.latents) + " latents" : "its pixels") +
                 ", which predicts the " + nn::name_of(nn::prediction_names, options.prediction));
@@ -40,6 +50,7 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
     RecentMean loss(50);
     nn::DiffusionCallbacks callbacks;
     callbacks.step = [&](const nn::DiffusionStep& step) {
+        log.write(to_json(step));
         if (autoencoder != step.autoencoder) loss = RecentMean(50);
         autoencoder = step.autoencoder;
         loss.add(step.loss);
@@ -67,13 +78,7 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
     Json& json = output.result;
     json["seconds"] = result.seconds;
     json["steps"] = Json::array();
-    for (const nn::DiffusionStep& step : result.steps)
-        json["steps"].push_back({{"network", step.autoencoder ? "autoencoder" : "denoiser"},
-                                 {"step", step.step},
-                                 {"loss", step.loss},
-                                 {"learning_rate", step.learning_rate},
-                                 {"gradient_norm", step.gradient_norm},
-                                 {"seconds", step.seconds}});
+    for (const nn::DiffusionStep& step : result.steps) json["steps"].push_back(to_json(step));
     return exit;
 }
 
@@ -118,7 +123,7 @@ void add_train_diffusion(Program& program) {
                 "Save every so many steps, besides the end; 0: not");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");
-    arguments->files.add_options(command, "diffusion");
+    arguments->files.add_options(command, "diffusion", "step");
 }
 
 }  // namespace deeppcr::program

@@ -136,7 +136,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
         log.write(to_json(epoch));
         progress.line(describe(epoch));
     };
-    callbacks.warning = [&](const std::string& text) { progress.warn(text); };
+    callbacks.note = [&](const std::string& text) { progress.warn(text); };
     callbacks.interrupted = interrupted;
     const nn::SwapResult result = nn::train_swap(options, callbacks);
     progress.end();

@@ -11,7 +11,7 @@ void TrainingFiles::add_options(CLI::App& command, const std::string& name, cons
     command.add_option("--checkpoint", checkpoint_,
                        "Where the training is saved (default: --resume's, else " + name + ".safetensors)");
     command.add_flag("--overwrite", overwrite_, "Replace a checkpoint that exists");
-    if (!logged.empty()) command.add_option("--log", log_, "Append a JSON object per " + logged + " to this file");
+    command.add_option("--log", log_, "Append a JSON object per " + logged + " to this file");
 }
 
 void TrainingFiles::check() const {

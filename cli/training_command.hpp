@@ -17,8 +17,8 @@ namespace deeppcr::program {
 class TrainingFiles {
 public:
     /// name: of the command, after "train"; its checkpoint is <name>.safetensors where none is named. logged: what an
-    /// object of --log is of; empty: there is no --log.
-    void add_options(CLI::App& command, const std::string& name, const std::string& logged = {});
+    /// object of --log is of.
+    void add_options(CLI::App& command, const std::string& name, const std::string& logged);
 
     /// The options of the checkpoint that is continued, which read(path) gives, or else the usual ones; with the paths
     /// of the checkpoints.

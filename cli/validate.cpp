@@ -15,11 +15,19 @@ namespace deeppcr::program {
 namespace {
 
 struct Arguments {
+    const CLI::App* command = nullptr;
     std::string checkpoint, data;
     index length = 0;
     bool held_out = false;
     std::unique_ptr<GivenOptions<nn::ValidationOptions>> given;
 };
+
+/// Options that say nothing about such a checkpoint.
+void refuse(const Arguments& arguments, const std::string& what, std::initializer_list<const char*> options) {
+    for (const char* option : options)
+        if (arguments.command->count(option) > 0)
+            throw InvalidArgument(option, "no such option for " + what, arguments.checkpoint);
+}
 
 /// What measure(options) gives, under a progress bar. Throws Interrupted.
 template <class Options, class Measure>
@@ -32,9 +40,9 @@ auto measured(Options& options, const Measure& measure) {
     return result;
 }
 
-/// A language model's, on the validation part of a token file. Of the options that a ResNet's validation offers,
-/// --method, --threads, --tolerance, --batch and --device count.
+/// A language model's, on the validation part of a token file.
 Exit run_validate_text(const Arguments& arguments, Output& output) {
+    refuse(arguments, "a language model", {"--length", "--held-out"});
     nn::ValidationOptions given;
     given.evaluation = nn::language_options(arguments.checkpoint).evaluation;
     arguments.given->apply(given);
@@ -60,6 +68,9 @@ Exit run_validate_text(const Arguments& arguments, Output& output) {
 }
 
 Exit validate_swap(const Arguments& arguments, Output& output) {
+    refuse(arguments, "a network of averaged workers",
+           {"--method", "--surrogate", "--reduction", "--chunk", "--guess", "--tolerance", "--window", "--on-failure",
+            "--threads", "--device", "--batch", "--length"});
     const nn::SwapMeasure result = nn::validate_swap(arguments.checkpoint, arguments.data, arguments.held_out,
                                                      [&](const std::string& text) { output.warn(text); });
     output.line(std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
@@ -75,6 +86,7 @@ Exit validate_swap(const Arguments& arguments, Output& output) {
 
 /// A task's, on sequences of the training's length or another.
 Exit run_validate_task(const Arguments& arguments, Output& output) {
+    refuse(arguments, "a task", {"--data", "--held-out"});
     nn::ValidationOptions given;
     given.evaluation = nn::task_options(arguments.checkpoint).evaluation;
     arguments.given->apply(given);
@@ -95,6 +107,7 @@ Exit run_validate(const Arguments& arguments, Output& output) {
     if (nn::is_language_model(arguments.checkpoint)) return run_validate_text(arguments, output);
     if (nn::is_task(arguments.checkpoint)) return run_validate_task(arguments, output);
     if (nn::is_swap(arguments.checkpoint)) return validate_swap(arguments, output);
+    refuse(arguments, "a residual network", {"--length"});
     nn::ValidationOptions options;
     options.evaluation = nn::checkpoint_options(arguments.checkpoint).evaluation;
     arguments.given->apply(options);
@@ -108,13 +121,13 @@ Exit run_validate(const Arguments& arguments, Output& output) {
     std::string text = std::string(arguments.held_out ? "held-out" : "test") + " accuracy " +
                        percent_text(result.accuracy, 2) + ", loss " + number_text(result.loss) + " on " +
                        count_text(result.images) + " images in " + seconds_text(result.seconds);
-    if (options.evaluation.method != Method::sequential)
+    if (result.iterations > 0)
         text += ", " + number_text(result.iterations) + " Newton iterations per batch, residual at most " +
                 scientific_text(result.residual);
     output.line(text);
     output.result.update(Json{{"checkpoint", arguments.checkpoint},
                               {"set", arguments.held_out ? "held_out" : "test"},
-                              {"method", nn::name_of(nn::method_names, options.evaluation.method)},
+                              {"method", nn::name_of(nn::open_method_names, options.evaluation.method)},
                               {"images", result.images},
                               {"accuracy", result.accuracy},
                               {"loss", result.loss},
@@ -135,6 +148,7 @@ void add_validate(Program& program) {
         "  deeppcr validate lm.safetensors --data other.tokens\n"
         "  deeppcr validate task.safetensors --length 200",
         [arguments](Output& output) { return run_validate(*arguments, output); });
+    arguments->command = &command;
     command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
     arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
     auto& given = *arguments->given;

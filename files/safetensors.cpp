@@ -128,13 +128,15 @@ Safetensors read_safetensors(const std::filesystem::path& path) {
     InputFile file(path);
     std::uint64_t length = 0;
     file.read(&length, sizeof length, "header length");
-    if (length > longest_header) throw FileError(path, "a header of at most 100000000 bytes", std::to_string(length));
+    if (length > longest_header)
+        throw FileError(path, "a safetensors file, whose header takes at most 100000000 bytes", std::to_string(length));
     if (index(length) > file.remaining())
         throw FileError(path, "a header of " + std::to_string(length) + " bytes",
                         std::to_string(file.remaining()) + ": the file is truncated");
     std::string text(length, '\0');
     file.read(text.data(), index(length), "header");
-    if (!text.starts_with('{')) throw FileError(path, "a header that begins with {", "something else");
+    if (!text.starts_with('{'))
+        throw FileError(path, "a safetensors file, whose header begins with {", "something else");
 
     const Json header = parse_json(path, text);
     Safetensors contents;

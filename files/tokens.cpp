@@ -131,6 +131,7 @@ TokenFileWriter::TokenFileWriter(const std::filesystem::path& path, const std::s
     counts_.token_bytes = bytes_for(std::uint64_t(vocabulary_size));
     const Header room{};
     file_.write(&room, sizeof room);
+    file_.rewrite_beginning(&room, sizeof room);  // as `finish` will: a pipe refuses it here, before the work
     write(vocabulary.data(), vocabulary.size());
     const std::string fill(filled(vocabulary.size()) - vocabulary.size(), '\0');
     write(fill.data(), fill.size());

@@ -131,6 +131,7 @@ void check_writable(const std::filesystem::path& path) {
     const std::filesystem::path folder = folder_of(target);
     if (access(folder.c_str(), W_OK | X_OK) != 0)
         throw FileError(path, "cannot be written: the folder " + folder.string() + ": " + std::strerror(errno));
+    const AtomicFile trial(path);  // what permissions do not tell, as of /proc
 }
 
 }  // namespace deeppcr::files

@@ -121,7 +121,7 @@ void SavedStates::save(const SavedState& state) {
     whole_ = true;
 }
 
-SavedState SavedStates::load(const std::string& format, const std::function<void(const std::string&)>& warning) {
+SavedState SavedStates::load(const std::string& format, const std::function<void(const std::string&)>& note) {
     try {
         SavedState state = read_state(path_, format);
         whole_ = true;
@@ -136,16 +136,16 @@ SavedState SavedStates::load(const std::string& format, const std::function<void
         } catch (const FileError&) {
             throw problem;
         }
-        if (warning) warning(std::string(problem.what()) + "; " + previous.string() + " is used in its place");
+        if (note) note(std::string(problem.what()) + "; " + previous.string() + " is used in its place");
         return state;
     }
 }
 
 SavedState SavedStates::load_from(const std::filesystem::path& from, const std::string& format,
-                                  const std::function<void(const std::string&)>& warning) {
+                                  const std::function<void(const std::string&)>& note) {
     std::error_code error;
-    if (std::filesystem::equivalent(path_, from, error) && !error) return load(format, warning);
-    return SavedStates(from).load(format, warning);
+    if (std::filesystem::equivalent(path_, from, error) && !error) return load(format, note);
+    return SavedStates(from).load(format, note);
 }
 
 void check_continues(const Metadata& wanted, const Metadata& saved, const std::string& free) {

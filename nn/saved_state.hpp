@@ -45,12 +45,12 @@ public:
     /// The state that this object has saved or loaded last becomes the one before; another file is replaced. At any
     /// moment a whole state is there. Throws FileError.
     void save(const SavedState& state);
-    /// The latest state that is whole; warning(text) says when that is not the latest. Throws FileError, about the
+    /// The latest state that is whole; note(text) says when that is not the latest. Throws FileError, about the
     /// latest, where neither is.
-    SavedState load(const std::string& format, const std::function<void(const std::string&)>& warning);
+    SavedState load(const std::string& format, const std::function<void(const std::string&)>& note);
     /// Likewise of the file `from`, which may be this one: what a training goes on from.
     SavedState load_from(const std::filesystem::path& from, const std::string& format,
-                         const std::function<void(const std::string&)>& warning);
+                         const std::function<void(const std::string&)>& note);
 
 private:
     std::filesystem::path path_;

@@ -416,7 +416,7 @@ public:
         if (options_.resume.empty()) return;
         saved_ = from_saved(options_.resume,
                             file_.load_from(options_.resume, format,
-                                            group_ == nullptr || group_->rank() == 0 ? callbacks_.warning : nullptr));
+                                            group_ == nullptr || group_->rank() == 0 ? callbacks_.note : nullptr));
         check_continues(fields_of({options_, saved_->phase, {}, {}}), fields_of(*saved_), "on_not_finite");
         if (saved_->data_fingerprint != subject_->fingerprint())
             throw InvalidArgument("data", "the token file of the checkpoint", options_.data.string());
@@ -511,11 +511,10 @@ private:
     }
 
     void warn(const SwapStep& step) const {
-        if (callbacks_.warning)
-            callbacks_.warning("phase " + std::to_string(step.phase) + ", step " + std::to_string(step.step) +
-                               (all_are_equal(step.phase) ? "" : " of worker " + std::to_string(step.worker)) +
-                               " is left out: its " + (std::isfinite(step.loss) ? "gradient" : "loss") +
-                               " is not finite");
+        if (callbacks_.note)
+            callbacks_.note("phase " + std::to_string(step.phase) + ", step " + std::to_string(step.step) +
+                            (all_are_equal(step.phase) ? "" : " of worker " + std::to_string(step.worker)) +
+                            " is left out: its " + (std::isfinite(step.loss) ? "gradient" : "loss") + " is not finite");
     }
 
     void report_epoch(index number, const Phase& phase, Model& model, Team& team) {
@@ -642,9 +641,9 @@ SwapOptions swap_options(const std::filesystem::path& checkpoint) {
 }
 
 SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
-                          const std::function<void(const std::string&)>& warning) {
+                          const std::function<void(const std::string&)>& note) {
     limit_threads(1);
-    const State saved = from_saved(checkpoint, SavedStates(checkpoint).load(format, warning));
+    const State saved = from_saved(checkpoint, SavedStates(checkpoint).load(format, note));
     SwapOptions options = saved.options;
     if (!data.empty() || options.network != Network::language) options.data = data;
     const std::unique_ptr<Subject> subject = make_subject(options);

@@ -89,7 +89,7 @@ void visit_fields(S& state, const Visit& visit) {
     visit("momentum", options.momentum);
     visit("gradient_clip", options.gradient_clip);
     visit("checkpoint_interval", options.checkpoint_interval);
-    visit_evaluation(options.evaluation, method_names, visit);
+    visit_evaluation(options.evaluation, open_method_names, visit);
 }
 
 Metadata fixed_fields(const TrainingOptions& options) {
@@ -311,8 +311,7 @@ private:
             record.mean_iterations += double(sequence.iterations) / double(rows);
         record.residual = forward.residual;
         record.status = forward.status;
-        record.sequential_steps =
-            network_->options.evaluation().method != Method::sequential ? forward.sequential_steps : 0;
+        record.sequential_steps = forward.status == Status::finished_sequentially ? forward.sequential_steps : 0;
         record.forward_seconds = forward.seconds;
         record.backward_seconds = network_->memory->backward.seconds;
         gather(record, share_);

@@ -189,8 +189,9 @@ TEST_F(Analyse, SaysWhatIsWrong) {
                                              {"a.weight_hh_l0", random({12, 4}, 2)}};
     auto two = good;
     two["b.weight_ih_l0"] = random({12, 3}, 1);
+    two["optimiser.exp_avg.b.weight_ih_l0"] = random({12, 3}, 1);  // of a checkpoint, and no module
     write("two.safetensors", two);
-    EXPECT_THAT(error({"two.safetensors"}), HasSubstr("modules \"a.\", \"b.\""));
+    EXPECT_THAT(error({"two.safetensors"}), HasSubstr("modules \"a.\", \"b.\"\n"));
     EXPECT_EQ(analyse({"two.safetensors", "--module", "a", "--steps", "50"})["recurrences"].size(), 1U);
     EXPECT_THAT(error({"two.safetensors", "--module", "b"}), HasSubstr("b.weight_hh_l0"));
     EXPECT_THAT(error({"two.safetensors", "--module", "c"}), HasSubstr("\"c\""));

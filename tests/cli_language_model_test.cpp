@@ -1,4 +1,6 @@
 // deeppcr prepare, train lm, validate, generate and plan, on good and bad input, interrupted and resumed.
+#include <sys/stat.h>
+
 #include <chrono>
 #include <csignal>
 #include <fstream>
@@ -28,12 +30,6 @@ protected:
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
-    std::vector<Json> log(const std::string& name) const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
-    }
 };
 
 TEST_F(Language, FromTextToText) {
@@ -56,6 +52,7 @@ TEST_F(Language, FromTextToText) {
         EXPECT_TRUE(lines[0][field].is_number()) << field;
 
     const Outcome validated = run({"validate", "lm.safetensors", "--json"});
+    expect_error({"validate", "lm.safetensors", "--held-out"}, HasSubstr("--held-out"));
     ASSERT_EQ(validated.exit_code, 0) << validated.errors;
     EXPECT_EQ(validated.json()["loss"], result["validations"][2]["validation_loss"]);
 
@@ -131,6 +128,10 @@ TEST_F(Language, SaysWhatIsWrong) {
     expect_error({"prepare", "empty"}, HasSubstr("0 tokens"));
 
     prepare();
+    ASSERT_EQ(mkfifo((folder / "pipe").c_str(), 0600), 0);
+    const int reader = open((folder / "pipe").c_str(), O_RDONLY | O_NONBLOCK);
+    expect_error({"prepare", "text", "-o", "pipe", "--overwrite"}, HasSubstr("pipe: cannot be written"));
+    close(reader);
     expect_error({"prepare", "text"}, AllOf(HasSubstr("text.tokens"), HasSubstr("--overwrite")));
     expect_error(small({"--mixer", "toaster"}), HasSubstr("--mixer"));
     expect_error(small({"--context", "1000000"}), HasSubstr("context"));

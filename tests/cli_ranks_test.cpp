@@ -48,13 +48,6 @@ protected:
                        "--large-epochs", "1", "--small-epochs", "1", "--small-batch", "16"},
                       more);
     }
-    std::vector<Json> log(const std::string& name) const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);)
-            if (Json parsed = Json::parse(line, nullptr, false); parsed.is_object()) lines.push_back(parsed);
-        return lines;
-    }
     void wait_for_lines(const std::string& name, std::size_t lines) const {
         for (int wait = 0; wait < 6000 && log(name).size() < lines; ++wait)
             std::this_thread::sleep_for(std::chrono::milliseconds(10));

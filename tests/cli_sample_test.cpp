@@ -97,9 +97,11 @@ TEST_F(Sample, WritesAPictureAndReplacesNoneUnasked) {
 }
 
 TEST_F(Sample, AnInterruptedTrainingGoesOnToTheSameModel) {
-    ASSERT_EQ(run(small("1500", "whole.safetensors")).exit_code, 0);
-    std::vector<std::string> arguments = small("1500");
-    arguments.insert(arguments.end(), {"--checkpoint-interval", "5"});
+    std::vector<std::string> arguments = small("1500", "whole.safetensors");
+    arguments.insert(arguments.end(), {"--log", "whole.log"});
+    ASSERT_EQ(run(arguments).exit_code, 0);
+    arguments = small("1500");
+    arguments.insert(arguments.end(), {"--checkpoint-interval", "5", "--log", "log"});
     const pid_t child = start(arguments);
     for (int wait = 0; wait < 6000 && !std::filesystem::exists(folder / "diffusion.safetensors"); ++wait)
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -108,9 +110,15 @@ TEST_F(Sample, AnInterruptedTrainingGoesOnToTheSameModel) {
     ASSERT_EQ(interrupted.exit_code, 130) << interrupted.errors;
     const std::size_t done = interrupted.json()["steps"].size();
     ASSERT_LT(done, 1503U);
-    const Outcome resumed = run({"train", "diffusion", "--resume", "diffusion.safetensors", "--json"});
+    const Outcome resumed = run({"train", "diffusion", "--resume", "diffusion.safetensors", "--log", "log", "--json"});
     ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
     EXPECT_EQ(resumed.json()["steps"].size(), 1503U - done);
+    const auto found = log(), expected = log("whole.log");
+    ASSERT_EQ(found.size(), 1503U);
+    ASSERT_EQ(expected.size(), 1503U);
+    for (std::size_t line = 0; line < found.size(); ++line)
+        for (const char* field : {"network", "step", "loss", "gradient_norm"})
+            EXPECT_EQ(found[line].at(field), expected[line].at(field)) << field << " of line " << line;
     ASSERT_EQ(run(sample({"-o", "x.npy"})).exit_code, 0);
     ASSERT_EQ(run({"sample", "whole.safetensors", "--images", "3", "--steps", "20", "-o", "whole.npy"}).exit_code, 0);
     EXPECT_EQ(numbers("x.npy"), numbers("whole.npy"));

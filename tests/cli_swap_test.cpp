@@ -34,12 +34,6 @@ protected:
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
-    std::vector<Json> log(const std::string& name = "log") const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
-    }
     static bool is_step(const Json& line) { return line.contains("step"); }
 };
 
@@ -69,6 +63,7 @@ TEST_F(TrainSwap, TrainsSavesAndReports) {
     ASSERT_EQ(lines.size(), result["steps"].size() + result["epochs"].size());
     EXPECT_EQ(lines[0], result["steps"][0]);
     const Outcome validated = run({"validate", "swap.safetensors", "--json"});
+    expect_error({"validate", "swap.safetensors", "--batch", "3"}, HasSubstr("--batch"));
     ASSERT_EQ(validated.exit_code, 0) << validated.errors;
     EXPECT_EQ(validated.json()["loss"], result["test"]["loss"]);
     const auto saved = files::read_safetensors(folder / "swap.safetensors");

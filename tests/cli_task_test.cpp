@@ -40,12 +40,6 @@ protected:
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
     }
-    std::vector<Json> log(const std::string& name) const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
-    }
 };
 
 TEST_F(TrainTask, TrainsLogsAndValidates) {
@@ -108,6 +102,7 @@ TEST_F(TrainTask, SaysWhatIsWrong) {
                  HasSubstr("task: expected parity, as in the checkpoint, got recall"));
     expect_error({"train", "lm", "--resume", "task.safetensors"}, HasSubstr("task.safetensors"));
     expect_error({"validate", "task.safetensors", "--length", "-3"}, HasSubstr("length"));
+    expect_error({"validate", "task.safetensors", "--data", "text.tokens"}, HasSubstr("--data"));
 }
 
 }  // namespace

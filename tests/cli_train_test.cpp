@@ -1,7 +1,6 @@
 // deeppcr train and deeppcr validate, on good and bad input, interrupted and resumed.
 #include <chrono>
 #include <csignal>
-#include <fstream>
 #include <thread>
 
 #include <files/safetensors.hpp>
@@ -23,12 +22,6 @@ protected:
                                               "--batch", "16",     "--train-images", "64", "--held-out", "200"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         return arguments;
-    }
-    std::vector<Json> log(const std::string& name = "log") const {
-        std::vector<Json> lines;
-        std::ifstream file(folder / name);
-        for (std::string line; std::getline(file, line);) lines.push_back(Json::parse(line));
-        return lines;
     }
 };
 
@@ -66,6 +59,29 @@ TEST_F(Train, TellsAPersonWhatItDoes) {
     const Outcome validated = run({"validate", "resnet.safetensors", "--method", "newton", "--held-out"});
     EXPECT_EQ(validated.exit_code, 0);
     EXPECT_THAT(validated.output, AllOf(HasSubstr("held-out accuracy"), HasSubstr("200 images"), HasSubstr("Newton")));
+}
+
+TEST_F(Train, LeavesTheMethodToWhatTakesLess) {
+    ASSERT_EQ(run(small({"--steps", "4", "--method", "sequential", "--log", "sequential.log"})).exit_code, 0);
+    const Outcome outcome = run(small({"--steps", "4", "--method", "automatic", "--log", "log", "--overwrite"}));
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
+    EXPECT_THAT(outcome.output, HasSubstr("whichever takes less"));
+    const auto found = log(), expected = log("sequential.log");
+    ASSERT_EQ(found.size(), 4u);
+    for (std::size_t step = 0; step < found.size(); ++step)
+        EXPECT_NEAR(found[step]["loss"].get<double>(), expected[step]["loss"].get<double>(), 1e-3) << step;
+
+    // A guess of one's own makes it Newton's method, in every step: here from what the step before predicts.
+    const auto metadata = [&] { return files::read_safetensors(folder / "resnet.safetensors").metadata; };
+    EXPECT_EQ(metadata().at("method"), "automatic");
+    EXPECT_EQ(metadata().at("guess"), "initial_state");
+    const Outcome resumed =
+        run({"train", "resnet", "--resume", "resnet.safetensors", "--steps", "6", "--guess", "predicted", "--json"});
+    ASSERT_EQ(resumed.exit_code, 0) << resumed.errors;
+    EXPECT_EQ(metadata().at("method"), "automatic");
+    EXPECT_EQ(metadata().at("guess"), "predicted");
+    for (const Json& step : resumed.json()["steps"]) EXPECT_GE(step["iterations"], 1);
+    EXPECT_EQ(run({"validate", "resnet.safetensors", "--method", "automatic"}).exit_code, 0);
 }
 
 TEST_F(Train, GoesOnAfterCtrlC) {
@@ -141,6 +157,7 @@ TEST_F(Train, RefusesBadOptions) {
     expect_error({"train", "resnet", "--tolerance", "nan"}, HasSubstr("tolerance"));
     expect_error({"train", "resnet", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"train", "resnet", "--checkpoint", "nowhere/file"}, HasSubstr("nowhere"));
+    expect_error({"train", "resnet", "--checkpoint", "/proc/file"}, HasSubstr("/proc/file: cannot be written"));
     expect_error({"train", "resnet", "--resume", "none.safetensors"}, HasSubstr("none.safetensors"));
     expect_error({"train", "resnet", "--log", "nowhere/log"}, HasSubstr("nowhere/log"));
     expect_error({"train", "resnet", "--layers", "4", "--width", "2000000"}, HasSubstr("bytes"));
@@ -156,6 +173,7 @@ TEST_F(Train, RefusesWhatIsNoCheckpoint) {
     expect_error({"validate", "none.safetensors"}, HasSubstr("none.safetensors"));
     expect_error({"validate", "resnet.safetensors", "--data", "nowhere"}, HasSubstr("dataset-fashion-mnist"));
     expect_error({"validate", "resnet.safetensors", "--batch", "-1"}, HasSubstr("batch"));
+    expect_error({"validate", "resnet.safetensors", "--length", "5"}, HasSubstr("--length"));
     files::write_safetensors(folder / "other.safetensors", {{{"x", {{1}, std::vector<float>{1}}}}, {}});
     expect_error({"validate", "other.safetensors"}, HasSubstr("not a checkpoint"));
     std::filesystem::resize_file(checkpoint, std::filesystem::file_size(checkpoint) / 2);

@@ -86,6 +86,15 @@ protected:
         EXPECT_THAT(outcome.errors, testing::AllOf(testing::StartsWith("deeppcr: error: "), message));
     }
 
+    /// What a training has written to --log so far; a line that is not whole yet does not count.
+    std::vector<nlohmann::json> log(const std::string& name = "log") const {
+        std::vector<nlohmann::json> lines;
+        std::ifstream file(folder / name);
+        for (std::string line; std::getline(file, line);)
+            if (auto object = nlohmann::json::parse(line, nullptr, false); object.is_object()) lines.push_back(object);
+        return lines;
+    }
+
     /// A .npy file of float32 whose data, all zeros, take no room on the disk; false where the file system cannot.
     bool write_sparse(const std::string& name, const std::string& shape, std::uintmax_t bytes) const {
         const std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + ", }\n";

@@ -24,6 +24,9 @@ inline constexpr Names<Activation, 5> activation_names{{{"tanh", Activation::tan
                                                         {"gelu", Activation::gelu},
                                                         {"identity", Activation::identity}}};
 inline constexpr Names<Method, 2> method_names{{{"newton", Method::newton}, {"sequential", Method::sequential}}};
+/// Where the choice between them can be left to what they have taken.
+inline constexpr Names<Method, 3> open_method_names{
+    {{"automatic", Method::automatic}, {"newton", Method::newton}, {"sequential", Method::sequential}}};
 /// For cells there is more than for layers.
 inline constexpr Names<Method, 5> cell_method_names{{{"automatic", Method::automatic},
                                                      {"newton", Method::newton},

@@ -154,8 +154,9 @@ struct SwapCallbacks {
     /// After every step of a worker: how much of the phase is done, 0..1 (of a group, by the first rank). From that
     /// worker's thread, never two at once.
     std::function<void(index phase, double done, double loss)> progress = {};
-    std::function<void(const std::string&)> warning = {};  ///< steps skipped; a checkpoint that was not whole
-    std::function<bool()> interrupted = {};                ///< asked after every step, from any thread
+    /// What a person should know: a damaged checkpoint whose predecessor is used, a step that was skipped.
+    std::function<void(const std::string&)> note = {};
+    std::function<bool()> interrupted = {};  ///< asked after every step, from any thread
 };
 
 /// Trains. Deterministic: the same options, machine and LibTorch give the same numbers, whatever `threads` is,
@@ -171,8 +172,8 @@ bool is_swap(const std::filesystem::path& checkpoint);
 
 /// Loss and accuracy of a checkpoint's network, before its third phase of worker 0's, on the test set or the examples
 /// held out of the training. data: as in SwapOptions; empty: Fashion-MNIST where it usually is, or the training's token
-/// file. warning: as in SwapCallbacks. Throws FileError.
+/// file. note: as in SwapCallbacks. Throws FileError.
 SwapMeasure validate_swap(const std::filesystem::path& checkpoint, const std::filesystem::path& data, bool held_out,
-                          const std::function<void(const std::string&)>& warning = {});
+                          const std::function<void(const std::string&)>& note = {});
 
 }  // namespace deeppcr::nn

@@ -19,7 +19,8 @@ struct TrainingOptions {
     index layers = 1024, width = 16, skip = 1;
     Activation activation = Activation::tanh;
     /// How its trunk is evaluated, in training and in validation. The guess `given` starts each step from what the
-    /// last one predicts. execution.threads are the trunk's; LibTorch gets one.
+    /// last one predicts; with another, the method `automatic` is the one that has taken less, and the bits may differ
+    /// from run to run. execution.threads are the trunk's; LibTorch gets one.
     Options evaluation = {.method = Method::newton, .guess = Guess::given, .estimates = Estimates::none};
 
     std::string device = "cpu";  ///< where it is trained: "cpu", "cuda" or "cuda:<number>"
