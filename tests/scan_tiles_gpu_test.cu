@@ -1,5 +1,6 @@
 // What the bidiagonal solvers take of a GPU, on emulated ones of several kinds: tiles small enough for spans of many,
-// multiprocessors with little shared memory, blocks of threads in several orders.
+// chunks enough for chunks of their ends, multiprocessors with little shared memory, blocks of threads in several
+// orders.
 #include <gtest/gtest.h>
 
 #include <cuda_runtime.h>
@@ -74,8 +75,9 @@ bool same_bits(const Buffer<T>& a, const Buffer<T>& b) {
     return std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(T)) == 0;
 }
 
-/// Steps of several spans of tiles, in every order of the blocks of threads: a state is found near, far, or not yet.
-TEST_F(EmulatedGpu, SpansOfManyTilesGiveTheSameBitsInEveryOrder) {
+/// Steps of several spans of tiles, or of several levels of chunks, in every order of the blocks of threads: a state is
+/// found near, far, or not yet; the last of the chunks beside each other is another.
+TEST_F(EmulatedGpu, SpansOfManyTilesAndLevelsOfChunksGiveTheSameBitsInEveryOrder) {
     emulation::machine().shared_bytes = std::size_t(64) << 10;  // small tiles
     const struct {
         Shape shape;
@@ -91,7 +93,9 @@ TEST_F(EmulatedGpu, SpansOfManyTilesGiveTheSameBitsInEveryOrder) {
                  {{501, 1, 12}, 4, Layout::steps_first, "blocks of 4"},
                  {{1'001, 1, 4}, 4, Layout::steps_first, "a chunk of one row per thread, all bundles full"},
                  {{151, 1, 63}, 3, Layout::steps_first, "bundles and chunks left over"},
-                 {{101, 1, 76}, 4, Layout::steps_first, "groups of rows of blocks of 4"}};
+                 {{101, 1, 76}, 4, Layout::steps_first, "groups of rows of blocks of 4"},
+                 {{3'301, 1, 5}, 5, Layout::steps_first, "blocks of 5"},
+                 {{601, 2, 32}, 16, Layout::batch_first, "blocks of 16, two to a sequence"}};
     for (const auto& [shape, block, layout, what] : cases)
         for (const bool transposed : {false, true})
             for (const int multiprocessors : {1, 132}) {

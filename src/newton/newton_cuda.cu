@@ -39,8 +39,9 @@
 namespace deeppcr::newton {
 namespace {
 
-constexpr index sequential_piece = 1024;          // steps between two copies to the caller's array
-constexpr index bytes_worth_waiting = 64 << 20;   // read and written by a pass; the solve of fewer is less than a wait
+constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
+/// Read and written by a pass, per multiprocessor; the solve of fewer takes less than a wait.
+constexpr index bytes_worth_waiting = 512 << 10;
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
 constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
@@ -277,6 +278,7 @@ public:
           batch_(recurrence.shape().batch),
           width_(recurrence.shape().width),
           block_(jacobian_block(recurrence, options.surrogate)),
+          multiprocessors_(device::multiprocessors()),
           sequences_(std::size_t(batch_)) {
         if (options.anderson > 0)
             throw InvalidArgument("options.anderson", "0, for Backend::cuda", std::to_string(options.anderson));
@@ -460,7 +462,7 @@ private:
         index confirmed = 0;  // by all sequences together
         for (;;) {
             enqueue_test(&letter);
-            const bool waits = (4 + block_) * row_bytes() > bytes_worth_waiting;
+            const bool waits = (4 + block_) * row_bytes() > bytes_worth_waiting * multiprocessors_;
             if (!waits) enqueue_update(true);
             const Summary summary = *static_cast<const Summary*>(letter.receive());
             if (waits) enqueue_update(summary.left > 0);
@@ -704,7 +706,7 @@ private:
     Workspace& workspace_;
     const Workspace::Scope scope_;
     CUstream_st* stream_;
-    index steps_, batch_, width_, block_;
+    index steps_, batch_, width_, block_, multiprocessors_;
     std::vector<index> sequences_;  // all of them
     Report report_;
 

@@ -1,0 +1,159 @@
+// What is asked of an emulated GPU: how many kernels, and no memory once a workspace has grown.
+#include <gtest/gtest.h>
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include <deeppcr/deeppcr.hpp>
+
+namespace deeppcr {
+namespace {
+
+struct Asked {
+    long launches, allocations;
+};
+/// Of what `call` enqueues, all of it done.
+template <class Call>
+Asked asked_by(const Call& call, const Buffer<float>& result) {
+    const Asked before{emulation::machine().launches, emulation::machine().allocations};
+    call();
+    const Buffer<float> here({result.shape()});
+    detail::copy(here.data(), result.data(), result.size() * index(sizeof(float)));
+    return {emulation::machine().launches - before.launches, emulation::machine().allocations - before.allocations};
+}
+
+TEST(CellLaunches, OneKernelPerDecodedStep) {
+    const Buffer<float> inputs({1, 3, 3 * 5}, Layout::steps_first, Device::cuda()),
+        parameters({3, 1, 5}, Layout::steps_first, Device::cuda()),
+        state({1, 3, 5}, Layout::steps_first, Device::cuda());
+    const Asked asked =
+        asked_by([&] { decode<ParaGRU, float>(inputs, parameters, state, {}, {.backend = Backend::cuda}); }, state);
+    EXPECT_EQ(asked.launches, 1);
+    EXPECT_EQ(asked.allocations, 0);
+}
+
+TEST(CellLaunches, LaterCallsAllocateNothing) {
+    const Shape shape{200, 2, 20};
+    const Buffer<float> inputs = Buffer<float>::random({200, 2, 3 * 20}, 1, Layout::steps_first, Device::cuda()),
+                        parameters = Buffer<float>::random({3, 1, 20}, 2, Layout::steps_first, Device::cuda()),
+                        gradient = Buffer<float>::random(shape, 3, Layout::steps_first, Device::cuda()),
+                        trajectory(shape, Layout::steps_first, Device::cuda()),
+                        input_gradient(inputs.shape(), Layout::steps_first, Device::cuda()),
+                        parameter_gradient(parameters.shape(), Layout::steps_first, Device::cuda()),
+                        initial_gradient({1, 2, 20}, Layout::steps_first, Device::cuda());
+    const CellRecurrence<ParaGRU, float> recurrence(inputs, parameters);
+    Workspace workspace(Device::cuda());
+    struct Case {
+        Options options;
+        long launches, backward;
+    };
+    // The sweep, a round of repairs, collect; tiles and collect. Backward the sweep, three rounds of corrections, as
+    // they do not end within 40 steps, what is left of them, the sum of the parameters' gradients, the initial states'.
+    const Case cases[] = {{{.method = Method::sequential}, 2, 3},
+                          {{.method = Method::overlap, .chunk = 40}, 3, 7},
+                          {{.method = Method::overlap, .chunk = 100}, 3, 4},
+                          {{.method = Method::shooting}, 2, 0}};
+    for (const Case& counted : cases) {
+        Options options = counted.options;
+        options.execution.backend = Backend::cuda;
+        options.workspace = &workspace;
+        Report report;
+        const auto evaluation = [&, &asked = options] { report = evaluate(recurrence, trajectory.view(), asked); };
+        const auto backward = [&, &asked = options] {
+            adjoint<float>(recurrence, trajectory, report, gradient,
+                           {input_gradient, parameter_gradient, initial_gradient}, asked);
+        };
+        evaluation();
+        backward();
+        const Asked again = asked_by(evaluation, trajectory);
+        EXPECT_EQ(again.allocations, 0) << report;
+        EXPECT_EQ(again.launches, counted.launches) << report;
+        const Asked back = asked_by(backward, input_gradient);
+        EXPECT_EQ(back.allocations, 0) << report;
+        if (counted.backward > 0) {  // else as costs have it
+            EXPECT_EQ(back.launches, counted.backward) << report;
+        }
+    }
+}
+
+/// tanh layers of one sequence, small enough for Newton's method to take a few passes.
+class Layers {
+    static Buffer<float> random(const Shape& shape, unsigned seed) {
+        auto numbers = Buffer<float>::random(shape, seed);
+        for (index i = 0; i < numbers.size(); ++i) numbers.data()[i] *= 0.5F / std::sqrt(float(shape.width));
+        return numbers.on(Device::cuda());
+    }
+    Buffer<float> weights_, biases_, initial_;
+
+public:
+    DenseChain<float> chain;
+    Layers(index steps, index width)
+        : weights_(random({steps, width, width}, 1)),
+          biases_(random({steps, 1, width}, 2)),
+          initial_(random({1, 1, width}, 3)),
+          chain(weights_, biases_, initial_, {.activation = Activation::tanh}) {}
+};
+
+/// The chunks of 600 steps have ends enough for chunks of their own, which take no launch more.
+TEST(NewtonLaunches, FiveKernelsPerPass) {
+    const Layers layers(600, 16);
+    const Buffer<float> trajectory(layers.chain.shape(), Layout::steps_first, Device::cuda());
+    const auto launches = [&](index passes) {
+        EnqueuedEvaluation<float> evaluation(
+            layers.chain, trajectory.view(),
+            {.reduction = Reduction::scan, .max_iterations = passes, .execution = {.backend = Backend::cuda}});
+        return asked_by([&] { evaluation.enqueue(); }, trajectory).launches;
+    };
+    EXPECT_EQ(launches(3) - launches(2), 5);  // f and J, test, chunks, states, settle
+}
+
+/// A pass of many bytes: its solve waits for the test, and is left out where nothing is left.
+TEST(NewtonLaunches, NoSolveAfterTheLastTestOfALongPass) {
+    const Layers layers(1500, 16);
+    const Buffer<float> trajectory(layers.chain.shape(), Layout::steps_first, Device::cuda()),
+        expected(layers.chain.shape(), Layout::steps_first, Device::cuda());
+    const int before = emulation::machine().multiprocessors;
+    Report report;
+    const auto launches = [&](index passes) {
+        return asked_by(
+                   [&] {
+                       report = evaluate(layers.chain, trajectory.view(),
+                                         {.method = Method::newton,
+                                          .reduction = Reduction::sequential,
+                                          .max_iterations = passes,
+                                          .on_failure = OnFailure::report,
+                                          .estimates = Estimates::none,
+                                          .execution = {.backend = Backend::cuda}});
+                   },
+                   trajectory)
+            .launches;
+    };
+    emulation::machine().multiprocessors = 1;  // for which few bytes are many
+    const long all = launches(0);
+    const index passes = report.iterations;
+    EXPECT_EQ(report.status, Status::converged) << report;
+    evaluate(layers.chain, expected.view(), {.method = Method::sequential, .execution = {.backend = Backend::cuda}});
+    const Buffer<float> here = trajectory.on(Device::host()), expected_here = expected.on(Device::host());
+    for (index i = 0; i < here.size(); ++i) ASSERT_NEAR(here.data()[i], expected_here.data()[i], 1e-4F) << i;
+    EXPECT_EQ(all - launches(passes - 1), 3);  // f and J, test, settle
+    EXPECT_EQ(report.status, Status::max_iterations) << report;
+    emulation::machine().multiprocessors = before;
+}
+
+TEST(OverlapLaunches, SixKernels) {
+    const Layers layers(600, 16);
+    const Buffer<float> trajectory(layers.chain.shape(), Layout::steps_first, Device::cuda());
+    Report report;
+    const Asked asked = asked_by(
+        [&] {
+            report = evaluate(layers.chain, trajectory.view(),
+                              {.method = Method::overlap, .execution = {.backend = Backend::cuda}});
+        },
+        trajectory);
+    // The initial state, starts and sweep, starts and repairs, what is not finite.
+    EXPECT_EQ(asked.launches, 6) << report;
+}
+
+}  // namespace
+}  // namespace deeppcr
