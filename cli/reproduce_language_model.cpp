@@ -41,20 +41,6 @@ Sizes sizes_of(const Experiment& experiment) {
     return sizes;
 }
 
-struct Arm {
-    Mixer mixer;
-    const char* title;
-    bool is_cell;
-};
-constexpr Arm arms[] = {
-    {Mixer::para_gru, "ParaGRU", true},
-    {Mixer::para_lstm, "ParaLSTM", true},
-    {Mixer::slstm, "sLSTM", true},
-    {Mixer::lstm, "LibTorch's LSTM", false},
-    {Mixer::linear, "linear recurrence", false},
-    {Mixer::attention, "attention", false},
-};
-
 // ------------------------------------------------------------------------------------------------- the text
 
 constexpr const char* bible_package = "not found; install Debian's package bible-kjv, or name a text with --text";
@@ -111,7 +97,7 @@ void prepare(const Experiment& experiment, const std::filesystem::path& folder, 
 // -------------------------------------------------------------------------------------------- the trainings
 
 struct Job {
-    const Arm* arm = nullptr;
+    const MixerArm* arm = nullptr;
     std::string name;
     nn::LanguageTrainingOptions options;
     index stop_after = 0;  ///< steps; 0: all
@@ -237,7 +223,7 @@ Json comparison_of(const Job& parallel, const Job& sequential, const Job& halves
 // ------------------------------------------------------------------------------------------------- the speed
 
 struct Pace {
-    const Arm* arm;
+    const MixerArm* arm;
     Method method;
     std::vector<double> rounds;  ///< tokens/s: of each round's steps but the first, the median
 };
@@ -246,7 +232,7 @@ struct Pace {
 bool measure_speed(const Sizes& sizes, const std::filesystem::path& folder, std::uint64_t seed, SideBySide& threads,
                    Json& result) {
     std::vector<Pace> paces;
-    for (const Arm& arm : arms) {
+    for (const MixerArm& arm : mixer_arms) {
         if (arm.is_cell) paces.push_back({&arm, Method::shooting, {}});
         paces.push_back({&arm, Method::sequential, {}});
     }
@@ -378,7 +364,7 @@ Table results_table(const Json& lm) {
                             {"tokens/s"},
                             {"against LSTM"}},
                 .rows = {}};
-    for (const Arm& arm : arms) {
+    for (const MixerArm& arm : mixer_arms) {
         const std::string mixer = nn::name_of(nn::mixer_names, arm.mixer);
         const Sample perplexity = perplexities(lm, mixer), ratio = against_lstm(lm, mixer);
         const Json* const speed = speed_of(lm, mixer);
@@ -559,7 +545,7 @@ Plot generation_plot(const Json& lm) {
 
 std::vector<std::string> verdicts(const Json& lm) {
     std::vector<std::string> sentences;
-    for (const Arm& arm : arms) {
+    for (const MixerArm& arm : mixer_arms) {
         if (!arm.is_cell) continue;
         const std::string mixer = nn::name_of(nn::mixer_names, arm.mixer);
         const double ratio = against_lstm(lm, mixer).mean();
@@ -615,14 +601,14 @@ Json run_language_model(const Experiment& experiment) {
     // Those for the comparison are shorter: last.
     std::vector<Job> jobs;
     for (index i = 0; i < sizes.seeds; ++i)
-        for (const Arm& arm : arms) {
+        for (const MixerArm& arm : mixer_arms) {
             const std::uint64_t seed = experiment.seed + std::uint64_t(i);
             Job job{&arm, arm.title, base(sizes, folder.path, arm.mixer, seed)};
             job.options.checkpoint = folder.path / (std::to_string(jobs.size()) + ".safetensors");
             jobs.push_back(std::move(job));
         }
     const std::size_t trainings = jobs.size();
-    for (const Arm& arm : arms) {
+    for (const MixerArm& arm : mixer_arms) {
         if (!arm.is_cell) continue;
         for (const index micro_batch : {index(0), sizes.batch / 2}) {
             Job job{&arm, std::string(arm.title) + ", sequential",
@@ -637,7 +623,7 @@ Json run_language_model(const Experiment& experiment) {
     double work = 0;
     for (const Job& job : jobs) work += job.tokens();
     std::size_t paces = 0;
-    for (const Arm& arm : arms) paces += arm.is_cell ? 2 : 1;
+    for (const MixerArm& arm : mixer_arms) paces += arm.is_cell ? 2 : 1;
     work += double(paces) * double(sizes.speed_rounds * sizes.speed_steps * sizes.speed_context * sizes.speed_batch);
     SideBySide threads(experiment, work);
     const bool trained = threads.run(jobs.size(), [&](std::size_t i) { run(jobs[i], sizes, threads); });
@@ -656,7 +642,7 @@ Json run_language_model(const Experiment& experiment) {
         agreement = agreement && result["comparisons"].back()["agrees"].get<bool>();
     }
     result["agreement"] = agreement;
-    const std::vector<Job> first(jobs.begin(), jobs.begin() + index(std::size(arms)));
+    const std::vector<Job> first(jobs.begin(), jobs.begin() + index(std::size(mixer_arms)));
     result["complete"] = measure_speed(sizes, folder.path, experiment.seed, threads, result["speed"]) &&
                          generate(first, sizes, threads, result["generation"]);
     return result;

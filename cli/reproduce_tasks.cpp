@@ -10,22 +10,7 @@
 namespace deeppcr::program {
 namespace {
 
-using nn::Mixer;
 using nn::SequenceTask;
-
-struct Arm {
-    Mixer mixer;
-    const char* title;
-    bool is_cell;
-};
-constexpr Arm arms[] = {
-    {Mixer::para_gru, "ParaGRU", true},
-    {Mixer::para_lstm, "ParaLSTM", true},
-    {Mixer::slstm, "sLSTM", true},
-    {Mixer::lstm, "LibTorch's LSTM", false},
-    {Mixer::linear, "linear recurrence", false},
-    {Mixer::attention, "attention", false},
-};
 
 struct Setting {
     SequenceTask task;
@@ -47,7 +32,7 @@ std::vector<Setting> settings_of(const Experiment& experiment) {
 // -------------------------------------------------------------------------------------------- the trainings
 
 struct Job {
-    const Arm* arm;
+    const MixerArm* arm;
     nn::TaskTrainingOptions options;
     nn::TaskTraining result = {};
     nn::TaskValidation sequential = {};  ///< of a cell's training, at its end
@@ -58,7 +43,7 @@ struct Job {
     double work() const { return double(options.steps * options.model.layers * options.task.length); }
 };
 
-Job make_job(const Arm& arm, const Setting& setting, const Experiment& experiment, std::uint64_t seed,
+Job make_job(const MixerArm& arm, const Setting& setting, const Experiment& experiment, std::uint64_t seed,
              const std::filesystem::path& folder) {
     nn::TaskTrainingOptions options;
     options.task.task = setting.task;
@@ -190,7 +175,7 @@ Json trainings_of(const Json& tasks, const std::string& task) {
 }
 
 /// A field of the trainings of an arm, by all seeds.
-Sample sample(const Json& trainings, const Arm& arm, const char* field) {
+Sample sample(const Json& trainings, const MixerArm& arm, const char* field) {
     Sample found;
     for (const Json& training : trainings)
         if (training["title"] == arm.title && training.contains(field) && training[field].is_number())
@@ -220,7 +205,7 @@ Table results_table(const Json& tasks, const std::string& task) {
                     {"Lyapunov exponent"},
                     {"differs by"}},
         .rows = {}};
-    for (const Arm& arm : arms) {
+    for (const MixerArm& arm : mixer_arms) {
         const Sample accuracy = sample(trainings, arm, "accuracy");
         const Sample parameters = sample(trainings, arm, "parameters");
         if (parameters.values.empty()) continue;
@@ -289,7 +274,7 @@ Json run_tasks(const Experiment& experiment) {
     double work = 0;
     for (index seed = 0; seed < seeds; ++seed)
         for (const Setting& setting : settings)
-            for (const Arm& arm : arms) {
+            for (const MixerArm& arm : mixer_arms) {
                 jobs.push_back(make_job(arm, setting, experiment, experiment.seed + std::uint64_t(seed), folder.path));
                 work += jobs.back().work();
             }

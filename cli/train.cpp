@@ -94,7 +94,7 @@ std::string describe(const nn::EpochRecord& epoch) {
     return text + "  (" + seconds_text(epoch.seconds) + ")";
 }
 
-std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
+std::string describe_steps(const std::vector<nn::StepRecord>& steps, Method method) {
     if (steps.empty()) return "no steps were left to do";
     nn::StepRecord sum;
     index parallel = 0, finished = 0;
@@ -115,6 +115,8 @@ std::string describe_steps(const std::vector<nn::StepRecord>& steps) {
         text += ", " + number_text(double(sum.iterations) / double(parallel)) + " Newton iterations " +
                 (parallel < index(steps.size()) ? "in " + count_text(parallel) + " of them" : "each") +
                 ", residual at most " + scientific_text(sum.residual);
+    else if (method == Method::automatic)
+        text += ", all layer by layer";
     if (finished > 0) text += "; " + count_text(finished) + " of them finished sequentially";
     return text;
 }
@@ -141,7 +143,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
     const nn::TrainingResult result = nn::train(options, callbacks);
     progress.end();
 
-    output.line(describe_steps(result.steps));
+    output.line(describe_steps(result.steps, options.evaluation.method));
     if (result.test.images > 0 && !result.interrupted)
         output.line("test accuracy " + percent_text(result.test.accuracy, 2) + ", loss " +
                     number_text(result.test.loss) + " on " + count_text(result.test.images) + " images");

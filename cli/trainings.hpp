@@ -1,11 +1,13 @@
-// What the experiments of `deeppcr reproduce` that train share: several trainings side by side, samples over seeds,
-// curves over the steps.
+// What the experiments of `deeppcr reproduce` that train share: several trainings side by side, the mixers that are
+// compared, samples over seeds, curves over the steps.
 #pragma once
 
 #include <functional>
 #include <mutex>
 #include <string>
 #include <vector>
+
+#include <deeppcr/nn/language_model.hpp>
 
 #include "reproduce.hpp"
 
@@ -31,6 +33,21 @@ private:
     double work_ = 0;
     std::mutex mutex_;
     bool going_on_ = true;
+};
+
+/// What models of sequences are compared by.
+struct MixerArm {
+    nn::Mixer mixer;
+    const char* title;
+    bool is_cell;
+};
+inline constexpr MixerArm mixer_arms[] = {
+    {nn::Mixer::para_gru, "ParaGRU", true},
+    {nn::Mixer::para_lstm, "ParaLSTM", true},
+    {nn::Mixer::slstm, "sLSTM", true},
+    {nn::Mixer::lstm, "LibTorch's LSTM", false},
+    {nn::Mixer::linear, "linear recurrence", false},
+    {nn::Mixer::attention, "attention", false},
 };
 
 /// The same measured for several seeds.
