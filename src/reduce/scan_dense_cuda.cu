@@ -109,6 +109,7 @@ __device__ __forceinline__ void read_line(const T* m, int pitch, int row, int co
 // chunk comes down from there by itself, over a few maps of each level, which lie in the second-level cache: as many
 // steps one after the other as level by level, and no wait for a launch in between.
 
+constexpr int largest_in_registers = 32;
 constexpr int stages = 4;  // steps that are in shared memory: one in use, the others coming
 /// Of a block.
 template <class T, int side>
@@ -804,12 +805,13 @@ void launch(index blocks, int threads, std::size_t shared_bytes, CUstream_st* st
 }
 
 /// Steps of a chunk: as many chunks as the chip runs at once, but none so short that the chunks' own system is not much
-/// shorter than this one. Of 2^14 steps of one chain, chunks of 8 three times over leave 21 products and 55 other steps
-/// one after the other, and three times maps are passed on from multiprocessor to multiprocessor, which takes as long
-/// as a few products; chunks of 16 leave 45 and 51, three times too; of 4, 15 and 35, and five times.
+/// shorter than this one. Of 2^14 steps of one chain, chunks of 4 leave 15 products and 35 other steps one after the
+/// other, and 5 times maps are passed on from one multiprocessor to another; of 8, 21, 55 and 3; of 16, 45, 51 and 3. A
+/// product of blocks of 16 is 454 instructions, another step 105. Of larger blocks a level takes two launches.
 template <class A>
 index chunk_length(index steps, index chains, int K) {
-    constexpr index few_steps = 48, shortest = 8;  // few take less than a scan's launches
+    constexpr index few_steps = 48;  // take less than another level
+    const index shortest = K <= largest_in_registers ? 4 : 8;
     if (steps <= few_steps) return steps;
     const index at_once = index(device::multiprocessors()) * chunks_at_once<A>(K);
     return std::min(steps, std::max(shortest, (steps * chains + at_once - 1) / at_once));
@@ -880,7 +882,6 @@ void scan_small(const System<T>& system, CUstream_st* stream, Workspace* workspa
     }
     along.template operator()<Team<A, side, transposed>>(system.chunks.count, substitute_small<T, side, transposed>);
 }
-constexpr int largest_in_registers = 32;
 template <class T, bool transposed>
 void scan_small_as(const System<T>& system, CUstream_st* stream, Workspace* workspace) {
     if (system.K <= 8)
