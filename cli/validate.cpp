@@ -29,6 +29,12 @@ void refuse(const Arguments& arguments, const std::string& what, std::initialize
             throw InvalidArgument(option, "no such option for " + what, arguments.checkpoint);
 }
 
+/// The same of a guess that only a network of layers has.
+void refuse_prediction(const Arguments& arguments, const std::string& what, Guess guess) {
+    if (arguments.command->count("--guess") > 0 && guess == Guess::given)
+        throw InvalidArgument("--guess", "initial_state or first_step, for " + what, "predicted");
+}
+
 /// What measure(options) gives, under a progress bar. Throws Interrupted.
 template <class Options, class Measure>
 auto measured(Options& options, const Measure& measure) {
@@ -46,6 +52,7 @@ Exit run_validate_text(const Arguments& arguments, Output& output) {
     nn::ValidationOptions given;
     given.evaluation = nn::language_options(arguments.checkpoint).evaluation;
     arguments.given->apply(given);
+    refuse_prediction(arguments, "a language model", given.evaluation.guess);
     nn::LanguageValidationOptions options;
     options.tokens = arguments.data;
     options.device = given.device;
@@ -90,6 +97,7 @@ Exit run_validate_task(const Arguments& arguments, Output& output) {
     nn::ValidationOptions given;
     given.evaluation = nn::task_options(arguments.checkpoint).evaluation;
     arguments.given->apply(given);
+    refuse_prediction(arguments, "a task", given.evaluation.guess);
     nn::TaskValidationOptions options;
     options.length = arguments.length;
     options.device = given.device;

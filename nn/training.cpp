@@ -311,7 +311,7 @@ private:
             record.mean_iterations += double(sequence.iterations) / double(rows);
         record.residual = forward.residual;
         record.status = forward.status;
-        record.sequential_steps = forward.status == Status::finished_sequentially ? forward.sequential_steps : 0;
+        record.sequential_steps = forward.iterations > 0 ? forward.sequential_steps : 0;  // that Newton's method left
         record.forward_seconds = forward.seconds;
         record.backward_seconds = network_->memory->backward.seconds;
         gather(record, share_);

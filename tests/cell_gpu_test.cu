@@ -276,6 +276,18 @@ TYPED_TEST(CellOnGpu, SequencesInOneRow) {
                                   problem.here->final_states(trajectory)));
 }
 
+TYPED_TEST(CellOnGpu, MoreSequencesThanALetterTellsOf) {
+    const Problem<TypeParam, double> problem({130, 101, 1}, 5);
+    for (const index chunk : {20, 50, 130}) {
+        const auto [trajectory, report] =
+            problem.evaluate_there({.method = Method::overlap, .chunk = chunk, .tolerance = 1e-10});
+        EXPECT_TRUE(report.ok()) << report;
+        ASSERT_EQ(report.sequences.size(), 101U);
+        for (const Report::Sequence& sequence : report.sequences) EXPECT_EQ(sequence.confirmed, 130);
+        EXPECT_LE(largest_difference<double>(trajectory, problem.expected()), 1e-7) << report;
+    }
+}
+
 TYPED_TEST(CellOnGpu, WhatForgetsNothingIsFinishedSequentiallyOrReported) {
     // Strong weights: chunks that start from guesses do not meet.
     const Problem<TypeParam, double> problem({400, 2, 9}, 3, 8);

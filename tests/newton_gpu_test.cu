@@ -406,6 +406,15 @@ TYPED_TEST(NewtonOnGpu, SequencesConvergeAtDifferentPasses) {
     EXPECT_LE(largest_difference<TypeParam>(trajectory, expected.trajectory), 1000 * epsilon<TypeParam>);
 }
 
+TYPED_TEST(NewtonOnGpu, MoreSequencesThanOneBlockGetsThrough) {
+    const User<Network, TypeParam> recurrence(4, 2700);
+    const auto here = evaluate(recurrence, {.method = Method::newton});
+    const auto [trajectory, report] = evaluate_there<TypeParam>(recurrence, {.method = Method::newton});
+    EXPECT_TRUE(report.ok()) << report;
+    EXPECT_EQ(report.iterations, here.report.iterations);
+    EXPECT_LE(largest_difference<TypeParam>(trajectory, here.trajectory), 1000 * epsilon<TypeParam>);
+}
+
 TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
     const User<Pendulum, TypeParam> recurrence(150, 2);
     const auto expected = evaluate_there<TypeParam>(recurrence, {});

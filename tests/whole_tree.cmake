@@ -75,7 +75,7 @@ if(DEEPPCR_BUILD_CUDA)
   function(add_resource_test name source registers hot)
     add_test(NAME cuda.${name}
              COMMAND "${CMAKE_COMMAND}" "-DREPORT=${PROJECT_BINARY_DIR}/CMakeFiles/deeppcr.dir/${source}.o.report"
-                     "-DREGISTERS=${registers}" "-DHOT=${hot}"
+                     "-DREGISTERS=${registers}" "-DHOT=${hot}" ${ARGN}
                      -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
     set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
   endfunction()
@@ -88,7 +88,8 @@ if(DEEPPCR_BUILD_CUDA)
                     "advanceI.*(ForwardI[fd]|BackwardI[fd]|RepairI[fd]Li[13]E)|linearise_statesI(d|fLi[13]E)")
   add_resource_test(newton src/newton/newton_cuda.cu 64 "(test|settle|advance)_")
   add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 128 "scan_tileI(f|N)")
-  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 220 "run_(small|large)I(f|N)")
+  add_resource_test(bidiagonal_small src/reduce/scan_dense_cuda.cu 220 "(summarise|substitute)_smallI(f|N)" -DSTACK=40)
+  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 220 "run_largeI(f|N)")
   add_resource_test(bidiagonal_tensor_cores src/reduce/scan_dense_cuda.cu 160 "run_large.*TensorCoresE[12]E")
 endif()
 

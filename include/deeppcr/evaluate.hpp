@@ -175,10 +175,10 @@ struct Evaluation {
 /// of Jacobians does not fit `memory_limit`.
 /// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
 /// With execution.backend cuda the recurrence must run there (Recurrence::runs_on), and trajectory, workspace and what
-/// the recurrence reads lie on the current GPU. The passes are enqueued in execution.stream and their outcome read
-/// while the next one runs; when the call returns all is done. options.anderson and a positive options.damping are not
-/// there yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have bytes but no seconds,
-/// `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
+/// the recurrence reads lie on the current GPU. The passes are enqueued in execution.stream and the outcome of
+/// their tests read while they solve; when the call returns all is done. options.anderson and a positive
+/// options.damping are not there yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have
+/// bytes but no seconds, `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
 /// Method::sequential. Not so where the method is `automatic` and leaves a choice, of any recurrence, nor for cells
@@ -311,8 +311,9 @@ struct CellGradientViews {
 /// whose missing adjoints from later chunks are added afterwards (the adjoint is linear), exact to rounding (in 16
 /// bits: that of what is stored before the addition). The sums of the parameters' gradients run in a fixed order, in
 /// double over blocks of steps: the same inputs, options, SIMD target and thread count give the same bits, but where
-/// the chunk is chosen (chunk 0) by measured costs. Refuses (InvalidArgument) a trajectory whose `report` is not ok().
-/// The Jacobians are those at the states of `trajectory`, as they are stored.
+/// the chunk is chosen (chunk 0) by measured costs and, on a GPU, by what earlier calls have shown. Refuses
+/// (InvalidArgument) a trajectory whose `report` is not ok(). The Jacobians are those at the states of `trajectory`, as
+/// they are stored.
 template <class T>
 CellGradients<T> adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                          const Report& report, View<const std::type_identity_t<T>> output_gradient,

@@ -269,6 +269,21 @@ void Mark::wait_in(CUstream_st* stream) const {
 struct Letter::Paper {
     void* memory = nullptr;  // pinned
     cudaEvent_t sent = nullptr;
+
+    Paper() {
+        const cudaError_t error = cudaMallocHost(&memory, std::size_t(most_bytes));
+        if (error == cudaErrorMemoryAllocation) {
+            cudaGetLastError();
+            throw OutOfMemory("cannot allocate " + std::to_string(most_bytes) + " bytes of pinned main memory");
+        }
+        check(error, "allocating pinned memory");
+        if (const cudaError_t failed = cudaEventCreateWithFlags(&sent, cudaEventDisableTiming); failed != cudaSuccess) {
+            cudaFreeHost(memory);
+            check(failed, "making an event");
+        }
+    }
+    Paper(const Paper&) = delete;
+    Paper& operator=(const Paper&) = delete;
 };
 
 Letter::Letter() {
@@ -284,13 +299,13 @@ Letter::Letter() {
             unused.erase(found);
         }
     }
-    if (paper == nullptr) {
-        paper = std::make_unique<Paper>();
-        check(cudaMallocHost(&paper->memory, std::size_t(most_bytes)), "allocating pinned memory");
-        check(cudaEventCreateWithFlags(&paper->sent, cudaEventDisableTiming), "making an event");
-    }
+    if (paper == nullptr) paper = std::make_unique<Paper>();
     paper_ = {paper.release(), [ordinal](Paper* read) {
-                  cudaEventSynchronize(read->sent);  // nothing may still be on its way
+                  // Nothing may still be on its way; where that cannot be told, nobody gets it again.
+                  if (cudaEventSynchronize(read->sent) != cudaSuccess) {
+                      cudaGetLastError();
+                      return;
+                  }
                   const std::lock_guard lock(mutex);
                   unused.emplace(ordinal, read);
               }};
@@ -305,15 +320,14 @@ const void* Letter::receive() const {
     return paper_->memory;
 }
 
-void fetch_bytes(void* to, const void* from, index bytes, CUstream_st* stream) {
-    if (bytes > Letter::most_bytes) {
+void Letter::fetch(void* to, const void* from, index bytes, CUstream_st* stream) {
+    if (bytes > most_bytes) {
         copy_from_gpu(to, from, bytes, stream);
         return synchronise(stream);
     }
-    Letter letter;
-    copy_from_gpu(letter.paper(), from, bytes, stream);
-    letter.send(stream);
-    std::memcpy(to, letter.receive(), std::size_t(bytes));
+    copy_from_gpu(paper(), from, bytes, stream);
+    send(stream);
+    std::memcpy(to, receive(), std::size_t(bytes));
 }
 
 }  // namespace device

@@ -36,9 +36,6 @@ void copy_to_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_from_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void copy_on_gpu(void* to, const void* from, index bytes, CUstream_st* stream);
 void fill_bytes(void* data, int value, index bytes, CUstream_st* stream);
-/// To main memory, where it is once this returns, and all before it in the stream is done. Few bytes go through pinned
-/// memory, which spares the driver's own copy.
-void fetch_bytes(void* to, const void* from, index bytes, CUstream_st* stream);
 /// Bytes that the current GPU has available: free, or kept by the pool and not in use.
 index available_on_gpu();
 /// Until everything in the stream is done. Throws Error where something in it went wrong.
@@ -69,6 +66,9 @@ public:
     void send(CUstream_st* stream);
     /// Waits for what was sent last. Throws as `synchronise`.
     const void* receive() const;
+    /// Copies from the GPU to `to`, where it is once this returns, and all before it in the stream is done. What fits
+    /// goes through the letter, which spares the driver a copy of its own.
+    void fetch(void* to, const void* from, index bytes, CUstream_st* stream);
 
 private:
     struct Paper;

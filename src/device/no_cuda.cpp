@@ -31,7 +31,6 @@ void copy_to_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void copy_from_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void copy_on_gpu(void*, const void*, index, CUstream_st*) { require_gpu(); }
 void fill_bytes(void*, int, index, CUstream_st*) { require_gpu(); }
-void fetch_bytes(void*, const void*, index, CUstream_st*) { require_gpu(); }
 index available_on_gpu() { return 0; }
 void synchronise(CUstream_st*) {}
 bool is_captured(CUstream_st*) { return false; }
@@ -43,6 +42,7 @@ Letter::Letter() { require_gpu(); }
 void* Letter::paper() const { return nullptr; }
 void Letter::send(CUstream_st*) {}
 const void* Letter::receive() const { return nullptr; }
+void Letter::fetch(void*, const void*, index, CUstream_st*) {}
 
 }  // namespace device
 }  // namespace deeppcr

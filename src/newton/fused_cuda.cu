@@ -20,7 +20,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <optional>
 #include <vector>
 
 #include <deeppcr/launch.cuh>
@@ -276,15 +275,14 @@ protected:
         all_.ends = nullptr;
     }
 
-    /// Waits for everything, and for what the kernels tell; letter: where they have written it, or null.
-    cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences, device::Letter* letter = nullptr) {
+    bool is_brief() const { return status_bytes_ <= device::Letter::most_bytes; }
+    /// Waits for everything, and for what the kernels tell; written: they have written it to the letter, which is sent.
+    cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences, bool written = false) {
         std::vector<unsigned char> bytes(static_cast<std::size_t>(status_bytes_));
-        if (letter != nullptr) {
-            letter->send(stream_);
-            std::memcpy(bytes.data(), letter->receive(), bytes.size());
-        } else {
-            device::fetch_bytes(bytes.data(), all_.sequences, status_bytes_, stream_);
-        }
+        if (written)
+            std::memcpy(bytes.data(), letter_.receive(), bytes.size());
+        else
+            letter_.fetch(bytes.data(), all_.sequences, status_bytes_, stream_);
         sequences.resize(std::size_t(all_.batch));
         std::memcpy(sequences.data(), bytes.data(), sequences.size() * sizeof(cell::SequenceStatus));
         cell::RunStatus run;
@@ -302,14 +300,15 @@ protected:
     DeviceChunks<T> all_;
     Rounds rounds_ = {};
     ExperienceKey key_;
+    device::Letter letter_;  // asked for before anything is written
 };
 
 template <class T>
 class GpuEvaluator : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
-        Base::states_, Base::longest_, Base::status_bytes_, Base::tolerance_, Base::rows, Base::chains,
-        Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds, Base::rounds_,
+        Base::states_, Base::longest_, Base::status_bytes_, Base::letter_, Base::is_brief, Base::tolerance_, Base::rows,
+        Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds, Base::rounds_,
         Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
@@ -462,12 +461,11 @@ private:
         const index lanes = lanes_of_row(rows());
         const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
         const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * 8 * cuda::plain_threads);
-        std::optional<device::Letter> letter;
-        if (status_bytes_ <= device::Letter::most_bytes) letter.emplace();
         cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
-                     per_row, all_.channels * states_, letter ? static_cast<Word*>(letter->paper()) : nullptr,
+                     per_row, all_.channels * states_, is_brief() ? static_cast<Word*>(letter_.paper()) : nullptr,
                      status_bytes_ / word);
-        return wait(sequences, letter ? &*letter : nullptr);
+        if (is_brief()) letter_.send(stream_);
+        return wait(sequences, is_brief());
     }
 
     /// Newton's method for the chunks' starts; the repairs test them.

@@ -42,6 +42,7 @@ namespace {
 constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
 /// Read and written by a pass, per multiprocessor; the solve of fewer takes less than a wait.
 constexpr index bytes_worth_waiting = 512 << 10;
+constexpr index most_tracks_of_a_block = 4096, most_entries_of_a_block = 1 << 16;  // that one block gets through
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
 constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
@@ -83,6 +84,7 @@ struct Pass : Rows<T> {
     const Summary* before;
     Summary *now, *next;
     Summary* heard;  ///< in the host's memory; null: nobody hears
+    bool advances;   ///< whether the last block of the test advances the tracks
     Word* resets;
 };
 
@@ -110,7 +112,7 @@ __device__ void test_row(const Pass<T>& pass, index row, int lane) {
     }
     norms.join(pass.lanes);
     if (!open) {
-        if (exists && track->singular != 0) pass.cut_off(row, lane);  // infinity times 0 would be NaN
+        if (exists && track->singular != 0) pass.cut_off(row, lane, pass.lanes);  // infinity times 0 would be NaN
         return;
     }
     const double relative = norms.relative(pass.tolerance);
@@ -126,31 +128,26 @@ __device__ void test_row(const Pass<T>& pass, index row, int lane) {
     if (!good) pass.isolate(row, lane, norms, index(track->confirmed) - pass.first);
 }
 
-/// By one block of threads, when all rows are tested.
+/// When all rows of a sequence are tested.
 template <class T>
-__device__ void advance_tracks(const Pass<T>& pass) {
+__device__ void advance_track(const Pass<T>& pass, Track& track) {
     const Word last = Word(pass.first + pass.rows), steps = Word(pass.steps);
-    for (index j = threadIdx.x; j < pass.batch; j += blockDim.x) {
-        Track& track = pass.tracks[j];
-        track.confirmed_before = track.confirmed;
-        if (track.ended == 0 && track.confirmed < steps) {
-            track.confirmed = track.failed > 0 ? last - track.failed : larger(track.confirmed, last);
-            track.ended = track.failed > 0 && track.bad == track.failed ? 1 : 0;
-            ++track.iterations;
-        }
-        track.failed = track.bad = 0;
-        atomicAdd(&pass.now->confirmed, track.confirmed);
-        if (track.ended == 0) raise(&pass.now->left, steps - track.confirmed);
+    track.confirmed_before = track.confirmed;
+    if (track.ended == 0 && track.confirmed < steps) {
+        track.confirmed = track.failed > 0 ? last - track.failed : larger(track.confirmed, last);
+        track.ended = track.failed > 0 && track.bad == track.failed ? 1 : 0;
+        ++track.iterations;
     }
-    __syncthreads();
-    __threadfence();
-    if (pass.heard != nullptr && threadIdx.x == 0) *pass.heard = *pass.now;
-    const int lane = int(threadIdx.x) % pass.lanes;
-    for (index j = index(threadIdx.x) / pass.lanes; j < pass.batch; j += index(blockDim.x) / pass.lanes) {
-        const Track& track = pass.tracks[j];
-        if (track.ended == 0 && track.confirmed < last)
-            pass.cut_off((index(track.confirmed) - pass.first) * pass.batch + j, lane);
-    }
+    track.failed = track.bad = 0;
+    atomicAdd(&pass.now->confirmed, track.confirmed);
+    if (track.ended == 0) raise(&pass.now->left, steps - track.confirmed);
+}
+/// By so many threads: the first step beyond the confirmed ones.
+template <class T>
+__device__ void cut_off_track(const Pass<T>& pass, index j, index thread, index threads) {
+    const Track& track = pass.tracks[j];
+    if (track.ended == 0 && track.confirmed < Word(pass.first + pass.rows))
+        pass.cut_off((index(track.confirmed) - pass.first) * pass.batch + j, thread, threads);
 }
 
 template <class T>
@@ -158,7 +155,24 @@ __global__ void __launch_bounds__(plain_threads) test_rows(const __grid_constant
     if (this_thread() == 0) *pass.next = {};
     if (pass.before->left == 0) return;
     test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes);
-    if (is_last_block(&pass.now->tested)) advance_tracks(pass);
+    if (!pass.advances || !is_last_block(&pass.now->tested)) return;
+    const index thread = threadIdx.x, threads = blockDim.x;
+    for (index j = thread; j < pass.batch; j += threads) advance_track(pass, pass.tracks[j]);
+    __syncthreads();
+    __threadfence();
+    if (pass.heard != nullptr && thread == 0) *pass.heard = *pass.now;
+    const index together = pass.batch < threads / 32 ? threads : index(pass.lanes);
+    for (index j = thread / together; j < pass.batch; j += threads / together)
+        cut_off_track(pass, j, thread % together, together);
+}
+
+/// A block of threads for each sequence, where they are too much for the last block of the test.
+template <class T>
+__global__ void __launch_bounds__(plain_threads) advance_tracks(const __grid_constant__ Pass<T> pass) {
+    if (pass.before->left == 0) return;
+    if (threadIdx.x == 0) advance_track(pass, pass.tracks[blockIdx.x]);
+    __syncthreads();
+    cut_off_track(pass, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
 template <class T>
@@ -416,8 +430,15 @@ private:
     void enqueue_test(Letter* letter) {
         linearise();
         Pass<T> tested = pass();
-        if (letter != nullptr) tested.heard = static_cast<Summary*>(letter->paper());
+        const index entries = width_ * std::max<index>(block_, 1);
+        tested.advances = batch_ <= most_tracks_of_a_block && batch_ * entries <= most_entries_of_a_block;
+        if (letter != nullptr && tested.advances) tested.heard = static_cast<Summary*>(letter->paper());
         cuda::launch(by_row(), test_rows<T>, tested);
+        if (!tested.advances) {
+            cuda::launch({dim3(unsigned(batch_)), cuda::one_each(entries, stream_).threads, 0, stream_},
+                         advance_tracks<T>, tested);
+            if (letter != nullptr) device::copy_from_gpu(letter->paper(), tested.now, index(sizeof(Summary)), stream_);
+        }
         if (letter != nullptr) letter->send(stream_);
         report_.linearise.bytes += (2 + block_) * row_bytes();
     }

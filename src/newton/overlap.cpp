@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 #include "device/cuda.hpp"
@@ -220,6 +221,7 @@ private:
         const index bytes = batch_ * (index(sizeof(Mismatch<T>)) + word) + word,
                     all = bytes + (rounds + 1) * list_bytes();
         told_ = workspace_.template take<unsigned char>(all);
+        if (on_gpu_) letter_.emplace();
         chunks_.mismatches = reinterpret_cast<Mismatch<T>*>(told_);
         non_finite_ = reinterpret_cast<Word*>(chunks_.mismatches + batch_);
         chunks_.repeated = non_finite_ + batch_;
@@ -239,10 +241,10 @@ private:
         std::vector<Mismatch<T>> mismatches;
         std::vector<unsigned long long> non_finite, repeated;
     };
-    Found fetch(const unsigned char* list) const {
+    Found fetch(const unsigned char* list) {
         std::vector<unsigned char> told(static_cast<std::size_t>(list + count_ * batch_ - told_));
         if (on_gpu_)
-            device::fetch_bytes(told.data(), told_, index(told.size()), options_.execution.stream);
+            letter_->fetch(told.data(), told_, index(told.size()), options_.execution.stream);
         else
             std::copy_n(told_, told.size(), told.begin());
         const auto part = [&]<class Number>(const Number* from, index count) {
@@ -361,6 +363,7 @@ private:
     Chunks<T> chunks_;
     View<T> starts_, initial_;
     unsigned char *told_ = nullptr, *lists_ = nullptr;
+    std::optional<device::Letter> letter_;
     unsigned long long* non_finite_ = nullptr;
     Report report_;
 };

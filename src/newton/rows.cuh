@@ -69,10 +69,10 @@ struct Rows {
     int lanes;  ///< threads per row
     Tolerance tolerance;
 
-    /// By the lanes of a row: nothing comes to it from its predecessor.
-    __device__ void cut_off(index row, int lane) const {
+    /// By so many threads: nothing comes to the row from its predecessor.
+    __device__ void cut_off(index row, index thread, index threads) const {
         const index entries = width * block;
-        for (index k = lane; k < entries; k += lanes) jacobian[row * entries + k] = T(0);
+        for (index k = thread; k < entries; k += threads) jacobian[row * entries + k] = T(0);
     }
     /// By the lanes of a row whose residual is not finite: it is cut off from both its neighbours, and a state that is
     /// not finite itself restarts from the confirmed one, that of row i = `confirmed`.
@@ -82,7 +82,7 @@ struct Rows {
             update[row * width + k] = T(0);
             if ((norms.bad & 1) != 0) states[(row + batch) * width + k] = restart[k];
         }
-        cut_off(row, lane);
+        cut_off(row, lane, lanes);
     }
 };
 
