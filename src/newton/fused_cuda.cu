@@ -175,6 +175,10 @@ public:
           stream_(options.execution.stream),
           states_(recurrence.kernels().states),
           tolerance_(tolerance_of<T>(options)) {
+        if (device::is_captured(stream_))
+            throw InvalidArgument("options.execution.stream",
+                                  "one that is not captured, as the host waits for the status",
+                                  "one that is captured into a graph");
         const auto& parts = recurrence.parts();
         all_.inputs = recurrence.inputs().data();
         all_.input_step = recurrence.inputs().step_stride();
