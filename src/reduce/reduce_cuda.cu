@@ -14,12 +14,12 @@ using cuda::plain_threads;
 
 // --- substitution
 
-/// A thread runs along one row. The steps that are next are on their way through memory while it computes: 64 bytes of
-/// each thread are, so that about 500 rows for each multiprocessor keep its memory busy.
+/// A thread runs along one row. The steps that are next are on their way through memory while it computes: 48 to 80
+/// bytes of each thread are (more in double), so that about 500 rows for each multiprocessor keep its memory busy.
 template <class T, int K, bool transposed>
 __global__ void __launch_bounds__(plain_threads) substitute_rows(const __grid_constant__ Arrays<T> arrays) {
     using A = Arithmetic<T>;
-    constexpr int ahead = K == 1 ? 8 : K == 2 ? 2 : 1;
+    constexpr int ahead = (K == 1 ? 8 : K == 2 ? 2 : 1) * (is_stored_in_16_bits<T> ? 2 : 1);
     const index i = index(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= arrays.batch * arrays.rows) return;
     const index sequence = i / arrays.rows, row = i % arrays.rows;
