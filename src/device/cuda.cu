@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include <deeppcr/launch.cuh>
 
@@ -269,6 +270,7 @@ void Mark::wait_in(CUstream_st* stream) const {
 struct Letter::Paper {
     void* memory = nullptr;  // pinned
     cudaEvent_t sent = nullptr;
+    enum { blank, written_on, on_its_way } state = blank;
 
     Paper() {
         const cudaError_t error = cudaMallocHost(&memory, std::size_t(most_bytes));
@@ -290,6 +292,7 @@ Letter::Letter() {
     // By GPU; kept to the end of the process, since CUDA may end before this library does.
     static std::mutex mutex;
     static std::multimap<int, std::unique_ptr<Paper>>& unused = *new std::multimap<int, std::unique_ptr<Paper>>;
+    static std::vector<std::unique_ptr<Paper>>& lost = *new std::vector<std::unique_ptr<Paper>>;
     const int ordinal = current_ordinal();
     std::unique_ptr<Paper> paper;
     {
@@ -302,21 +305,33 @@ Letter::Letter() {
     if (paper == nullptr) paper = std::make_unique<Paper>();
     paper_ = {paper.release(), [ordinal](Paper* read) {
                   // Nothing may still be on its way; where that cannot be told, nobody gets it again.
-                  if (cudaEventSynchronize(read->sent) != cudaSuccess) {
-                      cudaGetLastError();
-                      return;
+                  if (read->state == Paper::on_its_way) {
+                      if (cudaEventSynchronize(read->sent) == cudaSuccess)
+                          read->state = Paper::blank;
+                      else
+                          cudaGetLastError();
                   }
                   const std::lock_guard lock(mutex);
-                  unused.emplace(ordinal, read);
+                  if (read->state == Paper::blank)
+                      unused.emplace(ordinal, read);
+                  else
+                      lost.emplace_back(read);
               }};
 }
 
-void* Letter::paper() const { return paper_->memory; }
+void* Letter::paper() {
+    paper_->state = Paper::written_on;
+    return paper_->memory;
+}
 
-void Letter::send(CUstream_st* stream) { check(cudaEventRecord(paper_->sent, stream), "recording an event"); }
+void Letter::send(CUstream_st* stream) {
+    check(cudaEventRecord(paper_->sent, stream), "recording an event");
+    paper_->state = Paper::on_its_way;
+}
 
-const void* Letter::receive() const {
+const void* Letter::receive() {
     check(cudaEventSynchronize(paper_->sent), "running");
+    paper_->state = Paper::blank;
     return paper_->memory;
 }
 

@@ -61,11 +61,11 @@ public:
     static constexpr index most_bytes = 4096;
     Letter();
     /// Main memory that the kernel writes, or a copy.
-    void* paper() const;
+    void* paper();
     /// Enqueued right behind it.
     void send(CUstream_st* stream);
     /// Waits for what was sent last. Throws as `synchronise`.
-    const void* receive() const;
+    const void* receive();
     /// Copies from the GPU to `to`, where it is once this returns, and all before it in the stream is done. What fits
     /// goes through the letter, which spares the driver a copy of its own.
     void fetch(void* to, const void* from, index bytes, CUstream_st* stream);

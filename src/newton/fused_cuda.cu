@@ -175,10 +175,6 @@ public:
           stream_(options.execution.stream),
           states_(recurrence.kernels().states),
           tolerance_(tolerance_of<T>(options)) {
-        if (device::is_captured(stream_))
-            throw InvalidArgument("options.execution.stream",
-                                  "one that is not captured, as the host waits for the status",
-                                  "one that is captured into a graph");
         const auto& parts = recurrence.parts();
         all_.inputs = recurrence.inputs().data();
         all_.input_step = recurrence.inputs().step_stride();
@@ -648,10 +644,13 @@ private:
     CellGradientViews<T> gradients_;
 };
 
-/// Calls body with the caller's workspace, or one that lives as long as the call.
+/// Calls body with the caller's workspace, or one that lives as long as the call. Refuses a captured stream.
 template <class Body>
 auto with_workspace(const Options& options, const Body& body) {
     const Device here = device::current_gpu();
+    if (device::is_captured(options.execution.stream))
+        throw InvalidArgument("options.execution.stream", "one that is not captured, as the host waits for the status",
+                              "one that is captured into a graph");
     if (options.workspace == nullptr) {
         Workspace own(options.execution);
         return body(own);
