@@ -8,7 +8,7 @@ function(add_build_tree name)
   add_test(NAME ${name}.build WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}"
            COMMAND sh -c "cmake=\"$0\" tree=\"$1\"; shift; \"$cmake\" -B \"$tree\" \"$@\" && \"$cmake\" --build \"$tree\""
                    "${CMAKE_COMMAND}" "${PROJECT_BINARY_DIR}/${name}" ${ARGN})
-  set_tests_properties(${name}.build PROPERTIES FIXTURES_SETUP ${name} LABELS ${name} TIMEOUT 1200
+  set_tests_properties(${name}.build PROPERTIES FIXTURES_SETUP ${name} LABELS ${name} TIMEOUT 1800
                                                 PROCESSORS ${processors} COST 1000)
 endfunction()
 
