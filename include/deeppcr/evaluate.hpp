@@ -176,7 +176,8 @@ struct Evaluation {
 /// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
 /// With execution.backend cuda the recurrence must run there (Recurrence::runs_on), and trajectory, workspace and what
 /// the recurrence reads lie on the current GPU. The passes are enqueued in execution.stream and the outcome of
-/// their tests read while they solve; when the call returns all is done. options.anderson and a positive
+/// their tests read while they solve; when the call returns all is done, so that the stream of a cell
+/// must not be captured (InvalidArgument). options.anderson and a positive
 /// options.damping are not there yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have
 /// bytes but no seconds, `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.

@@ -260,11 +260,11 @@ DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
 
 }  // namespace scalar_functions
 
-/// Each function below states its error against the exact value in units in the last place (ULP) for float, the largest
-/// over all 2^32 floats under every instruction set (tests/scalar_test.cpp counts); for double, over many random ones.
-/// NaN gives NaN; overflow gives infinity. On a GPU, float's exp, sigmoid and tanh are made of its 2^x and 1/x; their
-/// errors are given beside, for the largest that CUDA's documentation allows those, and results below the smallest
-/// normal number are 0.
+/// Each function below states its error against the exact value in units in the last place (ULP) for float, a bound of
+/// the largest over all 2^32 floats under the widest instruction set at hand, and over one in 61 under the others
+/// (tests/scalar_test.cpp counts); for double, over many random ones. NaN gives NaN; overflow gives infinity. On a GPU,
+/// float's exp, sigmoid and tanh are made of its 2^x and 1/x; their errors are given beside, for the largest that
+/// CUDA's documentation allows those, and results below the smallest normal number are 0.
 
 /// e^x. At most 1.05 ULP; on a GPU 4.
 template <class T>
