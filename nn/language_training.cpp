@@ -40,6 +40,7 @@ index peak_memory() {
 struct State {
     LanguageTrainingOptions options;
     index step = 0, updates = 0;  // done; a step that was skipped is no update
+    index validated = 0;          // after so many steps for the last time
     std::uint64_t tokens_checksum = 0;
     std::string vocabulary;  // its description
     SavedTensors tensors;
@@ -69,6 +70,7 @@ template <class S, class Visit>
 void visit_fields(S& state, const Visit& visit) {
     visit("step", state.step);
     visit("updates", state.updates);
+    visit("validated", state.validated);
     visit_fixed_fields(state, visit);
     auto& options = state.options;
     visit("micro_batch", options.micro_batch);
@@ -106,6 +108,7 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     saved.metadata.try_emplace("penalty", "0");  // checkpoints of earlier versions have none of them
     saved.metadata.try_emplace("penalty_rate", "-0.1");
     saved.metadata.try_emplace("number", "float32");
+    saved.metadata.try_emplace("validated", "0");
     visit_fields(state, get_from(path, saved.metadata));
     state.options.tokens = saved.metadata["tokens"];
     try {
@@ -118,6 +121,9 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     if (state.updates < 0 || state.updates > state.step || state.step > state.options.steps)
         throw FileError(path, "counts of steps as metadata \"step\" and \"updates\"",
                         std::to_string(state.step) + " and " + std::to_string(state.updates));
+    if (state.validated < 0 || state.validated > state.step)
+        throw FileError(path, "0 to " + std::to_string(state.step) + " as metadata \"validated\"",
+                        std::to_string(state.validated));
     if (const auto found = saved.tensors.find("vocabulary"); found != saved.tensors.end()) {
         if (found->second.scalar_type() != at::kByte) throw FileError(path, "bytes as vocabulary", "another type");
         const auto* const bytes = found->second.data_ptr<std::uint8_t>();
@@ -296,12 +302,12 @@ public:
 
     LanguageTraining run() {
         start(model_->parameters());
+        if (validation_is_due()) validate();  // an interrupt came before it
         while (state_.step < options_.steps && !result_.interrupted) {
             LanguageStep step = one_step();
             tell(step, options_.steps - state_.step);
-            if (state_.step == options_.steps) break;
-            if (due(options_.validation_interval, state_.step)) validate();
-            if (due(options_.checkpoint_interval, state_.step)) save();
+            if (validation_is_due()) validate();
+            if (due(options_.checkpoint_interval, state_.step) && state_.step < options_.steps) save();
         }
         save();
         if (!result_.interrupted) validate();
@@ -380,6 +386,12 @@ private:
         for (Tensor& parameters : model_->recurrent_parameters()) parameters.clamp_(-options_.bound, options_.bound);
     }
 
+    /// The one after the last step comes when all is saved.
+    bool validation_is_due() const {
+        return due(options_.validation_interval, state_.step) && state_.validated < state_.step &&
+               state_.step < options_.steps;
+    }
+
     void validate() {
         const files::TokenCounts& counts = file_.counts();
         const index tokens = options_.validation_tokens > 0
@@ -392,7 +404,7 @@ private:
                     evaluation(Estimates::none), share_, callbacks_.validating, callbacks_.interrupted);
         result_.interrupted = found.tokens < tokens - 1;
         if (result_.interrupted) return;
-        found.step = state_.step;
+        found.step = state_.validated = state_.step;
         result_.validations.push_back(found);
         if (callbacks_.validation) callbacks_.validation(found);
     }

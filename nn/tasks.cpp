@@ -145,6 +145,8 @@ struct State {
     index length = 0;             // of the next step's sequences
     index sequences = 0;          // drawn
     double recent_accuracy = 0;
+    index validated = 0;  // after so many steps for the last time
+    double validation_accuracy = 0;
     SavedTensors tensors;
 };
 
@@ -180,6 +182,8 @@ void visit_fields(S& state, const Visit& visit) {
     visit("next_length", state.length);
     visit("sequences", state.sequences);
     visit("recent_accuracy", state.recent_accuracy);
+    visit("validated", state.validated);
+    visit("validation_accuracy", state.validation_accuracy);
     visit_fixed_fields(state, visit);
     auto& options = state.options;
     visit("estimate_interval", options.estimate_interval);
@@ -208,6 +212,8 @@ void check(const TaskTrainingOptions& options);
 
 State from_saved(const std::filesystem::path& path, SavedState saved) {
     State state;
+    saved.metadata.try_emplace("validated", "0");  // checkpoints of earlier versions have none of them
+    saved.metadata.try_emplace("validation_accuracy", "0");
     visit_fields(state, get_from(path, saved.metadata));
     try {
         check(state.options);
@@ -220,6 +226,9 @@ State from_saved(const std::filesystem::path& path, SavedState saved) {
     if (state.updates < 0 || state.updates > state.step || state.step > state.options.steps)
         throw FileError(path, "counts of steps as metadata \"step\" and \"updates\"",
                         std::to_string(state.step) + " and " + std::to_string(state.updates));
+    if (state.validated < 0 || state.validated > state.step)
+        throw FileError(path, "0 to " + std::to_string(state.step) + " as metadata \"validated\"",
+                        std::to_string(state.validated));
     if (state.sequences < 0)
         throw FileError(path, "at least 0 as metadata \"sequences\"", std::to_string(state.sequences));
     if (state.length < least_length(state.options.task.task) || state.length > state.options.task.length)
@@ -339,15 +348,15 @@ public:
 
     TaskTraining run() {
         start(model_->parameters());
-        bool validated = false;
+        if (validation_is_due()) validate();  // an interrupt came before it
         while (state_.step < options_.steps && !result_.interrupted && !enough()) {
             TaskStep step = one_step();
             tell(step, options_.steps - state_.step);
-            validated = due(options_.validation_interval, state_.step);
-            if (validated) validate();
+            if (validation_is_due()) validate();
             if (due(options_.checkpoint_interval, state_.step) && state_.step < options_.steps) save();
         }
-        if (!result_.interrupted && !validated) validate();
+        const bool told = !result_.validations.empty() && result_.validations.back().step == state_.step;
+        if (!result_.interrupted && !told) validate();
         save();
         return conclude();
     }
@@ -412,15 +421,19 @@ private:
     }
 
     bool enough() const {
-        return options_.enough > 0 && !result_.validations.empty() &&
-               result_.validations.back().accuracy >= options_.enough;
+        return options_.enough > 0 && state_.validated == state_.step && state_.validation_accuracy >= options_.enough;
+    }
+
+    bool validation_is_due() const {
+        return due(options_.validation_interval, state_.step) && state_.validated < state_.step;
     }
 
     void validate() {
         set_estimates(estimates_of(0, 1, device_));
         TaskValidation found = measure(*model_, options_.task, options_.task.length, options_.validation_sequences,
                                        options_.batch, device_);
-        found.step = state_.step;
+        found.step = state_.validated = state_.step;
+        state_.validation_accuracy = found.accuracy;
         result_.validations.push_back(found);
         if (callbacks_.validation) callbacks_.validation(found);
     }

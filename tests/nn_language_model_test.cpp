@@ -403,7 +403,8 @@ TEST_F(LanguageTrainings, ResumeToTheSameBits) {
     for (const Mixer mixer : {Mixer::para_gru, Mixer::lstm}) {
         LanguageTrainingOptions whole = options(mixer);
         whole.micro_batch = 3;
-        const auto expected = losses(train_language_model(whole));
+        whole.validation_interval = 11;
+        const LanguageTraining expected = train_language_model(whole);
         LanguageTrainingOptions part = whole;
         part.checkpoint = folder / "part.safetensors";
         LanguageCallbacks callbacks;
@@ -416,7 +417,13 @@ TEST_F(LanguageTrainings, ResumeToTheSameBits) {
         auto found = losses(first);
         ASSERT_EQ(found.size(), 11u);
         for (const double loss : losses(second)) found.push_back(loss);
-        EXPECT_EQ(found, expected);
+        EXPECT_EQ(found, losses(expected));
+        EXPECT_TRUE(first.validations.empty());
+        ASSERT_EQ(second.validations.size(), expected.validations.size());  // also what the interrupt came before
+        for (std::size_t i = 0; i < expected.validations.size(); ++i) {
+            EXPECT_EQ(second.validations[i].step, expected.validations[i].step);
+            EXPECT_EQ(second.validations[i].loss, expected.validations[i].loss);
+        }
         EXPECT_EQ(files::read_safetensors(part.checkpoint).tensors.at("norm").values,
                   files::read_safetensors(whole.checkpoint).tensors.at("norm").values);
     }
@@ -554,7 +561,7 @@ TEST_F(LanguageTrainings, ResumeCheckpointsOfEarlierVersions) {
     training.steps = 3;
     train_language_model(training);
     auto contents = files::read_safetensors(training.checkpoint);
-    for (const char* field : {"penalty", "penalty_rate", "number", "checksum"})
+    for (const char* field : {"penalty", "penalty_rate", "number", "validated", "checksum"})
         EXPECT_EQ(contents.metadata.erase(field), 1U) << field;
     files::write_safetensors(training.checkpoint, contents);
     const LanguageTrainingOptions read = language_options(training.checkpoint);

@@ -207,6 +207,8 @@ TEST_F(TaskTrainings, LearnParityWhereTheStateIsNotLinear) {
             EXPECT_EQ(last.last_accuracy, 1);
             EXPECT_LT(result.steps.size(), 200u) << "it was enough";
             EXPECT_EQ(index(result.steps.size()) % 10, 0);
+            training.resume = training.checkpoint;
+            EXPECT_TRUE(train_task(training).steps.empty()) << "it still is";
             TaskValidationOptions longer;
             longer.length = 150;
             EXPECT_GT(validate_task(training.checkpoint, longer).accuracy, 0.9) << name_of(mixer_names, mixer);
@@ -276,7 +278,8 @@ TEST_F(TaskTrainings, ResumeToTheSameBits) {
         TaskTrainingOptions whole = options(mixer);
         whole.steps = 60;
         whole.learning_rate = 2e-2;
-        const auto expected = losses(train_task(whole));
+        whole.validation_interval = 27;
+        const TaskTraining expected = train_task(whole);
         TaskTrainingOptions part = whole;
         part.checkpoint = folder / "part.safetensors";
         TaskCallbacks callbacks;
@@ -289,7 +292,13 @@ TEST_F(TaskTrainings, ResumeToTheSameBits) {
         auto found = losses(first);
         ASSERT_EQ(found.size(), 27u);
         for (const double loss : losses(second)) found.push_back(loss);
-        EXPECT_EQ(found, expected);
+        EXPECT_EQ(found, losses(expected));
+        EXPECT_TRUE(first.validations.empty());
+        ASSERT_EQ(second.validations.size(), expected.validations.size());  // also what the interrupt came before
+        for (std::size_t i = 0; i < expected.validations.size(); ++i) {
+            EXPECT_EQ(second.validations[i].step, expected.validations[i].step);
+            EXPECT_EQ(second.validations[i].loss, expected.validations[i].loss);
+        }
         EXPECT_EQ(files::read_safetensors(part.checkpoint).tensors.at("norm").values,
                   files::read_safetensors(whole.checkpoint).tensors.at("norm").values);
     }
