@@ -688,7 +688,7 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
     cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
     const Execution captured{.backend = Backend::cuda, .stream = stream};
     EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.execution = captured}); }),
-              "options.execution.stream: expected one that is not captured, as the host waits for the status, got one "
+              "options.execution.stream: expected one that is not captured, as the host waits for the outcome, got one "
               "that is captured into a graph");
     cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
     cuda::check(cudaGraphDestroy(graph), "ending a graph");

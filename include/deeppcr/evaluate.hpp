@@ -74,7 +74,7 @@ enum class Estimates {
 
 /// A surrogate, reduction, chunk, guess `given`, window, max_iterations, on_failure other than `finish`, positive
 /// damping, anderson, Estimates::full and progress ask for Newton's method: with any of them `automatic` is `newton`
-/// where the recurrence is not a cell's. So it is while the stream of a GPU is captured.
+/// where the recurrence is not a cell's.
 struct Options {
     Method method = Method::automatic;
     Surrogate surrogate = Surrogate::full;
@@ -176,10 +176,10 @@ struct Evaluation {
 /// trajectory: [steps,batch,width], any strides, out, and in where options.guess is `given`.
 /// With execution.backend cuda the recurrence must run there (Recurrence::runs_on), and trajectory, workspace and what
 /// the recurrence reads lie on the current GPU. The passes are enqueued in execution.stream and the outcome of
-/// their tests read while they solve; when the call returns all is done, so that the stream of a cell
-/// must not be captured (InvalidArgument). options.anderson and a positive
-/// options.damping are not there yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have
-/// bytes but no seconds, `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
+/// their tests read while they solve; when the call returns all is done, so that the stream must not
+/// be captured (InvalidArgument; see EnqueuedEvaluation). options.anderson and a positive options.damping are not there
+/// yet (InvalidArgument), nor are damped passes in the ladder. Of the Report, stages have bytes but no seconds,
+/// `lyapunov` is that of up to 256 steps of the first sequence, and Estimates::full is as quick.
 /// After k passes at least the first k steps of a window are exact; confirmed steps are never changed again.
 /// Deterministic: the same inputs, options, SIMD target and thread count give the same bits; window 1 gives those of
 /// Method::sequential. Not so where the method is `automatic` and leaves a choice, of any recurrence, nor for cells

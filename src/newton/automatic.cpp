@@ -226,7 +226,6 @@ Choice choose(const Recurrence<T>& recurrence, const Options& options) {
     const Shape& shape = recurrence.shape();
     if (options.memory_limit > 0) window_length(recurrence, options, recurrence.block());
     if (shape.steps < fewest_steps) return {.method = Method::sequential};
-    if (options.execution.backend == Backend::cuda && device::is_captured(options.execution.stream)) return {};
     const ExperienceKey key = key_of(recurrence, options, false);
     Experience seen = experience(key);
     if (seen.predicted.empty()) {

@@ -644,13 +644,10 @@ private:
     CellGradientViews<T> gradients_;
 };
 
-/// Calls body with the caller's workspace, or one that lives as long as the call. Refuses a captured stream.
+/// Calls body with the caller's workspace, or one that lives as long as the call.
 template <class Body>
 auto with_workspace(const Options& options, const Body& body) {
     const Device here = device::current_gpu();
-    if (device::is_captured(options.execution.stream))
-        throw InvalidArgument("options.execution.stream", "one that is not captured, as the host waits for the status",
-                              "one that is captured into a graph");
     if (options.workspace == nullptr) {
         Workspace own(options.execution);
         return body(own);

@@ -40,9 +40,12 @@ namespace deeppcr::newton {
 namespace {
 
 constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
-/// Read and written by a pass, per multiprocessor; the solve of fewer takes less than a wait.
-constexpr index bytes_worth_waiting = 512 << 10;
-constexpr index most_tracks_of_a_block = 4096, most_entries_of_a_block = 1 << 16;  // that one block gets through
+/// Read and written by a pass, per multiprocessor. The host waits for the outcome of each pass to spare the last one's
+/// solve, which takes less than all waits where there are fewer.
+constexpr index bytes_worth_waiting = 2 << 20;
+constexpr index most_tracks_of_a_block = 1024, most_entries_of_a_block = 1 << 16;  // that one block gets through
+/// Per multiprocessor: of more blocks, what each does to find out whether it is the last takes longer than a launch.
+constexpr index most_blocks_to_ask = 16;
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
 constexpr index growth_entries = index(1) << 20;  // of Jacobians that are brought to the host at a time
@@ -431,7 +434,8 @@ private:
         linearise();
         Pass<T> tested = pass();
         const index entries = width_ * std::max<index>(block_, 1);
-        tested.advances = batch_ <= most_tracks_of_a_block && batch_ * entries <= most_entries_of_a_block;
+        tested.advances = batch_ <= most_tracks_of_a_block && batch_ * entries <= most_entries_of_a_block &&
+                          index(by_row().blocks.x) <= most_blocks_to_ask * multiprocessors_;
         if (letter != nullptr && tested.advances) tested.heard = static_cast<Summary*>(letter->paper());
         cuda::launch(by_row(), test_rows<T>, tested);
         if (!tested.advances) {

@@ -56,6 +56,11 @@ void check_options(const Options& options) {
     check_count("options.memory_limit", options.memory_limit);
     check_count("options.chunk", options.chunk);
     check_count("options.execution.threads", options.execution.threads);
+    if (options.execution.backend != Backend::cuda) return;
+    device::current_gpu();
+    if (device::is_captured(options.execution.stream))
+        throw InvalidArgument("options.execution.stream", "one that is not captured, as the host waits for the outcome",
+                              "one that is captured into a graph");
 }
 
 void require_alone(const Options& options) {

@@ -12,7 +12,7 @@ namespace deeppcr::newton {
 
 constexpr index most_anderson = 16;
 
-/// Throws InvalidArgument for an option that is out of its range.
+/// Throws InvalidArgument for an option that is out of its range, and for a captured stream; NoDevice.
 void check_options(const Options& options);
 
 /// For what one process computes alone: throws InvalidArgument where options.group has other ranks.

@@ -89,10 +89,14 @@ struct Rows {
 /// Whether the block is the last of its grid to get here, and so sees what the others wrote. All its threads call.
 /// arrived: 0 before the first.
 inline __device__ bool is_last_block(Word* arrived) {
-    __threadfence();
     __syncthreads();
-    const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, Word(1)) + 1 == gridDim.x) != 0;
-    __threadfence();
+    bool last = false;
+    if (threadIdx.x == 0) {
+        __threadfence();  // for all of the block: each thread's would make a short block take twice as long
+        last = atomicAdd(arrived, Word(1)) + 1 == gridDim.x;
+    }
+    last = __syncthreads_or(last) != 0;
+    if (last) __threadfence();
     return last;
 }
 

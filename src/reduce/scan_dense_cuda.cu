@@ -114,11 +114,12 @@ constexpr int stages = 4;  // steps that are in shared memory: one in use, the o
 /// Of a block.
 template <class T, int side>
 constexpr int warps = side * sizeof(T) <= 128 ? 4 : 2;
-/// Chunks that a multiprocessor summarises at once, as registers allow; of larger blocks, blocks of threads.
+/// Chunks that a multiprocessor summarises at once, as registers and shared memory allow; of larger blocks, blocks of
+/// threads.
 template <class A>
 constexpr int chunks_at_once(int K) {
     const bool wide = sizeof(A) > 4;
-    return K <= 8 ? 64 : K <= 16 ? (wide ? 24 : 32) : K <= 32 ? (wide ? 8 : 12) : 2;
+    return K <= 8 ? 64 : K <= 16 ? (wide ? 24 : 32) : K <= 32 ? (wide ? 6 : 12) : 2;
 }
 
 /// A system in chunks.
@@ -232,6 +233,8 @@ struct Team {
     static constexpr int blocks = std::is_same_v<T, A> ? chunks_at_once<A>(side) / teams : 1;
     static constexpr int ring_bytes = stages * side * pitch_of<T, side> * int(sizeof(T));
     static constexpr std::size_t shared_bytes = std::size_t(teams) * (ring_bytes + side * sizeof(A));
+    static_assert(blocks * (shared_bytes + 1024) <= 228 << 10,
+                  "of compute capability 9.0, which keeps 1 KiB per block");
 
     unsigned char* ring;
     A* state;
@@ -289,7 +292,7 @@ struct Team {
                 }
             }
             if constexpr (summarises) {
-                if (n == 0) {
+                if (n == 0) {  // also beyond a path: those of the teams that are present end together
                     DEEPPCR_UNROLL
                     for (int i = 0; i < side; ++i)
                         column[i] = cuda::widen(m[transposed ? me * pitch + i : i * pitch + me]);
@@ -331,6 +334,7 @@ struct Team {
     __device__ bool is_last(bool present, unsigned* ended, index members) const {
         __threadfence();
         __syncwarp();
+        if (me == 0) __threadfence();  // for the team
         const unsigned before = present && me == 0 ? atomicAdd(ended, 1U) : 0U;
         const bool last = __shfl_sync(~0U, before, 0, side) + 1 == members;
         __threadfence();
