@@ -63,7 +63,7 @@ Exit evaluate_file(const Arguments& arguments, const Options& given, const Tenso
     Options options = given;
     std::optional<Progress> bar(std::in_place, "evaluating", double(std::max<index>(1, shape[0])));
     options.progress = [&](index confirmed, index, index passes) {
-        bar->update(double(confirmed), std::to_string(passes) + " passes");
+        bar->update(double(confirmed), passes > 0 ? std::to_string(passes) + " passes" : "one after the other");
         return !interrupted();
     };
     const Shape whole = recurrence->shape();
@@ -74,7 +74,7 @@ Exit evaluate_file(const Arguments& arguments, const Options& given, const Tenso
     double difference = 0;
     if (arguments.compare && !interrupted()) {
         auto other = Buffer<T>::uninitialised(whole);
-        sequential = evaluate(*recurrence, other.view(), {.method = Method::sequential});
+        sequential = evaluate(*recurrence, other.view(), {.method = Method::sequential, .progress = options.progress});
         for (index i = 0; i < other.size(); ++i) {
             const double distance =
                 std::abs(double(other.data()[i]) - double(std::get<std::vector<T>>(result.values)[std::size_t(i)]));
@@ -117,7 +117,7 @@ Exit evaluate_file(const Arguments& arguments, const Options& given, const Tenso
 }
 
 Exit run_evaluate(const Arguments& arguments, Output& output) {
-    Options options{.method = Method::newton};
+    Options options;
     arguments.given->apply(options);
     if (arguments.inputs.empty() == (arguments.steps == 0))
         throw InvalidArgument("--inputs", "either inputs or --steps", arguments.inputs.empty() ? "neither" : "both");
@@ -180,7 +180,8 @@ void add_evaluate(Program& program) {
     const auto field = [](auto member) {
         return [=](Options & options) -> auto& { return options.*member; };
     };
-    given.choice("--method", field(&Options::method), nn::method_names, "All steps at once, or one after the other");
+    given.choice("--method", field(&Options::method), nn::open_method_names,
+                 "All steps at once, one after the other, or what is expected to take less");
     given.choice("--surrogate", field(&Options::surrogate), nn::surrogate_names, "What stands for the Jacobian");
     given.choice("--reduction", field(&Options::reduction), nn::reduction_names,
                  "How the bidiagonal systems are solved");

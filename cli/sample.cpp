@@ -100,7 +100,7 @@ Exit run_sample(const Arguments& arguments, Output& output) {
     std::optional<Progress> bar(std::in_place, "denoising", double(std::max<index>(1, options.sampler.steps)));
     options.evaluation.progress = [&](index confirmed, index steps, index passes) {
         bar->update(double(confirmed) / double(std::max<index>(1, steps)) * double(options.sampler.steps),
-                    std::to_string(passes) + " passes");
+                    passes > 0 ? std::to_string(passes) + " passes" : "one after the other");
         return !interrupted();
     };
     const nn::Generation result = generate(arguments, target, script);

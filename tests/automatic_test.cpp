@@ -173,7 +173,7 @@ TEST(Automatic, IsNewtonWhereItIsAskedForWhatOnlyNewtonHas) {
          {Options{.surrogate = Surrogate::diagonal}, Options{.reduction = Reduction::scan}, Options{.chunk = 8},
           Options{.guess = Guess::given}, Options{.window = 16}, Options{.max_iterations = 50},
           Options{.on_failure = OnFailure::report}, Options{.damping = 1}, Options{.anderson = 2},
-          Options{.estimates = Estimates::full}, Options{.progress = [](index, index, index) { return true; }}}) {
+          Options{.estimates = Estimates::full}}) {
         const auto [trajectory, report] = evaluate(recurrence, options);
         EXPECT_TRUE(is_by(report, "newton")) << report.method;
         EXPECT_TRUE(report.candidates.empty());

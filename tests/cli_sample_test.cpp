@@ -245,8 +245,8 @@ with torch.no_grad():
 save("expected.npy", torch.stack(states))
 )"))
         GTEST_SKIP() << contents(folder / "python.log");
-    const Outcome outcome = run(
-        {"evaluate", "--model", "Step.pt", "--inputs", "u.npy", "--width", "8", "-o", "x.npy", "--compare", "--json"});
+    const Outcome outcome = run({"evaluate", "--model", "Step.pt", "--inputs", "u.npy", "--width", "8", "-o", "x.npy",
+                                 "--method", "newton", "--compare", "--json"});
     ASSERT_EQ(outcome.exit_code, 0) << outcome.errors;
     EXPECT_EQ(outcome.json()["status"], "converged");
     EXPECT_LT(outcome.json()["iterations"], 20);

@@ -282,10 +282,45 @@ TYPED_TEST(Evaluate, FailurePolicies) {
     EXPECT_LT(reported.report.sequences[0].confirmed, 300);
     options.on_failure = OnFailure::raise;
     EXPECT_THROW(evaluate(recurrence, options), NotConverged);
-    options = {.progress = [](index, index, index iterations) { return iterations < 2; }};
+    options = {.method = Method::newton, .progress = [](index, index, index iterations) { return iterations < 2; }};
     const auto stopped = evaluate(recurrence, options);
     EXPECT_EQ(stopped.report.status, Status::max_iterations);
     EXPECT_EQ(stopped.report.iterations, 2);
+}
+
+/// What `progress` is told, and until which step.
+TYPED_TEST(Evaluate, TellsHowFarItIsStepAfterStep) {
+    const TanhNetwork<TypeParam> recurrence({300, 2, 4}, 6.0);
+    const auto expected = sequentially<TypeParam>(recurrence);
+    std::vector<index> told;
+    index until = 300;
+    const auto progress = [&](index confirmed, index steps, index) {
+        EXPECT_EQ(steps, 300);
+        told.push_back(confirmed);
+        return confirmed < until;
+    };
+    const auto whole = evaluate(recurrence, {.method = Method::sequential, .progress = progress});
+    EXPECT_TRUE(whole.report.ok()) << whole.report;
+    EXPECT_TRUE(same_bits<TypeParam>(whole.trajectory, expected.trajectory));
+    EXPECT_GT(told.size(), 1U);
+    EXPECT_TRUE(std::is_sorted(told.begin(), told.end()));
+    EXPECT_EQ(told.back(), 300);
+
+    until = 100;
+    for (const Options& options : {Options{.method = Method::sequential, .progress = progress},
+                                   Options{.method = Method::newton, .max_iterations = 3, .progress = progress}}) {
+        const auto [trajectory, report] = evaluate(recurrence, options);
+        EXPECT_EQ(report.status, Status::max_iterations) << report;
+        EXPECT_EQ(report.sequences[0].confirmed, told.back());
+        EXPECT_GE(told.back(), 100);
+        EXPECT_LT(told.back(), 300);
+        for (index j = 0; j < 2; ++j)
+            for (index step = 0; step < 300; ++step) {
+                const index held = std::min(step, report.sequences[std::size_t(j)].confirmed - 1);
+                for (index k = 0; k < 4; ++k)
+                    ASSERT_EQ(trajectory.view().at(step, j)[k], expected.trajectory.view().at(held, j)[k]);
+            }
+    }
 }
 
 TYPED_TEST(Evaluate, WindowsOfAnyLengthGiveTheSameResult) {

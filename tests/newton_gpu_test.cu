@@ -310,6 +310,7 @@ TYPED_TEST(NewtonOnGpu, WhatDoesNotConvergeIsFinishedSequentiallyFromEachPrefix)
     options.on_failure = OnFailure::raise;
     EXPECT_THROW(evaluate_there<TypeParam>(recurrence, options), NotConverged);
     Options stopping;
+    stopping.method = Method::newton;
     stopping.progress = [](index, index, index iterations) { return iterations < 2; };
     EXPECT_EQ(evaluate_there<TypeParam>(recurrence, stopping).report.status, Status::max_iterations);
 }

@@ -73,8 +73,8 @@ enum class Estimates {
 };
 
 /// A surrogate, reduction, chunk, guess `given`, window, max_iterations, on_failure other than `finish`, positive
-/// damping, anderson, Estimates::full and progress ask for Newton's method: with any of them `automatic` is `newton`
-/// where the recurrence is not a cell's.
+/// damping, anderson and Estimates::full ask for Newton's method: with any of them `automatic` is `newton` where the
+/// recurrence is not a cell's.
 struct Options {
     Method method = Method::automatic;
     Surrogate surrogate = Surrogate::full;
@@ -101,8 +101,10 @@ struct Options {
     Estimates estimates = Estimates::quick;
     Execution execution = {};
     Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
-    /// Called after each pass with (confirmed steps of the slowest sequence, all steps, passes); false stops the
-    /// evaluation with Status::max_iterations.
+    /// Called with (confirmed steps of the slowest sequence, all steps, passes) after each pass of Newton's method and,
+    /// on a processor, from time to time while a recurrence that is not a cell is evaluated step after step; false
+    /// stops the evaluation with Status::max_iterations. What is stopped step after step holds its last state from
+    /// there on.
     std::function<bool(index confirmed, index steps, index iterations)> progress = {};
     /// Processes that hold consecutive parts of the steps, in the order of their ranks (group.hpp); null: this one
     /// alone.

@@ -284,11 +284,12 @@ private:
         std::vector<double> seconds;
         Clock::time_point begin = Clock::now();
         bool stopped = false;
-        options.progress = [&](index confirmed, index of, index) {
-            if (!going_on(stage, double(confirmed) / double(of))) stopped = true;
-            trial.out_of_time = seconds_since(begin) > limit;
-            return !stopped && !trial.out_of_time;
-        };
+        if (options.method != Method::sequential)
+            options.progress = [&](index confirmed, index of, index) {
+                if (!going_on(stage, double(confirmed) / double(of))) stopped = true;
+                trial.out_of_time = seconds_since(begin) > limit;
+                return !stopped && !trial.out_of_time;
+            };
         // The first run fetches memory, measures a cell's costs and learns how far repairs reach: it does not count.
         for (double total = 0;
              index(seconds.size()) <= most_runs && (seconds.size() < 2 || total < seconds_of_repeating);

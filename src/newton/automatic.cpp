@@ -213,7 +213,7 @@ bool leaves_choice(const Options& options) {
     return options.method == Method::automatic && options.surrogate == Surrogate::full &&
            options.reduction == Reduction::automatic && options.chunk == 0 && options.guess != Guess::given &&
            options.window == 0 && options.max_iterations == 0 && options.on_failure == OnFailure::finish &&
-           options.damping <= 0 && options.anderson == 0 && options.estimates != Estimates::full && !options.progress;
+           options.damping <= 0 && options.anderson == 0 && options.estimates != Estimates::full;
 }
 
 bool leaves_backward_choice(const Options& options) {
@@ -251,7 +251,7 @@ Choice choose(const Recurrence<T>& recurrence, const Options& options) {
 template <class T>
 void learn_from(const Recurrence<T>& recurrence, const Options& options, const Choice& choice, const Report& report,
                 double seconds) {
-    if (choice.candidates.empty()) return;
+    if (choice.candidates.empty() || report.status == Status::max_iterations) return;  // or it was stopped
     learn(key_of(recurrence, options, false), [&](Experience& now) {
         const double per_number = seconds / double(recurrence.shape().count());
         now.observed[choice.method].add(per_number);

@@ -1,7 +1,7 @@
 // Newton's method over a sliding window. Each pass reads: linearise, test, (report and slide), solve, update. It ends
 //   converged              every row of every sequence passed the residual test
 //   non_finite             f of a confirmed state is not finite: the sequence ends there, as it does sequentially
-//   max_iterations         the limit, or the caller's `progress`, said stop
+//   max_iterations         the limit, or the caller's `progress`, said stop, also step after step
 //   finished_sequentially  no progress even after the window was shortened, or passes that take longer than the rest
 //                          would (where the method was chosen): step after step from the confirmed prefix
 
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -36,6 +37,7 @@ namespace {
 
 constexpr double first_damping = 1, more_damping = 3, less_damping = 0.1, least_damping = 1e-4;
 constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
+constexpr double piece_seconds = 0.05;    // of a sequential evaluation that tells how far it is
 
 /// One evaluation. Rows count from `first_`, the step that every active sequence has confirmed.
 template <class T>
@@ -265,22 +267,26 @@ private:
     void run_past_end(index sequence, index confirmed, index j) {
         std::vector<T> state(states().at(confirmed, j), states().at(confirmed, j) + width_);
         const index one[] = {sequence};
-        run_pieces(first_ + confirmed, steps_, one, state.data());
+        run_pieces(first_ + confirmed, steps_, one, state.data(), {});
     }
 
-    /// Evaluates [first, last) of the listed sequences from `state` [1, sequences, width] on, which ends as the last.
-    void run_pieces(index first, index last, std::span<const index> sequences, T* state) {
+    /// Evaluates [first, last) of the listed sequences from `state` [1, sequences, width] on, which ends as the last,
+    /// unless `progress` stops it. Returns the step where it ends.
+    index run_pieces(index first, index last, std::span<const index> sequences, T* state,
+                     const std::function<bool(index, index, index)>& progress) {
         const Stopwatch watch(report_.sequential.seconds);
         const index count = index(sequences.size());
         const Workspace::Scope scope(workspace_);
-        const index piece =
+        const index longest =
             std::min(last - first, window_ > 0 ? std::min(window_, sequential_piece) : sequential_piece);
+        index piece = progress ? 1 : longest;
         // All sequences at once are written where they belong.
         const bool in_place =
             trajectory_.contiguous() && count == trajectory_.batch() && std::ranges::is_sorted(sequences);
-        T* memory = in_place ? nullptr : workspace_.take<T>(Shape{piece, count, width_}.count());
-        for (index begin = first; begin < last; begin += piece) {
-            const index end = std::min(last, begin + piece);
+        T* memory = in_place ? nullptr : workspace_.take<T>(Shape{longest, count, width_}.count());
+        for (index begin = first, end = first; begin < last; begin = end) {
+            const Clock::time_point started = Clock::now();
+            end = std::min(last, begin + piece);
             const View<T> rows =
                 in_place ? trajectory_.steps(begin, end) : View<T>(memory, {end - begin, count, width_});
             recurrence_.run({begin, end, sequences, options_.execution}, View<const T>(state, {1, count, width_}),
@@ -289,8 +295,14 @@ private:
                 for (index j = 0; j < count; ++j)
                     std::copy_n(rows.at(i - begin, j), width_, trajectory_.at(i, sequences[std::size_t(j)]));
             std::copy_n(rows.at(end - begin - 1, 0), count * width_, state);
+            report_.sequential.bytes += (end - begin) * count * width_ * index(sizeof(T));
+            if (progress && !progress(end, steps_, report_.iterations)) {
+                stopped_ = true;
+                return end;
+            }
+            if (seconds_since(started) < piece_seconds) piece = std::min(longest, 2 * piece);
         }
-        report_.sequential.bytes += (last - first) * count * width_ * index(sizeof(T));
+        return last;
     }
 
     std::optional<Status> outcome() {
@@ -458,7 +470,7 @@ private:
         });
         T* state = workspace_.take<T>(index(all.size()) * width_);
         std::vector<index> running;
-        for (std::size_t next = 0; next < order.size();) {
+        for (std::size_t next = 0; next < order.size() && !stopped_;) {
             const index begin = progress[std::size_t(order[next])].confirmed;
             for (; next < order.size() && progress[std::size_t(order[next])].confirmed == begin; ++next) {
                 const index sequence = all[std::size_t(order[next])];
@@ -470,18 +482,20 @@ private:
                     const index one[] = {sequence};
                     recurrence_.initial({0, 0, one, options_.execution}, View<T>(entering, {1, 1, width_}));
                 }
-                Report::Sequence& result = report_.sequences[std::size_t(sequence)];
-                result.status = status;
-                result.confirmed = steps_;
-                report_.sequential_steps += steps_ - first_ - begin;
+                report_.sequences[std::size_t(sequence)].status = status;
             }
             const index end = next < order.size() ? first_ + progress[std::size_t(order[next])].confirmed : steps_;
-            run_pieces(first_ + begin, end, running, state);
+            const index done = run_pieces(first_ + begin, end, running, state, options_.progress);
+            report_.sequential_steps += (done - first_ - begin) * index(running.size());
+            for (const index sequence : running) report_.sequences[std::size_t(sequence)].confirmed = done;
         }
         for (const index sequence : all) {
-            const T* last = trajectory_.at(steps_ - 1, sequence);
-            if (std::all_of(last, last + width_, [](T value) { return std::isfinite(value); })) continue;
             Report::Sequence& result = report_.sequences[std::size_t(sequence)];
+            const T* last = trajectory_.at(result.confirmed - 1, sequence);
+            if (result.confirmed < steps_) result.status = Status::max_iterations;
+            for (index step = result.confirmed; step < steps_; ++step)
+                std::copy_n(last, width_, trajectory_.at(step, sequence));
+            if (std::all_of(last, last + width_, [](T value) { return std::isfinite(value); })) continue;
             result.status = Status::non_finite;
             result.confirmed = 0;
             while (std::all_of(trajectory_.at(result.confirmed, sequence),
