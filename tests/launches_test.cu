@@ -110,7 +110,7 @@ TEST(NewtonLaunches, FiveKernelsPerPass) {
 
 /// A pass of many bytes: its solve waits for the test, and is left out where nothing is left.
 TEST(NewtonLaunches, NoSolveAfterTheLastTestOfALongPass) {
-    const Layers layers(1700, 16);
+    const Layers layers(1400, 32);
     const Buffer<float> trajectory(layers.chain.shape(), Layout::steps_first, Device::cuda()),
         expected(layers.chain.shape(), Layout::steps_first, Device::cuda());
     const int before = emulation::machine().multiprocessors;
