@@ -258,6 +258,13 @@ save("expected.npy", torch.stack(states))
     const Outcome map = run({"evaluate", "--model", "Map.pt", "--steps", "1000", "--width", "3"});
     EXPECT_EQ(map.exit_code, 0) << map.errors;
     EXPECT_THAT(map.output, HasSubstr("1,000 steps of 1 sequences of 3 numbers"));
+    const pid_t child = start({"evaluate", "--model", "Map.pt", "--steps", "10000000", "--width", "3", "--method",
+                               "sequential", "-o", "map.npy"});
+    ASSERT_TRUE(catches_interrupts(child));
+    kill(child, SIGINT);
+    const Outcome interrupted = wait_for(child);
+    EXPECT_EQ(interrupted.exit_code, 130) << interrupted.errors;
+    EXPECT_FALSE(std::filesystem::exists(folder / "map.npy"));
     expect_error({"evaluate", "--model", "Step.pt", "--width", "8"}, HasSubstr("--inputs"));
     expect_error({"evaluate", "--model", "Step.pt", "--inputs", "u.npy"}, HasSubstr("--initial"));
     expect_error({"evaluate", "--model", "Step.pt", "--inputs", "u.npy", "--width", "7"}, HasSubstr("Step.pt"));

@@ -7,7 +7,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
@@ -15,7 +14,6 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
-#include <thread>
 
 #include <deeppcr/array.hpp>
 #include <deeppcr/execution.hpp>
@@ -387,18 +385,6 @@ TEST_F(Solve, StandardOutputThatCannotBeWrittenIsAnError) {
     const Outcome outcome = run({"info"}, [] { dup2(open("/dev/full", O_WRONLY), 1); });
     EXPECT_EQ(outcome.exit_code, 1);
     EXPECT_THAT(outcome.errors, HasSubstr("standard output cannot be written"));
-}
-
-/// Waits until the process has installed its handler of SIGINT, as Linux tells in /proc.
-bool catches_interrupts(pid_t process) {
-    for (int milliseconds = 0; milliseconds < 60'000; ++milliseconds) {
-        std::ifstream status("/proc/" + std::to_string(process) + "/status");
-        for (std::string word; status >> word;)
-            if (unsigned long long caught = 0; word == "SigCgt:" && status >> std::hex >> caught)
-                if ((caught >> (SIGINT - 1) & 1) != 0) return true;
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    return false;
 }
 
 TEST_F(Solve, AnInterruptEndsIt) {

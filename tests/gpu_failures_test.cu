@@ -389,6 +389,24 @@ TEST_F(EmulatedGpu, AWorkspaceDoesNotGrowIntoAGraph) {
     Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); });
 }
 
+TEST_F(EmulatedGpu, AnEvaluationThatIsWaitedForIsNotCaptured) {
+    const Halves recurrence(12, 3);
+    const Stream stream;
+    const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
+    const auto refusal = [&](const auto& call) {
+        const std::string what = message([&] { Captured(stream.stream, call); });
+        EXPECT_NE(what.find("options.execution.stream: expected one that is not captured"), std::string::npos) << what;
+    };
+    Options options{.execution = stream.execution()};
+    for (const Method method : {Method::automatic, Method::newton, Method::overlap, Method::sequential}) {
+        options.method = method;
+        refusal([&] { evaluate(recurrence, trajectory.view(), options); });
+    }
+    options.method = Method::newton;
+    const Report report = evaluate(recurrence, trajectory.view(), options);
+    refusal([&] { adjoint<float>(recurrence, trajectory.view(), report, trajectory.view(), options); });
+}
+
 TEST_F(EmulatedGpu, CallsInDifferentStreamsTakeTurnsInAWorkspace) {
     const Scanned systems[] = {Scanned(300), Scanned(310)};
     Buffer<float> expected[2];

@@ -7,6 +7,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -15,6 +17,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace deeppcr {
@@ -30,6 +33,18 @@ inline void damage(const std::filesystem::path& path) {
     std::string bytes = contents(path);
     bytes[bytes.size() / 2] = char(bytes[bytes.size() / 2] ^ 4);
     std::ofstream(path, std::ios::binary) << bytes;
+}
+
+/// Waits until the process has installed its handler of SIGINT, as Linux tells in /proc.
+inline bool catches_interrupts(pid_t process) {
+    for (int milliseconds = 0; milliseconds < 60'000; ++milliseconds) {
+        std::ifstream status("/proc/" + std::to_string(process) + "/status");
+        for (std::string word; status >> word;)
+            if (unsigned long long caught = 0; word == "SigCgt:" && status >> std::hex >> caught)
+                if ((caught >> (SIGINT - 1) & 1) != 0) return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return false;
 }
 
 class ProgramTest : public testing::Test {

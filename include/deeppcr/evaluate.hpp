@@ -102,9 +102,9 @@ struct Options {
     Execution execution = {};
     Workspace* workspace = nullptr;  ///< memory to reuse between calls; null: allocated and freed by the call
     /// Called with (confirmed steps of the slowest sequence, all steps, passes) after each pass of Newton's method and,
-    /// on a processor, from time to time while a recurrence that is not a cell is evaluated step after step; false
-    /// stops the evaluation with Status::max_iterations. What is stopped step after step holds its last state from
-    /// there on.
+    /// on the processor of one process, from time to time while a recurrence that is not a cell is evaluated step after
+    /// step; false stops the evaluation with Status::max_iterations. What is stopped step after step holds its last
+    /// state from there on.
     std::function<bool(index confirmed, index steps, index iterations)> progress = {};
     /// Processes that hold consecutive parts of the steps, in the order of their ranks (group.hpp); null: this one
     /// alone.

@@ -92,7 +92,7 @@ inline __device__ bool is_last_block(Word* arrived) {
     __syncthreads();
     bool last = false;
     if (threadIdx.x == 0) {
-        __threadfence();  // for all of the block: each thread's would make a short block take twice as long
+        __threadfence();  // one is enough for what the barrier has put before it
         last = atomicAdd(arrived, Word(1)) + 1 == gridDim.x;
     }
     last = __syncthreads_or(last) != 0;
