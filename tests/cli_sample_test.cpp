@@ -258,6 +258,7 @@ save("expected.npy", torch.stack(states))
     const Outcome map = run({"evaluate", "--model", "Map.pt", "--steps", "1000", "--width", "3"});
     EXPECT_EQ(map.exit_code, 0) << map.errors;
     EXPECT_THAT(map.output, HasSubstr("1,000 steps of 1 sequences of 3 numbers"));
+    EXPECT_THAT(map.output, HasSubstr("; chosen ")) << "automatic is the default";
     const pid_t child = start({"evaluate", "--model", "Map.pt", "--steps", "1000000", "--width", "3", "--method",
                                "sequential", "-o", "map.npy"});
     ASSERT_TRUE(catches_interrupts(child));

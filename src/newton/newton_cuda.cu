@@ -41,10 +41,10 @@ namespace {
 
 constexpr index sequential_piece = 1024;  // steps between two copies to the caller's array
 /// Read and written by a pass, per multiprocessor. The host waits for the outcome of each pass to spare the last one's
-/// solve, which takes less than all waits where there are fewer.
+/// solve; of fewer bytes that should take less than all the waits (estimated, not measured).
 constexpr index bytes_worth_waiting = 2 << 20;
 constexpr index most_tracks_of_a_block = 1024, most_entries_of_a_block = 1 << 16;  // that one block gets through
-/// Per multiprocessor: of more blocks, what each does to find out whether it is the last takes longer than a launch.
+/// Per multiprocessor: of more, finding out which is the last should take longer than a launch (estimated likewise).
 constexpr index most_blocks_to_ask = 16;
 constexpr index least_slide = 8;                  // a window slides by at least one part in so many
 constexpr index growth_rows = 256;                // followed for the Report's Lyapunov exponent
