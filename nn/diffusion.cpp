@@ -1,7 +1,7 @@
 #include <deeppcr/nn/diffusion.hpp>
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <memory>

@@ -1,6 +1,6 @@
 #include <deeppcr/nn/tasks.hpp>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <algorithm>
 #include <cmath>

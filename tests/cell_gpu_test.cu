@@ -10,6 +10,8 @@
 #include "tests/compare.hpp"
 
 namespace deeppcr {
+namespace {
+
 /// From large states it overflows; from small ones it does not.
 struct Squares {
     static constexpr int states = 1, inputs = 1, parameters = 1;
@@ -18,7 +20,6 @@ struct Squares {
         return {p[0] * x[0] * x[0] + u[0]};
     }
 };
-namespace {
 
 /// Not built in, the example of the documentation.
 struct LeakyTanh {
@@ -29,7 +30,7 @@ struct LeakyTanh {
         return {(S(1) - a) * x[0] + a * tanh(w * x[0] + u[0])};
     }
 };
-DEEPPCR_CELL_ON_GPU(LeakyTanh);
+DEEPPCR_CELL_ON_GPU(::deeppcr::LeakyTanh);
 
 /// Its first state is not a number once it was large; the second one forgets everything at once.
 template <int power>
@@ -42,7 +43,6 @@ struct FirstIsNaN {
         return {S(0) * large + p[0], u[0]};
     }
 };
-DEEPPCR_CELL_ON_GPU(::deeppcr::Squares);
 
 /// Linear, with a factor and a summand for every step.
 struct Affine {
@@ -464,6 +464,7 @@ using CellOnGpuCorners = OnGpuTest;
 
 TEST_F(CellOnGpuCorners, WhatIsNotFiniteInGuessesIsReplaced) {
     cell::register_on_gpu<FirstIsNaN<30>, float>();
+    cell::register_on_gpu<Squares, float>();
     const Shape shape{200, 1, 12};
     const auto expect_right = [&](const auto& cell, double guess) {
         using C = std::decay_t<decltype(cell)>;
@@ -492,6 +493,7 @@ TEST_F(CellOnGpuCorners, WhatIsNotFiniteInGuessesIsReplaced) {
 }
 
 TEST_F(CellOnGpuCorners, TheFirstStepThatIsNotFiniteIsFound) {
+    cell::register_on_gpu<Squares, float>();
     const Buffer<float> inputs({300, 2, 3}), parameters({1, 1, 3}), initial({1, 2, 3});
     std::fill_n(inputs.data(), inputs.size(), 0.1F);
     std::fill_n(parameters.data(), parameters.size(), 1.0F);
@@ -542,7 +544,7 @@ TEST_F(CellOnGpuCorners, WhatOverflowsWhereItIsRoundedIsNotFinite) {
 }
 
 TEST_F(CellOnGpuCorners, ALaterRepairKeepsTheResidualOfAnEarlierOne) {
-    cell::register_on_gpu<Affine, float, double>();
+    cell::register_on_gpu<Affine, double>();
     const Buffer<double> inputs({120, 1, 2}), parameters({1, 1, 1});
     parameters(0, 0, 0) = 1;
     for (index t = 0; t < 120; ++t) inputs(t, 0, 0) = t < 80 ? 1 : t == 80 ? 0.3 : 0.5;

@@ -26,7 +26,9 @@ struct Problem {
 /// Each rank's part on the GPU against all of it on a processor.
 template <class T>
 void expect_solved(const Problem& problem, bool transposed, bool in_place, Layout layout, double tolerance) {
-    const auto& [shape, block, method] = problem;
+    const Shape shape = problem.shape;
+    const index block = problem.block;
+    const Reduction method = problem.method;
     const auto factors = Buffer<T>::random({shape.steps, shape.batch, shape.width * block}, 1, layout);
     const auto right_side = Buffer<T>::random(shape, 2, layout), initial = Buffer<T>::random({1, 3, shape.width}, 3);
     for (index i = 0; i < factors.size(); ++i) factors.data()[i] *= T(0.8 / std::sqrt(double(block)));

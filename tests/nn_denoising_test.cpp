@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <ATen/ops/from_blob.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <functional>

@@ -2,7 +2,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/nn/modules/rnn.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <limits>

@@ -1,7 +1,8 @@
 // Language models: what they compute, their gradients, their plan, their training, and text from them.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <cmath>
 #include <fstream>

@@ -3,7 +3,9 @@
 // tests/nn_torch_library_test.py checks all of them together, and their gradients.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/serialize.h>
+#include <torch/types.h>
 
 #include <functional>
 #include <sstream>

@@ -2,7 +2,8 @@
 // docs/scaling.md says. Simulated here, and as processes by mpirun (Processes*).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/types.h>
 
 #include <bit>
 #include <cmath>

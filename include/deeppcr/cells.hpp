@@ -64,4 +64,16 @@ struct SLSTM {
     }
 };
 
+namespace cell {
+// Compiled in the library, not wherever they are used.
+#define DEEPPCR_KERNELS_OF(cell)                                     \
+    extern template const Kernels<float>& kernels_of<cell, float>(); \
+    extern template const Kernels<double>& kernels_of<cell, double>();
+DEEPPCR_KERNELS_OF(ParaGRU)
+DEEPPCR_KERNELS_OF(ParaLSTM)
+DEEPPCR_KERNELS_OF(DiagonalElman)
+DEEPPCR_KERNELS_OF(SLSTM)
+#undef DEEPPCR_KERNELS_OF
+}  // namespace cell
+
 }  // namespace deeppcr

@@ -1,8 +1,5 @@
 #include "cuda_runtime.h"
 
-#include <ucontext.h>
-#include <csetjmp>
-
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -16,11 +13,19 @@
 #include <string>
 #include <vector>
 
+#include <boost/context/fiber.hpp>
+
+// What tells AddressSanitizer of a change of stacks.
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__  // as GCC does
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define SANITIZED
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
 #endif
 
 uint3 threadIdx, blockIdx;
@@ -45,9 +50,7 @@ struct Block;
 struct Fiber {
     uint3 thread{};
     Block* block = nullptr;
-    ucontext_t context{};
-    std::jmp_buf place{};
-    bool begun = false;
+    boost::context::fiber context;
     std::unique_ptr<unsigned char[]> stack;
     Meeting* waiting = nullptr;  // for the end of `round`
     std::size_t round = 0;
@@ -77,8 +80,7 @@ constexpr std::size_t stack_bytes = std::size_t(256) << 10;
 struct Scheduler {
     const std::function<void()>* kernel = nullptr;
     Fiber* now = nullptr;
-    ucontext_t context{};
-    std::jmp_buf place{};
+    boost::context::fiber context;
     const void* stack = nullptr;
     std::size_t stack_size = 0;
     void* fake_stack = nullptr;
@@ -92,58 +94,39 @@ void switch_to_fiber(Fiber& fiber) {
     scheduler.now = &fiber;
     threadIdx = fiber.thread;
     blockIdx = fiber.block->where;
-#if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler.fake_stack, fiber.stack.get(), stack_bytes);
-#endif
-#if defined(SANITIZED)
-    swapcontext(&scheduler.context, &fiber.context);
-#else  // without swapcontext's system calls
-    if (_setjmp(scheduler.place) == 0) {
-        if (fiber.begun) _longjmp(fiber.place, 1);
-        fiber.begun = true;
-        setcontext(&fiber.context);
-    }
-#endif
-#if defined(__SANITIZE_ADDRESS__)
+    fiber.context = std::move(fiber.context).resume();
     __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
-#endif
     scheduler.now = nullptr;
 }
 
-void switch_to_scheduler(Fiber& fiber, bool for_ever) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber.fake_stack, scheduler.stack, scheduler.stack_size);
-#else
-    (void)for_ever;
-#endif
-#if defined(SANITIZED)
-    swapcontext(&fiber.context, &scheduler.context);
-#else
-    if (_setjmp(fiber.place) == 0) _longjmp(scheduler.place, 1);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
+void switch_to_scheduler(Fiber& fiber) {
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, scheduler.stack, scheduler.stack_size);
+    scheduler.context = std::move(scheduler.context).resume();
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler.stack, &scheduler.stack_size);
-#endif
 }
 
-void begin_fiber() {
-    Fiber& fiber = *scheduler.now;
-#if defined(__SANITIZE_ADDRESS__)
+boost::context::fiber run_fiber(boost::context::fiber&& from) {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_size);
-#endif
+    scheduler.context = std::move(from);
+    Fiber& fiber = *scheduler.now;
     (*scheduler.kernel)();
     fiber.done = true;
     --fiber.block->running;
     scheduler.moved = true;
-    switch_to_scheduler(fiber, true);
+    __sanitizer_start_switch_fiber(nullptr, scheduler.stack, scheduler.stack_size);
+    return std::move(scheduler.context);
 }
 
 void prepare(Fiber& fiber) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = stack_bytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, begin_fiber, 0);
+    struct KeepsTheStack {
+        void deallocate(boost::context::stack_context&) {}
+    };
+    boost::context::stack_context stack;
+    stack.size = stack_bytes;
+    stack.sp = fiber.stack.get() + stack_bytes;
+    fiber.context = boost::context::fiber(std::allocator_arg, boost::context::preallocated(stack.sp, stack.size, stack),
+                                          KeepsTheStack(), run_fiber);
 }
 
 /// Waits until `expected` threads have come; returns the round that they have ended.
@@ -159,7 +142,7 @@ std::size_t meet(Meeting& meeting, std::size_t expected) {
     }
     fiber.waiting = &meeting;
     fiber.round = round;
-    switch_to_scheduler(fiber, false);
+    switch_to_scheduler(fiber);
     return round;
 }
 
@@ -352,7 +335,7 @@ unsigned char* shared_memory() { return scheduler.now->block->shared.get(); }
 
 int lane() { return int(number_in_block() % 32); }
 
-void yield() { switch_to_scheduler(*scheduler.now, false); }
+void yield() { switch_to_scheduler(*scheduler.now); }
 
 void wait_for_block() { count_in_block(0); }
 
