@@ -472,6 +472,7 @@ Plot plot_of_curves(const Json& rnn, Plot plot, const Value& value) {
 }
 
 const Axis steps_axis{.label = "steps T", .logarithm = 2};
+const Axis ratio_axis{.label = "ratio of median seconds", .logarithm = 10};
 
 Plot ratio_plot(const Json& rnn) {
     return plot_of_curves(
@@ -480,7 +481,7 @@ Plot ratio_plot(const Json& rnn) {
          .caption = "The fastest of overlap, shooting and Newton + scan against the fused sequential method. Above the "
                     "dotted line parallel is faster, below it is slower.",
          .x = steps_axis,
-         .y = {.label = "ratio of median seconds", .logarithm = 10},
+         .y = ratio_axis,
          .series = {},
          .reference = 1.0,
          .reference_label = "equally fast"},
