@@ -544,7 +544,7 @@ TEST_F(CellOnGpuCorners, WhatOverflowsWhereItIsRoundedIsNotFinite) {
 }
 
 TEST_F(CellOnGpuCorners, ALaterRepairKeepsTheResidualOfAnEarlierOne) {
-    cell::register_on_gpu<Affine, double>();
+    cell::register_on_gpu<Affine, float, double>();
     const Buffer<double> inputs({120, 1, 2}), parameters({1, 1, 1});
     parameters(0, 0, 0) = 1;
     for (index t = 0; t < 120; ++t) inputs(t, 0, 0) = t < 80 ? 1 : t == 80 ? 0.3 : 0.5;
