@@ -19,8 +19,8 @@
 #include <deeppcr/array.hpp>
 #include <deeppcr/scalar.hpp>
 
-// A kernel has all of its Cell in itself (flatten) and is optimised whatever the program around it asks for: GCC makes
-// vectors of lanes from -O3 on.
+// A kernel has all of its Cell in itself (flatten) and is optimised whatever the program around it asks for, but for
+// -O0, where GCC inlines nothing: it makes vectors of lanes from -O3 on.
 #if defined(__clang__)
 #define DEEPPCR_KERNEL DEEPPCR_FLATTEN
 #define DEEPPCR_WIDEST

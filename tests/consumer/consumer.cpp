@@ -43,7 +43,7 @@ static double seconds_of(const Buffer<float>& u, const Buffer<float>& p) {
     return least;
 }
 
-/// The user's cell in chunks side by side, and as fast as the library's own, however this program is compiled.
+/// The user's cell in chunks side by side, and as fast as the library's own, however little this program is optimised.
 static bool cell_is_right_and_fast() {
     const auto u = Buffer<float>::random({.steps = 5000, .batch = 1, .width = 256}, 1);
     const Buffer<float> p({2, 1, 256});
