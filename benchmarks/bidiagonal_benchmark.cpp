@@ -10,39 +10,24 @@
 #include <emmintrin.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include <deeppcr/bidiagonal.hpp>
 
 #include "device/threads.hpp"
+#include "measuring.hpp"
 
 extern "C" void openblas_set_num_threads(int threads);
 
 namespace {
 
 using namespace deeppcr;
+using namespace deeppcr::benchmarks;
 
-index case_elements() {
-    const char* text = std::getenv("DEEPPCR_BENCHMARK_ELEMENTS");
-    return text ? std::max<index>(1, std::atoll(text)) : index(64) << 20;
-}
-
-double seconds(const std::function<void()>& body) {
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
+constexpr index usual_elements = index(64) << 20;
 
 /// Uniform numbers in [low, high): fast, and the same for every thread count.
 void fill(float* data, index count, float low, float high) {
@@ -139,7 +124,7 @@ double operations(const Case& c, const Shape& shape) {
 }
 
 void measure(benchmark::State& state, const Case& c, Bound bound) {
-    System system(c, case_elements());
+    System system(c, case_elements(usual_elements));
     const index triad_count = std::min(system.factors.size(), index(64) << 20) / 4 * 4;
     auto a = Buffer<float>::uninitialised({triad_count, 1, 1}), b = Buffer<float>::uninitialised({triad_count, 1, 1}),
          x = Buffer<float>::uninitialised({triad_count, 1, 1});
@@ -214,7 +199,7 @@ std::vector<std::pair<Case, Bound>> cases() {
                       .batch = 1,
                       .width = block,
                       .block = block,
-                      .steps = std::clamp<index>(case_elements() / 16 / (block * block), 16, 1 << 14),
+                      .steps = std::clamp<index>(case_elements(usual_elements) / 16 / (block * block), 16, 1 << 14),
                       .method = method,
                       .chunk = method == Reduction::scan ? index(64) : 0});
     return all;

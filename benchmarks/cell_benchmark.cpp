@@ -12,30 +12,22 @@
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
 #include <deeppcr/deeppcr.hpp>
 
+#include "measuring.hpp"
+
 namespace {
 
 using namespace deeppcr;
+using namespace deeppcr::benchmarks;
 
-index case_elements() {
-    const char* text = std::getenv("DEEPPCR_BENCHMARK_ELEMENTS");
-    return text ? std::max<index>(1, std::atoll(text)) : index(4) << 20;
-}
-
+constexpr index usual_elements = index(4) << 20;
 constexpr int least_turns = 7;
 constexpr double least_seconds = 0.3;  // of all turns of a case
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
 
 template <class C>
 void run_methods(benchmark::State& state, index steps, index channels, float scale, bool backward) {
@@ -60,13 +52,13 @@ void run_methods(benchmark::State& state, index steps, index channels, float sca
     std::vector<std::vector<double>> seconds(methods.size());
     const auto gradient = Buffer<float>::random(recurrence.shape(), 3);
     const auto run = [&](Method method) {
-        const auto begin = std::chrono::steady_clock::now();
+        const auto begin = Clock::now();
         if (backward)
             benchmark::DoNotOptimize(
                 adjoint(recurrence, expected.trajectory.view(), expected.report, gradient.view(), {.method = method}));
         else
             benchmark::DoNotOptimize(evaluate(recurrence, trajectory.view(), {.method = method, .tolerance = 1e-5}));
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        return seconds_since(begin);
     };
     for (const Method method : methods) run(method);
     for (auto iteration : state) {
@@ -92,7 +84,7 @@ void run_methods(benchmark::State& state, index steps, index channels, float sca
 
 template <class C>
 void add(index steps, index channels, float scale = 0.5F, bool backward = false) {
-    steps = std::max<index>(2, std::min(steps, case_elements() / channels));
+    steps = std::max<index>(2, std::min(steps, case_elements(usual_elements) / channels));
     const std::string name = std::string(C::name) + (backward ? "/backward" : "/forward") +
                              (scale > 1 ? "/strong" : "") + "/steps:" + std::to_string(steps) +
                              "/channels:" + std::to_string(channels);
@@ -112,7 +104,7 @@ void add_all() {
     add<C>(4096, 1024, 0.5F, true);
     for (index steps = 64; steps <= (index(1) << 20); steps *= 4)
         for (index channels = 1; channels <= 4096; channels *= 4)
-            if (steps * channels <= case_elements()) add<C>(steps, channels);
+            if (steps * channels <= case_elements(usual_elements)) add<C>(steps, channels);
 }
 
 }  // namespace

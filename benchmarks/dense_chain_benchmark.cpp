@@ -14,9 +14,7 @@
 #include <cblas.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <numeric>
 #include <string>
@@ -24,22 +22,14 @@
 
 #include <deeppcr/dense_chain.hpp>
 
+#include "measuring.hpp"
+
 extern "C" void openblas_set_num_threads(int threads);
 
 namespace {
 
 using namespace deeppcr;
-
-double seconds(const std::function<void()>& body) {
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
+using namespace deeppcr::benchmarks;
 
 Buffer<float> random(const Shape& shape, std::uint64_t seed, float deviation) {
     auto numbers = Buffer<float>::random(shape, seed);
@@ -116,8 +106,7 @@ enum class What { forward, backward, linearise, pack };
 
 void measure(benchmark::State& state, What what, index batch, index width) {
     if (width <= 64 && !verified(batch, width)) return state.SkipWithError("differs from the reference backend");
-    const char* text = std::getenv("DEEPPCR_BENCHMARK_ELEMENTS");
-    const index elements = text ? std::max<index>(1, std::atoll(text)) : index(1) << 18;
+    const index elements = case_elements(index(1) << 18);
     Network network(std::clamp<index>(elements / (width * width), 8, 1024), batch, width);
     openblas_set_num_threads(default_threads());
     network.forward_with_slopes();

@@ -19,9 +19,6 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cstdlib>
-#include <functional>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -29,21 +26,13 @@
 
 #include <deeppcr/nn/dense_cell.hpp>
 
+#include "measuring.hpp"
+
 namespace {
 
 using namespace deeppcr;
+using namespace deeppcr::benchmarks;
 using deeppcr::index;  // not strings.h's
-
-double seconds(const std::function<void()>& body) {
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
 
 /// The same layer twice, on the same numbers.
 struct Layers {
@@ -129,13 +118,9 @@ struct Layers {
     }
 };
 
-/// Medians of what both sides take, [0]: LibTorch's part with all threads, [1]: with one; the better one counts.
-using Times = std::vector<double>[2];
-double best(const Times& times) { return std::min(median(times[0]), median(times[1])); }
-
 void measure(benchmark::State& state, bool training, DenseCellKind kind, index batch, index hidden) {
-    const char* text = std::getenv("DEEPPCR_BENCHMARK_ELEMENTS");
-    const index steps = text ? std::clamp<index>(std::atoll(text) / (gate_count(kind) * hidden * hidden), 2, 256) : 256;
+    const index per_step = gate_count(kind) * hidden * hidden;
+    const index steps = std::clamp<index>(case_elements(256 * per_step) / per_step, 2, 256);
     Layers layers(kind, steps, batch, hidden);
     if (!layers.verified()) return state.SkipWithError("cell and LibTorch differ");
 

@@ -12,9 +12,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <functional>
 #include <numeric>
 #include <string>
@@ -22,21 +20,13 @@
 
 #include <deeppcr/dense_chain.hpp>
 
+#include "measuring.hpp"
+
 namespace {
 
 using namespace deeppcr;
+using namespace deeppcr::benchmarks;
 using deeppcr::index;  // not strings.h's
-
-double seconds(const std::function<void()>& body) {
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
 
 View<float> view(const torch::Tensor& tensor) {
     return {tensor.data_ptr<float>(), {tensor.size(0), tensor.size(1), tensor.size(2)}};
@@ -116,27 +106,27 @@ struct Networks {
 };
 
 void measure(benchmark::State& state, bool training, index batch, index width) {
-    const char* text = std::getenv("DEEPPCR_BENCHMARK_ELEMENTS");
-    const index elements = text ? std::max<index>(1, std::atoll(text)) : index(1) << 18;
+    const index elements = case_elements(index(1) << 18);
     Networks networks(std::clamp<index>(elements / (width * width), 8, 1024), batch, width);
     if (!networks.verified()) return state.SkipWithError("chain and LibTorch differ");
 
     const DenseChain<float> chain = networks.chain();
     const std::function<void()> ours = [&] { training ? networks.train() : networks.run(chain); };
     const std::function<void()> theirs = [&] { training ? networks.torch_train() : networks.torch_run(); };
-    std::vector<double> chain_seconds, one_thread, all_threads;
+    std::vector<double> chain_seconds;
+    Times torch_seconds;
     for (auto _ : state) {
         chain_seconds.push_back(seconds(ours));
         torch::set_num_threads(1);
-        one_thread.push_back(seconds(theirs));
+        torch_seconds[1].push_back(seconds(theirs));
         torch::set_num_threads(default_threads());
-        all_threads.push_back(seconds(theirs));
+        torch_seconds[0].push_back(seconds(theirs));
     }
-    const double best = std::min(median(one_thread), median(all_threads));
+    const double fastest = best(torch_seconds);
     state.counters["layers"] = double(networks.layers);
     state.counters["us_per_layer"] = median(chain_seconds) / double(networks.layers) * 1e6;
-    state.counters["LibTorch_us_per_layer"] = best / double(networks.layers) * 1e6;
-    state.counters["times_faster"] = best / median(chain_seconds);
+    state.counters["LibTorch_us_per_layer"] = fastest / double(networks.layers) * 1e6;
+    state.counters["times_faster"] = fastest / median(chain_seconds);
 }
 
 }  // namespace
