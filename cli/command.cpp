@@ -12,6 +12,7 @@
 #include <thread>
 
 #include <deeppcr/execution.hpp>
+#include <files/write.hpp>
 
 namespace deeppcr::program {
 namespace {
@@ -117,6 +118,13 @@ void Progress::update(double done, const std::string& note) {
         std::cerr << '\r' << shortened(line, terminal_columns() - 1) << "\x1b[K" << std::flush;
     else
         std::cerr << line << std::endl;
+}
+
+void check_output(const std::filesystem::path& output, bool overwrite) {
+    std::error_code error;
+    if (std::filesystem::exists(output, error) && !overwrite)
+        throw FileError(output, "exists: name another with --output, or give --overwrite");
+    files::check_writable(output);
 }
 
 CLI::Validator without_sign() {

@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -78,6 +79,10 @@ private:
 
 /// "0:41", "12:05", "1:02:03"
 std::string clock_time(double seconds);
+
+/// Before a long computation: throws FileError where its output exists and --overwrite is not given, or where it cannot
+/// be written.
+void check_output(const std::filesystem::path& output, bool overwrite);
 
 /// For options whose type has no sign: CLI11 alone reads "-1" as 2^64 - 1.
 CLI::Validator without_sign();

@@ -8,7 +8,6 @@
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/nn/script_step.hpp>
 #include <files/npy.hpp>
-#include <files/write.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
@@ -126,12 +125,7 @@ Exit run_evaluate(const Arguments& arguments, Output& output) {
                               arguments.initial.empty() ? "neither" : "both");
     if (arguments.steps < 0) throw InvalidArgument("--steps", "at least 1", std::to_string(arguments.steps));
     if (arguments.width < 0) throw InvalidArgument("--width", "at least 1", std::to_string(arguments.width));
-    if (!arguments.output.empty()) {
-        std::error_code error;
-        if (std::filesystem::exists(arguments.output, error) && !arguments.overwrite)
-            throw FileError(arguments.output, "exists: name another with --output, or give --overwrite");
-        files::check_writable(arguments.output);
-    }
+    if (!arguments.output.empty()) check_output(arguments.output, arguments.overwrite);
     Tensor inputs;
     if (!arguments.inputs.empty()) {
         inputs = files::read_npy(arguments.inputs);

@@ -3,7 +3,6 @@
 #include <optional>
 
 #include <deeppcr/nn/tokens.hpp>
-#include <files/error.hpp>
 
 #include "command.hpp"
 #include "report.hpp"
@@ -26,9 +25,7 @@ Exit run_prepare(const Arguments& arguments, Output& output) {
     options.sentencepiece = arguments.sentencepiece;
     options.pieces = arguments.pieces;
     options.validation = arguments.validation;
-    std::error_code error;
-    if (std::filesystem::exists(options.output, error) && !arguments.overwrite)
-        throw FileError(options.output, "exists: name another with --output, or give --overwrite");
+    check_output(options.output, arguments.overwrite);
 
     std::optional<Progress> bar(std::in_place, "preparing", 1.0);
     options.progress = [&](index bytes, index all) {

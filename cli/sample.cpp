@@ -6,7 +6,6 @@
 #include <deeppcr/nn/diffusion.hpp>
 #include <files/npy.hpp>
 #include <files/png.hpp>
-#include <files/write.hpp>
 
 #include "command.hpp"
 #include "given_options.hpp"
@@ -91,10 +90,7 @@ Exit run_sample(const Arguments& arguments, Output& output) {
     if (!arguments.output.ends_with(".npy") && !picture_size(shape))
         throw InvalidArgument("--output", "a .npy file, as samples of this shape are no grey pictures",
                               arguments.output);
-    std::error_code error;
-    if (std::filesystem::exists(arguments.output, error) && !arguments.overwrite)
-        throw FileError(arguments.output, "exists: name another with --output, or give --overwrite");
-    files::check_writable(arguments.output);
+    check_output(arguments.output, arguments.overwrite);
     warn_about_slow_blas(output);
 
     std::optional<Progress> bar(std::in_place, "denoising", double(std::max<index>(1, options.sampler.steps)));
