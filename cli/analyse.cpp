@@ -1,6 +1,5 @@
 // deeppcr analyse: can a recurrence be evaluated in parallel, by which method, and does that pay on this machine?
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -360,9 +359,9 @@ std::vector<Solution> try_solutions(const BidiagonalSystem<T>& system, const Arg
         std::vector<double> seconds;
         for (int run = 0; run < 4; ++run) {
             if (interrupted()) throw Interrupted();
-            const auto begin = std::chrono::steady_clock::now();
+            const auto begin = Clock::now();
             solve(system, x, {solution.reduction, {.threads = arguments.threads}, 0, &workspace});
-            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+            seconds.push_back(seconds_since(begin));
             if (run == 0) solution.residual = residual_of<T>(system, x, false);
             if (!solution.residual.small || seconds.back() > arguments.seconds) break;
         }

@@ -108,7 +108,7 @@ void Progress::update(double done, const std::string& note) {
     drawn_ = true;
 
     const double fraction = total_ > 0 ? std::clamp(done / total_, 0.0, 1.0) : 1.0;
-    const double elapsed = std::chrono::duration<double>(now - begin_).count();
+    const double elapsed = seconds_since(begin_);
     std::string line = title_ + "  ";
     for (int cell = 0; cell < cells; ++cell) line += cell < int(std::lround(fraction * cells)) ? "█" : "░";
     line += "  " + std::to_string(int(std::floor(fraction * 100))) + " %";

@@ -19,6 +19,12 @@ namespace deeppcr::program {
 
 using Json = nlohmann::ordered_json;
 
+using Clock = std::chrono::steady_clock;
+
+inline double seconds_since(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
 /// Exit codes, as `deeppcr --help` documents them.
 enum class Exit {
     done = 0,
@@ -69,7 +75,6 @@ public:
     void update(double done, const std::string& note = {});
 
 private:
-    using Clock = std::chrono::steady_clock;
     std::string title_;
     double total_;
     bool terminal_;

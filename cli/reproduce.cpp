@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
@@ -257,7 +256,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
     if (arguments.wants("lm")) check_language_model_data(arguments.experiment);
     prepare_folder(arguments);
 
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     Json results{{"program", "deeppcr reproduce"},
                  {"version", version()},
                  {"complete", false},
@@ -311,7 +310,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
             results["agreement"] = agreement;
         }
         results["complete"] = complete && i + 1 == parts.size();
-        results["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        results["seconds"] = seconds_since(begin);
         write_report(arguments, results);
         output.line(parts[i].summarise(part));
     }

@@ -1,6 +1,5 @@
 // Multilayer perceptrons, evaluated and differentiated over their depth (arXiv 2309.16318, section 4.1).
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -57,9 +56,9 @@ private:
 
 template <class Call>
 double seconds_of(const Call& call) {
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     call();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return seconds_since(begin);
 }
 
 /// One way of computing a forward and a backward pass, with what it computed last and the seconds that it took.
@@ -190,7 +189,7 @@ Json measure(index width, index depth, index batch, const Grid& sizes, std::uint
     }
 
     // Interleaved, so that whatever else the machine does meets all of them alike.
-    const auto begin = std::chrono::steady_clock::now();
+    const auto begin = Clock::now();
     int repetitions = 0;
     for (bool enough = false; !enough; ++repetitions) {
         for (Contender& contender : contenders) {
@@ -198,7 +197,7 @@ Json measure(index width, index depth, index batch, const Grid& sizes, std::uint
             contender.forward();
             contender.backward();
         }
-        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        const double seconds = seconds_since(begin);
         const int measured = repetitions + 1;
         if (!going_on(std::min(1.0, std::max(seconds / sizes.seconds, double(measured) / sizes.most_repetitions))))
             return {};

@@ -1,6 +1,5 @@
 // Recurrent cells over time: one long sequence, a map of sizes, weights after training, and how right the results are.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <deque>
 #include <memory>
@@ -163,7 +162,6 @@ Options options_of(Method method) {
 
 /// Every method on one problem, sequential first; null where it is to stop.
 Json measure(const Problem& problem, const std::vector<Method>& methods, const Sizes& sizes, const Course& course) {
-    using Clock = std::chrono::steady_clock;
     const ChannelwiseRecurrence<float>& recurrence = *problem.recurrence;
     const Buffer<float> trajectory(recurrence.shape());
     const Evaluation<float> expected = evaluate(recurrence, options_of(Method::sequential));
@@ -199,10 +197,10 @@ Json measure(const Problem& problem, const std::vector<Method>& methods, const S
             if (!contender.report.ok() || too_slow) continue;
             const auto start = Clock::now();
             run(contender);
-            contender.seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+            contender.seconds.push_back(seconds_since(start));
             contender.total_seconds += contender.seconds.back();
         }
-        const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+        const double seconds = seconds_since(begin);
         const int measured = repetitions + 1;
         if (!course.going_on(std::max(seconds / sizes.seconds, double(measured) / sizes.most_repetitions))) return {};
         enough =

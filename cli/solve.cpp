@@ -1,6 +1,5 @@
 // deeppcr solve: x_t = A_t x_{t-1} + b_t with x_0 = 0, from and to .npy files.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <filesystem>
 #include <limits>
@@ -68,7 +67,7 @@ Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& 
         return arguments.transposed ? solve_transposed(given, x, options) : solve(given, x, options);
     };
     const auto run = [&] {
-        const auto begin = std::chrono::steady_clock::now();
+        const auto begin = Clock::now();
         if (options.execution.backend == Backend::cuda) {  // the copies count
             const Buffer<T> factors = on_gpu(subdiagonal), states = on_gpu(right_side);
             const View<T> x(states.data(), problem.states);
@@ -78,7 +77,7 @@ Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& 
         } else {
             used = solve_here(system, solution);
         }
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        return seconds_since(begin);
     };
     double seconds = run();
     Residual residual = residual_of<T>(system, solution, arguments.transposed);
