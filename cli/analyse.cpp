@@ -188,8 +188,6 @@ std::string verdict(const Analysis& analysis) {
     return text;
 }
 
-Json finite(double value) { return std::isfinite(value) ? Json(value) : Json(); }
-
 template <class T>
 Json to_json(const std::string& description, const Shape& shape, const Analysis& analysis) {
     Json result{{"recurrence", description},

@@ -6,6 +6,7 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cmath>
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -18,6 +19,9 @@
 namespace deeppcr::program {
 
 using Json = nlohmann::ordered_json;
+
+/// Null where the number is not finite.
+inline Json finite(double number) { return std::isfinite(number) ? Json(number) : Json(); }
 
 using Clock = std::chrono::steady_clock;
 

@@ -105,12 +105,12 @@ Exit evaluate_file(const Arguments& arguments, const Options& given, const Tenso
     json["iterations"] = report.iterations;
     json["residual"] = report.residual;
     json["relative_residual"] = report.relative_residual;
-    json["error"] = std::isfinite(report.error) ? Json(report.error) : Json();
-    json["lyapunov"] = std::isfinite(report.lyapunov) ? Json(report.lyapunov) : Json();
+    json["error"] = finite(report.error);
+    json["lyapunov"] = finite(report.lyapunov);
     json["seconds"] = report.seconds;
     if (sequential) {
         json["sequential_seconds"] = sequential->seconds;
-        json["largest_difference"] = std::isfinite(difference) ? Json(difference) : Json();
+        json["largest_difference"] = finite(difference);
     }
     return report.ok() ? Exit::done : Exit::failed;
 }

@@ -25,7 +25,7 @@ Json to_json(const nn::LanguageStep& step) {
               {"loss", step.loss},
               {"learning_rate", step.learning_rate},
               {"gradient_norm", step.gradient_norm},
-              {"growth", std::isfinite(step.growth) ? Json(step.growth) : Json()},
+              {"growth", finite(step.growth)},
               {"skipped", step.skipped}};
     json.update(newton_json(step));
     json["tokens_per_second"] = step.tokens_per_second;
