@@ -161,10 +161,7 @@ Json curve_of(const nn::LanguageTraining& training, bool is_cell) {
     for (const nn::LanguageStep& step : training.steps) {
         curve["step"].push_back(step.step);
         curve["loss"].push_back(step.loss);
-        if (!is_cell) continue;
-        curve["mean_iterations"].push_back(step.mean_iterations);
-        curve["residual"].push_back(step.residual);
-        curve["lyapunov"].push_back(std::isfinite(step.lyapunov) ? Json(step.lyapunov) : Json());
+        if (is_cell) add_figures(curve, step);
     }
     return curve;
 }

@@ -103,10 +103,7 @@ Json curve_of(const nn::TaskTraining& training, bool is_cell) {
         curve["loss"].push_back(step.loss);
         curve["accuracy"].push_back(step.accuracy);
         curve["length"].push_back(step.length);
-        if (!is_cell) continue;
-        curve["mean_iterations"].push_back(step.mean_iterations);
-        curve["residual"].push_back(step.residual);
-        curve["lyapunov"].push_back(std::isfinite(step.lyapunov) ? Json(step.lyapunov) : Json());
+        if (is_cell) add_figures(curve, step);
     }
     return curve;
 }

@@ -77,6 +77,12 @@ Series curve(const std::string& name, const Json& steps, const Json& values, OfW
     return series;
 }
 
+void add_figures(Json& curve, const nn::NewtonFigures& step) {
+    curve["mean_iterations"].push_back(step.mean_iterations);
+    curve["residual"].push_back(step.residual);
+    curve["lyapunov"].push_back(finite(step.lyapunov));
+}
+
 std::vector<Plot> newton_plots(const Json& trainings) {
     Plot iterations{.title = "Newton iterations over the training",
                     .caption = "Of a step's evaluations of cells, the mean.",

@@ -64,6 +64,9 @@ struct Sample {
 enum class OfWindow { mean, largest };
 Series curve(const std::string& name, const Json& steps, const Json& values, OfWindow kind = OfWindow::mean);
 
+/// What Newton's method did in a step, at the end of the lists that newton_plots shows.
+void add_figures(Json& curve, const nn::NewtonFigures& step);
+
 /// Newton's method over trainings: a plot of each of iterations, residual and Lyapunov exponent. trainings: a list of
 /// objects with "title" and the lists "step", "mean_iterations", "residual", "lyapunov" of their "curve".
 std::vector<Plot> newton_plots(const Json& trainings);
