@@ -171,18 +171,14 @@ void add_evaluate(Program& program) {
     command.add_flag("--compare", arguments->compare, "Evaluate sequentially too, and say how far the two are apart");
     arguments->given = std::make_unique<GivenOptions<Options>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](Options & options) -> auto& { return options.*member; };
-    };
-    given.choice("--method", field(&Options::method), nn::open_method_names,
+    given.choice("--method", &Options::method, nn::open_method_names,
                  "All steps at once, one after the other, or what is expected to take less");
-    given.choice("--surrogate", field(&Options::surrogate), nn::surrogate_names, "What stands for the Jacobian");
-    given.choice("--reduction", field(&Options::reduction), nn::reduction_names,
-                 "How the bidiagonal systems are solved");
-    given.value("--tolerance", field(&Options::tolerance), "Of the residual of each step; 0: 64 machine epsilons");
-    given.value("--window", field(&Options::window), "Steps evaluated at once; 0: as many as fit the memory");
-    given.value("--anderson", field(&Options::anderson), "Passes combined by Anderson acceleration; 0: none");
-    given.choice("--on-failure", field(&Options::on_failure), nn::on_failure_names,
+    given.choice("--surrogate", &Options::surrogate, nn::surrogate_names, "What stands for the Jacobian");
+    given.choice("--reduction", &Options::reduction, nn::reduction_names, "How the bidiagonal systems are solved");
+    given.value("--tolerance", &Options::tolerance, "Of the residual of each step; 0: 64 machine epsilons");
+    given.value("--window", &Options::window, "Steps evaluated at once; 0: as many as fit the memory");
+    given.value("--anderson", &Options::anderson, "Passes combined by Anderson acceleration; 0: none");
+    given.choice("--on-failure", &Options::on_failure, nn::on_failure_names,
                  "What to do where Newton's method does not converge");
 }
 

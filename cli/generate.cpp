@@ -55,17 +55,13 @@ void add_generate(Program& program) {
     command.add_option("--device", arguments->device, "Where: cpu, cuda or cuda:<number>")->capture_default_str();
     arguments->given = std::make_unique<GivenOptions<nn::TextOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](nn::TextOptions & options) -> auto& { return options.*member; };
-    };
-    given.value("--prompt", field(&nn::TextOptions::prompt), "What the text begins with; a line begins without");
-    given.value("--tokens", field(&nn::TextOptions::tokens), "How many to generate");
-    given.value("--temperature", field(&nn::TextOptions::temperature),
-                "Of the probabilities; 0: always the likeliest token");
-    given.value("--top-k", field(&nn::TextOptions::top_k), "Draw from so many of the likeliest tokens; 0: all");
-    given.value("--top-p", field(&nn::TextOptions::top_p),
+    given.value("--prompt", &nn::TextOptions::prompt, "What the text begins with; a line begins without");
+    given.value("--tokens", &nn::TextOptions::tokens, "How many to generate");
+    given.value("--temperature", &nn::TextOptions::temperature, "Of the probabilities; 0: always the likeliest token");
+    given.value("--top-k", &nn::TextOptions::top_k, "Draw from so many of the likeliest tokens; 0: all");
+    given.value("--top-p", &nn::TextOptions::top_p,
                 "Draw from the fewest likeliest tokens that have this probability together");
-    given.value("--seed", field(&nn::TextOptions::seed), "Of the draws");
+    given.value("--seed", &nn::TextOptions::seed, "Of the draws");
 }
 
 }  // namespace deeppcr::program

@@ -22,13 +22,13 @@ inline std::vector<std::string> configuration_names() {
     return names;
 }
 
-/// access(Target&): the nn::LanguageModelOptions. The vocabulary is not among them.
+/// access: the nn::LanguageModelOptions, as GivenOptions::value has it. The vocabulary is not among them.
 template <class Target, class Access>
 void add_model_options(GivenOptions<Target>& given, CLI::App& command, std::string& configuration, Access access) {
     command.add_option("--configuration", configuration, "A named size, which gives --width and --layers")
         ->check(CLI::IsMember(configuration_names()));
     const auto field = [access](auto member) {
-        return [=](Target & target) -> auto& { return access(target).*member; };
+        return [=](Target & target) -> auto& { return std::invoke(access, target).*member; };
     };
     using Model = nn::LanguageModelOptions;
     given.choice("--mixer", field(&Model::mixer), nn::mixer_names, "What mixes the steps of a block");
@@ -44,23 +44,20 @@ void add_model_options(GivenOptions<Target>& given, CLI::App& command, std::stri
 /// What trainings of such models have in common, also where they are no language models.
 template <class Target>
 void add_training_options(GivenOptions<Target>& given, CLI::App& command, std::string& configuration) {
-    const auto field = [](auto member) {
-        return [=](Target & target) -> auto& { return target.*member; };
-    };
-    add_model_options(given, command, configuration, field(&Target::model));
+    add_model_options(given, command, configuration, &Target::model);
     given.value(
         "--model-seed", [](Target & target) -> auto& { return target.model.seed; }, "Of the initial weights");
-    given.cells(field(&Target::evaluation));
+    given.cells(&Target::evaluation);
     given.device();
-    given.value("--steps", field(&Target::steps), "Optimiser steps");
+    given.value("--steps", &Target::steps, "Optimiser steps");
     given.updates();
-    given.value("--estimate-interval", field(&Target::estimate_interval),
+    given.value("--estimate-interval", &Target::estimate_interval,
                 "Estimate the Lyapunov exponent every so many steps; 0: never");
-    given.choice("--on-divergence", field(&Target::on_divergence), nn::on_divergence_names,
+    given.choice("--on-divergence", &Target::on_divergence, nn::on_divergence_names,
                  "What to do about a loss or gradient that is not finite");
-    given.value("--validation-interval", field(&Target::validation_interval),
+    given.value("--validation-interval", &Target::validation_interval,
                 "Validate every so many steps, besides the end; 0: not");
-    given.value("--checkpoint-interval", field(&Target::checkpoint_interval),
+    given.value("--checkpoint-interval", &Target::checkpoint_interval,
                 "Save every so many steps, besides the end; 0: not");
 }
 

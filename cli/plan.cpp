@@ -95,21 +95,18 @@ void add_plan(Program& program) {
                                     [arguments](Output& output) { return run_plan(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<nn::LanguagePlanOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](nn::LanguagePlanOptions & options) -> auto& { return options.*member; };
-    };
-    add_model_options(given, command, arguments->configuration, field(&nn::LanguagePlanOptions::model));
+    add_model_options(given, command, arguments->configuration, &nn::LanguagePlanOptions::model);
     given.value(
         "--vocabulary", [](nn::LanguagePlanOptions& options) -> index& { return options.model.vocabulary; },
         "Tokens that there are");
-    given.value("--context", field(&nn::LanguagePlanOptions::context), "Steps per sequence");
-    given.value("--batch", field(&nn::LanguagePlanOptions::batch), "Sequences per optimiser step");
-    given.value("--micro-batch", field(&nn::LanguagePlanOptions::micro_batch),
+    given.value("--context", &nn::LanguagePlanOptions::context, "Steps per sequence");
+    given.value("--batch", &nn::LanguagePlanOptions::batch, "Sequences per optimiser step");
+    given.value("--micro-batch", &nn::LanguagePlanOptions::micro_batch,
                 "Sequences that a device computes at once; 0: all of its own");
-    given.value("--devices", field(&nn::LanguagePlanOptions::devices), "Devices that share the batch");
-    given.value("--recompute", field(&nn::LanguagePlanOptions::recompute),
+    given.value("--devices", &nn::LanguagePlanOptions::devices, "Devices that share the batch");
+    given.value("--recompute", &nn::LanguagePlanOptions::recompute,
                 "Whether blocks are computed again in the backward pass");
-    given.value("--number-bytes", field(&nn::LanguagePlanOptions::number_bytes),
+    given.value("--number-bytes", &nn::LanguagePlanOptions::number_bytes,
                 "Bytes of what lies between matrix products: 4, or 2 for bfloat16");
 }
 

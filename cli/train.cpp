@@ -177,27 +177,23 @@ void add_train(Program& program) {
                     [arguments](Output& output) { return run_train(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<TrainingOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](TrainingOptions & options) -> auto& { return options.*member; };
-    };
-    given.value("--layers", field(&TrainingOptions::layers), "Residual layers, a multiple of --skip");
-    given.value("--width", field(&TrainingOptions::width), "Width of each layer");
-    given.value("--skip", field(&TrainingOptions::skip), "Layers that a skip connection spans; 0: none");
-    given.choice("--activation", field(&TrainingOptions::activation), nn::activation_names, "Of the layers");
-    given.evaluation(field(&TrainingOptions::evaluation));
+    given.value("--layers", &TrainingOptions::layers, "Residual layers, a multiple of --skip");
+    given.value("--width", &TrainingOptions::width, "Width of each layer");
+    given.value("--skip", &TrainingOptions::skip, "Layers that a skip connection spans; 0: none");
+    given.choice("--activation", &TrainingOptions::activation, nn::activation_names, "Of the layers");
+    given.evaluation(&TrainingOptions::evaluation);
     given.device();
-    given.value("--batch", field(&TrainingOptions::batch), "Images per step, of all processes together");
-    given.value("--epochs", field(&TrainingOptions::epochs), "Passes over the training images");
-    given.value("--steps", field(&TrainingOptions::steps), "Steps, instead of epochs; 0: as --epochs says");
-    given.choice("--optimiser", field(&TrainingOptions::optimiser), nn::optimiser_names, "How parameters are updated");
+    given.value("--batch", &TrainingOptions::batch, "Images per step, of all processes together");
+    given.value("--epochs", &TrainingOptions::epochs, "Passes over the training images");
+    given.value("--steps", &TrainingOptions::steps, "Steps, instead of epochs; 0: as --epochs says");
+    given.choice("--optimiser", &TrainingOptions::optimiser, nn::optimiser_names, "How parameters are updated");
     given.updates("Of encoder and decoder, at its highest", "parameters");
-    given.value("--trunk-learning-rate", field(&TrainingOptions::trunk_learning_rate),
+    given.value("--trunk-learning-rate", &TrainingOptions::trunk_learning_rate,
                 "Of the layers; 0: chosen from --learning-rate and --layers");
-    given.value("--seed", field(&TrainingOptions::seed), "Of initial weights, split and shuffles");
-    given.value("--train-images", field(&TrainingOptions::train_images), "Train on so many images only; 0: all 54,000");
-    given.value("--held-out", field(&TrainingOptions::held_out),
-                "Keep so many of the 60,000 training images for validation");
-    given.value("--checkpoint-interval", field(&TrainingOptions::checkpoint_interval),
+    given.value("--seed", &TrainingOptions::seed, "Of initial weights, split and shuffles");
+    given.value("--train-images", &TrainingOptions::train_images, "Train on so many images only; 0: all 54,000");
+    given.value("--held-out", &TrainingOptions::held_out, "Keep so many of the 60,000 training images for validation");
+    given.value("--checkpoint-interval", &TrainingOptions::checkpoint_interval,
                 "Save every so many steps, besides each epoch's end; 0: not");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");

@@ -93,33 +93,26 @@ void add_train_diffusion(Program& program) {
                                     [arguments](Output& output) { return run_train_diffusion(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<DiffusionOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](DiffusionOptions & options) -> auto& { return options.*member; };
-    };
-    given.choice("--space", field(&DiffusionOptions::space), nn::space_names,
+    given.choice("--space", &DiffusionOptions::space, nn::space_names,
                  "What is denoised: an autoencoder's latents, or the pixels by a U-Net");
-    given.value("--latents", field(&DiffusionOptions::latents), "Numbers that stand for an image");
-    given.value("--hidden", field(&DiffusionOptions::hidden),
+    given.value("--latents", &DiffusionOptions::latents, "Numbers that stand for an image");
+    given.value("--hidden", &DiffusionOptions::hidden,
                 "Width of the denoiser's blocks; of a U-Net its channels at full resolution");
-    given.value("--blocks", field(&DiffusionOptions::blocks),
-                "Blocks of the denoiser; of a U-Net its resolutions, 1 to 3");
-    given.choice("--schedule", field(&DiffusionOptions::schedule), nn::schedule_names, "How the noise grows");
-    given.value("--times", field(&DiffusionOptions::times), "Times of the schedule");
-    given.choice("--prediction", field(&DiffusionOptions::prediction), nn::prediction_names,
-                 "What the denoiser predicts");
-    given.value("--unconditional", field(&DiffusionOptions::unconditional),
+    given.value("--blocks", &DiffusionOptions::blocks, "Blocks of the denoiser; of a U-Net its resolutions, 1 to 3");
+    given.choice("--schedule", &DiffusionOptions::schedule, nn::schedule_names, "How the noise grows");
+    given.value("--times", &DiffusionOptions::times, "Times of the schedule");
+    given.choice("--prediction", &DiffusionOptions::prediction, nn::prediction_names, "What the denoiser predicts");
+    given.value("--unconditional", &DiffusionOptions::unconditional,
                 "Part of the images whose class the denoiser is not told, for --guidance");
-    given.value("--batch", field(&DiffusionOptions::batch), "Images per step, of all processes together");
-    given.value("--autoencoder-steps", field(&DiffusionOptions::autoencoder_steps),
-                "Of the autoencoder, which is first");
-    given.value("--steps", field(&DiffusionOptions::steps), "Of the denoiser");
+    given.value("--batch", &DiffusionOptions::batch, "Images per step, of all processes together");
+    given.value("--autoencoder-steps", &DiffusionOptions::autoencoder_steps, "Of the autoencoder, which is first");
+    given.value("--steps", &DiffusionOptions::steps, "Of the denoiser");
     given.updates();
-    given.value("--average", field(&DiffusionOptions::average),
+    given.value("--average", &DiffusionOptions::average,
                 "Decay of the moving average of the denoiser's weights, which generates");
-    given.value("--seed", field(&DiffusionOptions::seed), "Of weights, order and noise");
-    given.value("--train-images", field(&DiffusionOptions::train_images),
-                "Train on so many images only; 0: all 60,000");
-    given.value("--checkpoint-interval", field(&DiffusionOptions::checkpoint_interval),
+    given.value("--seed", &DiffusionOptions::seed, "Of weights, order and noise");
+    given.value("--train-images", &DiffusionOptions::train_images, "Train on so many images only; 0: all 60,000");
+    given.value("--checkpoint-interval", &DiffusionOptions::checkpoint_interval,
                 "Save every so many steps, besides the end; 0: not");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package)");

@@ -145,27 +145,24 @@ void add_train_language_model(Program& program) {
     arguments->given = std::make_unique<GivenOptions<LanguageTrainingOptions>>(command);
     auto& given = *arguments->given;
     using Training = LanguageTrainingOptions;
-    const auto field = [](auto member) {
-        return [=](Training & options) -> auto& { return options.*member; };
-    };
     add_training_options(given, command, arguments->configuration);
-    given.value("--context", field(&Training::context), "Steps per sequence");
-    given.value("--batch", field(&Training::batch), "Sequences per optimiser step");
-    given.value("--micro-batch", field(&Training::micro_batch),
+    given.value("--context", &Training::context, "Steps per sequence");
+    given.value("--batch", &Training::batch, "Sequences per optimiser step");
+    given.value("--micro-batch", &Training::micro_batch,
                 "Sequences at once, whose gradients are added up; 0: all that a process has of --batch");
-    given.choice("--share", field(&Training::share), nn::sharing_names,
+    given.choice("--share", &Training::share, nn::sharing_names,
                  "What the processes that mpirun has started divide among themselves");
-    given.value("--bound", field(&Training::bound),
+    given.value("--bound", &Training::bound,
                 "Limit the cells' recurrent parameters to +-this, and so their Jacobians; 0: not");
-    given.value("--penalty", field(&Training::penalty),
+    given.value("--penalty", &Training::penalty,
                 "Times the growth of disturbances along the sequences is added to the loss; 0: not");
-    given.value("--penalty-rate", field(&Training::penalty_rate),
+    given.value("--penalty-rate", &Training::penalty_rate,
                 "Growth per step above which --penalty counts; below 0: disturbances are to die out");
-    given.choice("--number", field(&Training::number), nn::number_names, "Of matrix products and activations");
-    given.value("--recompute", field(&Training::recompute),
+    given.choice("--number", &Training::number, nn::number_names, "Of matrix products and activations");
+    given.value("--recompute", &Training::recompute,
                 "Keep each block's input alone, and compute the rest again in the backward pass");
-    given.value("--seed", field(&Training::seed), "Of the order of the data");
-    given.value("--validation-tokens", field(&Training::validation_tokens), "On so many tokens; 0: all");
+    given.value("--seed", &Training::seed, "Of the order of the data");
+    given.value("--validation-tokens", &Training::validation_tokens, "On so many tokens; 0: all");
     command.add_option("--tokens", arguments->tokens,
                        "What `deeppcr prepare` wrote (default: --resume's, else text.tokens)");
     arguments->files.add_options(command, "lm", "step and validation");

@@ -180,10 +180,7 @@ void add_train_swap(Program& program) {
         [arguments](Output& output) { return run_train_swap(*arguments, output); });
     arguments->given = std::make_unique<GivenOptions<SwapOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](SwapOptions & options) -> auto& { return options.*member; };
-    };
-    given.choice("--network", field(&SwapOptions::network), nn::network_names,
+    given.choice("--network", &SwapOptions::network, nn::network_names,
                  "Three convolutions with batch norm, a deep residual trunk, or a language model");
     const auto of_network = [](auto residual, auto language) {
         return [=](SwapOptions& options) -> index& {
@@ -201,46 +198,44 @@ void add_train_swap(Program& program) {
     given.choice(
         "--mixer", [](SwapOptions & options) -> auto& { return options.language.mixer; }, nn::mixer_names,
         "Of the language model: what mixes the steps of a block");
-    given.value("--context", field(&SwapOptions::context), "Tokens of a sequence");
-    given.value("--workers", field(&SwapOptions::workers),
+    given.value("--context", &SwapOptions::context, "Tokens of a sequence");
+    given.value("--workers", &SwapOptions::workers,
                 "Workers, simulated in this process; under mpirun one for each rank");
-    given.value("--threads", field(&SwapOptions::threads), "Workers that compute side by side");
-    given.value("--large-batch", field(&SwapOptions::large_batch),
-                "Phase 1: examples per step, of all workers together");
-    given.value("--large-epochs", field(&SwapOptions::large_epochs), "Phase 1: passes at most; 0: no phase 1");
-    given.value("--large-learning-rate", field(&SwapOptions::large_learning_rate), "Phase 1: at its highest");
-    given.value("--large-warm-up", field(&SwapOptions::large_warm_up),
+    given.value("--threads", &SwapOptions::threads, "Workers that compute side by side");
+    given.value("--large-batch", &SwapOptions::large_batch, "Phase 1: examples per step, of all workers together");
+    given.value("--large-epochs", &SwapOptions::large_epochs, "Phase 1: passes at most; 0: no phase 1");
+    given.value("--large-learning-rate", &SwapOptions::large_learning_rate, "Phase 1: at its highest");
+    given.value("--large-warm-up", &SwapOptions::large_warm_up,
                 "Phase 1: steps until the learning rate is at its highest");
-    given.value("--stopping-accuracy", field(&SwapOptions::stopping_accuracy),
+    given.value("--stopping-accuracy", &SwapOptions::stopping_accuracy,
                 "Phase 1: ends after an epoch of this training accuracy, a part of 1; above 1: never");
-    given.value("--small-batch", field(&SwapOptions::small_batch), "Phase 2: examples per step of each worker");
-    given.value("--small-epochs", field(&SwapOptions::small_epochs), "Phase 2: passes of each worker; 0: no phase 2");
-    given.value("--small-learning-rate", field(&SwapOptions::small_learning_rate), "Phase 2: at its highest");
-    given.value("--small-warm-up", field(&SwapOptions::small_warm_up),
+    given.value("--small-batch", &SwapOptions::small_batch, "Phase 2: examples per step of each worker");
+    given.value("--small-epochs", &SwapOptions::small_epochs, "Phase 2: passes of each worker; 0: no phase 2");
+    given.value("--small-learning-rate", &SwapOptions::small_learning_rate, "Phase 2: at its highest");
+    given.value("--small-warm-up", &SwapOptions::small_warm_up,
                 "Phase 2: steps until the learning rate is at its highest");
-    given.choice("--small-schedule", field(&SwapOptions::small_schedule), nn::rate_schedule_names,
+    given.choice("--small-schedule", &SwapOptions::small_schedule, nn::rate_schedule_names,
                  "Phase 2: the learning rate after the warm-up");
-    given.value("--period", field(&SwapOptions::period),
+    given.value("--period", &SwapOptions::period,
                 "Phase 2: steps between averages; 0: only at the end (SWAP), 1: gradients (data-parallel)");
-    given.value("--outer-learning-rate", field(&SwapOptions::outer_learning_rate),
+    given.value("--outer-learning-rate", &SwapOptions::outer_learning_rate,
                 "Phase 2: of the outer optimiser at each average (DiLoCo); 1: plain averages");
-    given.value("--outer-momentum", field(&SwapOptions::outer_momentum), "Phase 2: Nesterov's, of the outer optimiser");
-    given.choice("--trajectory", field(&SwapOptions::trajectory), nn::trajectory_names,
+    given.value("--outer-momentum", &SwapOptions::outer_momentum, "Phase 2: Nesterov's, of the outer optimiser");
+    given.choice("--trajectory", &SwapOptions::trajectory, nn::trajectory_names,
                  "Phase 2: what each worker gives, its last weights or their mean over its epochs' ends");
-    given.value("--trajectory-from", field(&SwapOptions::trajectory_from), "The first epoch that counts in that mean");
-    given.value("--trajectory-window", field(&SwapOptions::trajectory_window), "Of lawa: the latest so many epochs");
-    given.choice("--optimiser", field(&SwapOptions::optimiser), nn::optimiser_names, "How parameters are updated");
-    given.value("--momentum", field(&SwapOptions::momentum), "Of sgd");
-    given.value("--weight-decay", field(&SwapOptions::weight_decay), "Decay of the parameters");
-    given.value("--gradient-clip", field(&SwapOptions::gradient_clip), "Largest norm of the gradient; 0: any");
-    given.value("--micro-batch", field(&SwapOptions::micro_batch),
+    given.value("--trajectory-from", &SwapOptions::trajectory_from, "The first epoch that counts in that mean");
+    given.value("--trajectory-window", &SwapOptions::trajectory_window, "Of lawa: the latest so many epochs");
+    given.choice("--optimiser", &SwapOptions::optimiser, nn::optimiser_names, "How parameters are updated");
+    given.value("--momentum", &SwapOptions::momentum, "Of sgd");
+    given.value("--weight-decay", &SwapOptions::weight_decay, "Decay of the parameters");
+    given.value("--gradient-clip", &SwapOptions::gradient_clip, "Largest norm of the gradient; 0: any");
+    given.value("--micro-batch", &SwapOptions::micro_batch,
                 "Examples that pass through the network at once; larger batches are accumulated");
-    given.choice("--on-not-finite", field(&SwapOptions::on_not_finite), nn::on_divergence_names,
+    given.choice("--on-not-finite", &SwapOptions::on_not_finite, nn::on_divergence_names,
                  "What to do about a loss or gradient that is not finite");
-    given.value("--seed", field(&SwapOptions::seed), "Of initial weights, split and orders");
-    given.value("--train-examples", field(&SwapOptions::train_examples),
-                "Train on so many images or sequences only; 0: all");
-    given.value("--held-out", field(&SwapOptions::held_out),
+    given.value("--seed", &SwapOptions::seed, "Of initial weights, split and orders");
+    given.value("--train-examples", &SwapOptions::train_examples, "Train on so many images or sequences only; 0: all");
+    given.value("--held-out", &SwapOptions::held_out,
                 "Keep so many of the training images or sequences for validation");
     command.add_flag("--compare", arguments->compare,
                      "Measure also the workers before averaging, their ensemble and the line between two of them");

@@ -122,9 +122,6 @@ void add_train_task(Program& program) {
     arguments->given = std::make_unique<GivenOptions<TaskTrainingOptions>>(command);
     auto& given = *arguments->given;
     using Training = TaskTrainingOptions;
-    const auto field = [](auto member) {
-        return [=](Training & options) -> auto& { return options.*member; };
-    };
     const auto task = [](auto member) {
         return [=](Training & options) -> auto& { return options.task.*member; };
     };
@@ -136,16 +133,15 @@ void add_train_task(Program& program) {
     given.value("--hops", task(&Task::hops), "Of hops: how often the last occurrence is gone back to");
     given.value("--symbols", task(&Task::symbols), "Of hops: different tokens");
     add_training_options(given, command, arguments->configuration);
-    given.value("--recurrent-scale", field(&Training::recurrent_scale),
+    given.value("--recurrent-scale", &Training::recurrent_scale,
                 "The cells' recurrent parameters are initially so many times the usual ones");
-    given.value("--batch", field(&Training::batch), "Sequences per step");
-    given.value("--first-length", field(&Training::first_length),
+    given.value("--batch", &Training::batch, "Sequences per step");
+    given.value("--first-length", &Training::first_length,
                 "Steps of the first sequences, which get longer once they are answered; 0: --length");
-    given.value("--growth", field(&Training::growth),
-                "Part of --steps after which sequences have --length in any case");
-    given.value("--seed", field(&Training::seed), "Of the training data");
-    given.value("--validation-sequences", field(&Training::validation_sequences), "On so many sequences");
-    given.value("--enough", field(&Training::enough), "End after a validation of this accuracy, 0 to 1; 0: do not");
+    given.value("--growth", &Training::growth, "Part of --steps after which sequences have --length in any case");
+    given.value("--seed", &Training::seed, "Of the training data");
+    given.value("--validation-sequences", &Training::validation_sequences, "On so many sequences");
+    given.value("--enough", &Training::enough, "End after a validation of this accuracy, 0 to 1; 0: do not");
     arguments->files.add_options(command, "task", "step and validation");
 }
 

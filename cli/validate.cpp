@@ -160,12 +160,9 @@ void add_validate(Program& program) {
     command.add_option("checkpoint", arguments->checkpoint, "What `deeppcr train` wrote (.safetensors)")->required();
     arguments->given = std::make_unique<GivenOptions<nn::ValidationOptions>>(command);
     auto& given = *arguments->given;
-    const auto field = [](auto member) {
-        return [=](nn::ValidationOptions & options) -> auto& { return options.*member; };
-    };
-    given.evaluation(field(&nn::ValidationOptions::evaluation));
-    given.value("--device", field(&nn::ValidationOptions::device), "Where: cpu, cuda or cuda:<number>");
-    given.value("--batch", field(&nn::ValidationOptions::batch), "Images at once; 0: as in the training");
+    given.evaluation(&nn::ValidationOptions::evaluation);
+    given.value("--device", &nn::ValidationOptions::device, "Where: cpu, cuda or cuda:<number>");
+    given.value("--batch", &nn::ValidationOptions::batch, "Images at once; 0: as in the training");
     command.add_option("--data", arguments->data,
                        "Folder of Fashion-MNIST (default: DEEPPCR_DATA, else Debian's package); of a language model a "
                        "token file (default: its training's)");
