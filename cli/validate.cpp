@@ -29,10 +29,20 @@ void refuse(const Arguments& arguments, const std::string& what, std::initialize
             throw InvalidArgument(option, "no such option for " + what, arguments.checkpoint);
 }
 
-/// The same of a guess that only a network of layers has.
-void refuse_prediction(const Arguments& arguments, const std::string& what, Guess guess) {
-    if (arguments.command->count("--guess") > 0 && guess == Guess::given)
+/// The options for a model of cells, which refuses a guess that only a network of layers has. evaluation: that of its
+/// checkpoint.
+template <class Validation>
+Validation options_for_cells(const Arguments& arguments, const std::string& what, const Options& evaluation) {
+    nn::ValidationOptions given;
+    given.evaluation = evaluation;
+    arguments.given->apply(given);
+    if (arguments.command->count("--guess") > 0 && given.evaluation.guess == Guess::given)
         throw InvalidArgument("--guess", "initial_state or first_step, for " + what, "predicted");
+    Validation options;
+    options.device = given.device;
+    options.batch = given.batch;
+    options.evaluation = given.evaluation;
+    return options;
 }
 
 /// What measure(options) gives, under a progress bar. Throws Interrupted.
@@ -49,15 +59,9 @@ auto measured(Options& options, const Measure& measure) {
 /// A language model's, on the validation part of a token file.
 Exit run_validate_text(const Arguments& arguments, Output& output) {
     refuse(arguments, "a language model", {"--length", "--held-out"});
-    nn::ValidationOptions given;
-    given.evaluation = nn::language_options(arguments.checkpoint).evaluation;
-    arguments.given->apply(given);
-    refuse_prediction(arguments, "a language model", given.evaluation.guess);
-    nn::LanguageValidationOptions options;
+    auto options = options_for_cells<nn::LanguageValidationOptions>(
+        arguments, "a language model", nn::language_options(arguments.checkpoint).evaluation);
     options.tokens = arguments.data;
-    options.device = given.device;
-    options.batch = given.batch;
-    options.evaluation = given.evaluation;
     warn_about_slow_blas(output);
 
     const nn::LanguageValidation result = measured(
@@ -94,15 +98,9 @@ Exit validate_swap(const Arguments& arguments, Output& output) {
 /// A task's, on sequences of the training's length or another.
 Exit run_validate_task(const Arguments& arguments, Output& output) {
     refuse(arguments, "a task", {"--data", "--held-out"});
-    nn::ValidationOptions given;
-    given.evaluation = nn::task_options(arguments.checkpoint).evaluation;
-    arguments.given->apply(given);
-    refuse_prediction(arguments, "a task", given.evaluation.guess);
-    nn::TaskValidationOptions options;
+    auto options = options_for_cells<nn::TaskValidationOptions>(arguments, "a task",
+                                                                nn::task_options(arguments.checkpoint).evaluation);
     options.length = arguments.length;
-    options.device = given.device;
-    options.batch = given.batch;
-    options.evaluation = given.evaluation;
     const nn::TaskValidation result = nn::validate_task(arguments.checkpoint, options);
     output.line(validation_text(result));
     output.result.update(Json{{"checkpoint", arguments.checkpoint},
