@@ -16,6 +16,7 @@
 
 #include "nn/jacobian_growth.hpp"
 #include "nn/language_model.hpp"
+#include "tests/trainings.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -359,11 +360,6 @@ protected:
         result.evaluation.execution.threads = 1;  // so small that more would wait for each other
         return result;
     }
-    static std::vector<double> losses(const LanguageTraining& training) {
-        std::vector<double> all;
-        for (const auto& step : training.steps) all.push_back(step.loss);
-        return all;
-    }
 
     fs::path folder;
 };
@@ -405,28 +401,8 @@ TEST_F(LanguageTrainings, ResumeToTheSameBits) {
         LanguageTrainingOptions whole = options(mixer);
         whole.micro_batch = 3;
         whole.validation_interval = 11;
-        const LanguageTraining expected = train_language_model(whole);
-        LanguageTrainingOptions part = whole;
-        part.checkpoint = folder / "part.safetensors";
-        LanguageCallbacks callbacks;
-        index steps = 0;
-        callbacks.interrupted = [&] { return ++steps == 11; };
-        const LanguageTraining first = train_language_model(part, callbacks);
-        ASSERT_TRUE(first.interrupted);
-        part.resume = part.checkpoint;
-        const LanguageTraining second = train_language_model(part);
-        auto found = losses(first);
-        ASSERT_EQ(found.size(), 11u);
-        for (const double loss : losses(second)) found.push_back(loss);
-        EXPECT_EQ(found, losses(expected));
-        EXPECT_TRUE(first.validations.empty());
-        ASSERT_EQ(second.validations.size(), expected.validations.size());  // also what the interrupt came before
-        for (std::size_t i = 0; i < expected.validations.size(); ++i) {
-            EXPECT_EQ(second.validations[i].step, expected.validations[i].step);
-            EXPECT_EQ(second.validations[i].loss, expected.validations[i].loss);
-        }
-        EXPECT_EQ(files::read_safetensors(part.checkpoint).tensors.at("norm").values,
-                  files::read_safetensors(whole.checkpoint).tensors.at("norm").values);
+        SCOPED_TRACE(name_of(mixer_names, mixer));
+        expect_same_bits_where_resumed(train_language_model, whole, 11);
     }
 }
 
@@ -444,45 +420,19 @@ TEST_F(LanguageTrainings, UseThePreviousCheckpointWhereOneIsDamaged) {
     fs::remove(training.checkpoint);
     training.checkpoint_interval = 10;
     train_language_model(training);
-    const fs::path checkpoint = training.checkpoint;
-    std::string bytes;
-    {
-        std::ostringstream text;
-        text << std::ifstream(checkpoint, std::ios::binary).rdbuf();
-        bytes = text.str();
-    }
-    bytes[bytes.size() - 5] = char(bytes[bytes.size() - 5] ^ 1);
-    std::ofstream(checkpoint, std::ios::binary) << bytes;
-
-    EXPECT_THROW(TextGenerator{checkpoint}, FileError);
+    damage(training.checkpoint);
+    EXPECT_THROW(TextGenerator{training.checkpoint}, FileError);
     std::string note;
     LanguageCallbacks callbacks;
     callbacks.note = [&](const std::string& text) { note = text; };
-    training.resume = checkpoint;
+    training.resume = training.checkpoint;
     const LanguageTraining resumed = train_language_model(training, callbacks);
     EXPECT_THAT(note, testing::AllOf(HasSubstr("expected checksum"), HasSubstr("lm.safetensors.previous is used")));
     ASSERT_EQ(resumed.steps.size(), 10u);
     EXPECT_EQ(resumed.steps.back().loss, expected.back());
 }
 
-TEST_F(LanguageTrainings, StopOrSkipWhereALossIsNotFinite) {
-    LanguageTrainingOptions training = options();
-    training.learning_rate = 1e30;
-    training.gradient_clip = 0;
-    training.steps = 8;
-    EXPECT_THROW(train_language_model(training), NotConverged);
-    EXPECT_FALSE(fs::exists(training.checkpoint));
-    training.on_divergence = OnDivergence::skip;
-    std::vector<std::string> notes;
-    LanguageCallbacks callbacks;
-    callbacks.note = [&](const std::string& text) { notes.push_back(text); };
-    const LanguageTraining result = train_language_model(training, callbacks);
-    ASSERT_EQ(result.steps.size(), 8u);
-    EXPECT_FALSE(result.steps.front().skipped);
-    EXPECT_TRUE(result.steps.back().skipped);
-    ASSERT_FALSE(notes.empty());
-    EXPECT_THAT(notes.back(), HasSubstr("step 8 is not finite: it is skipped"));
-}
+TEST_F(LanguageTrainings, StopOrSkipWhereALossIsNotFinite) { expect_stop_or_skip(train_language_model, options()); }
 
 TEST_F(LanguageTrainings, LimitTheRecurrentParameters) {
     LanguageTrainingOptions training = options();

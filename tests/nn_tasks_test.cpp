@@ -4,14 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <map>
 #include <set>
-#include <sstream>
 
 #include <deeppcr/nn/tasks.hpp>
 #include <files/error.hpp>
-#include <files/safetensors.hpp>
+
+#include "tests/trainings.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -179,11 +178,6 @@ protected:
         result.checkpoint = folder / "task.safetensors";
         return result;
     }
-    static std::vector<double> losses(const TaskTraining& training) {
-        std::vector<double> all;
-        for (const auto& step : training.steps) all.push_back(step.loss);
-        return all;
-    }
 
     fs::path folder;
 };
@@ -279,28 +273,8 @@ TEST_F(TaskTrainings, ResumeToTheSameBits) {
         whole.steps = 60;
         whole.learning_rate = 2e-2;
         whole.validation_interval = 27;
-        const TaskTraining expected = train_task(whole);
-        TaskTrainingOptions part = whole;
-        part.checkpoint = folder / "part.safetensors";
-        TaskCallbacks callbacks;
-        index steps = 0;
-        callbacks.interrupted = [&] { return ++steps == 27; };
-        const TaskTraining first = train_task(part, callbacks);
-        ASSERT_TRUE(first.interrupted);
-        part.resume = part.checkpoint;
-        const TaskTraining second = train_task(part);
-        auto found = losses(first);
-        ASSERT_EQ(found.size(), 27u);
-        for (const double loss : losses(second)) found.push_back(loss);
-        EXPECT_EQ(found, losses(expected));
-        EXPECT_TRUE(first.validations.empty());
-        ASSERT_EQ(second.validations.size(), expected.validations.size());  // also what the interrupt came before
-        for (std::size_t i = 0; i < expected.validations.size(); ++i) {
-            EXPECT_EQ(second.validations[i].step, expected.validations[i].step);
-            EXPECT_EQ(second.validations[i].loss, expected.validations[i].loss);
-        }
-        EXPECT_EQ(files::read_safetensors(part.checkpoint).tensors.at("norm").values,
-                  files::read_safetensors(whole.checkpoint).tensors.at("norm").values);
+        SCOPED_TRACE(name_of(mixer_names, mixer));
+        expect_same_bits_where_resumed(train_task, whole, 27);
     }
 }
 
@@ -322,34 +296,13 @@ TEST_F(TaskTrainings, ValidateAsTheTrainingDid) {
     EXPECT_THROW(validate_task(training.checkpoint, validation), InvalidArgument);
 }
 
-TEST_F(TaskTrainings, StopOrSkipWhereALossIsNotFinite) {
-    TaskTrainingOptions training = options();
-    training.learning_rate = 1e30;
-    training.gradient_clip = 0;
-    training.steps = 8;
-    EXPECT_THROW(train_task(training), NotConverged);
-    EXPECT_FALSE(fs::exists(training.checkpoint));
-    training.on_divergence = OnDivergence::skip;
-    std::vector<std::string> notes;
-    TaskCallbacks callbacks;
-    callbacks.note = [&](const std::string& text) { notes.push_back(text); };
-    const TaskTraining result = train_task(training, callbacks);
-    ASSERT_EQ(result.steps.size(), 8u);
-    EXPECT_FALSE(result.steps.front().skipped);
-    EXPECT_TRUE(result.steps.back().skipped);
-    ASSERT_FALSE(notes.empty());
-    EXPECT_THAT(notes.back(), HasSubstr("step 8 is not finite: it is skipped"));
-}
+TEST_F(TaskTrainings, StopOrSkipWhereALossIsNotFinite) { expect_stop_or_skip(train_task, options()); }
 
 TEST_F(TaskTrainings, UseThePreviousCheckpointWhereOneIsDamaged) {
     TaskTrainingOptions training = options();
     training.checkpoint_interval = 10;
     const auto expected = losses(train_task(training));
-    std::ostringstream bytes;
-    bytes << std::ifstream(training.checkpoint, std::ios::binary).rdbuf();
-    std::string changed = bytes.str();
-    changed[changed.size() - 5] = char(changed[changed.size() - 5] ^ 1);
-    std::ofstream(training.checkpoint, std::ios::binary) << changed;
+    damage(training.checkpoint);
     EXPECT_THROW(validate_task(training.checkpoint, {}), FileError);
     std::string note;
     TaskCallbacks callbacks;
