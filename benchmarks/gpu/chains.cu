@@ -136,9 +136,7 @@ void measure_baselines(Results& results, index layers, index batch, index width)
 void measure_forward(Results& results, index layers, index width) {
     const std::string shape = shape_of(layers, 1, width);
     const std::string target = "mlp-" + std::to_string(std::max<index>(32, width));
-    const Row begin{.what = "MLP forward by Newton", .shape = shape, .type = "float"};
-    Row row = begin;
-    row.target = target + "-graph";
+    Row row{.target = target + "-graph", .what = "MLP forward by Newton", .shape = shape, .type = "float"};
     results.add(row, [&](Row& against_graph) {
         const Network network(layers, 1, width, 0, 1);
         Evaluated newton(network, Method::newton);
@@ -148,28 +146,23 @@ void measure_forward(Results& results, index layers, index width) {
         against_graph.flops = network.flops();
         race(against_graph, newton.timed(), graph_name, graph.timed(), results.tiny());
     });
+    const auto against_persistent = [&](Row begun, Method method, double gain) {
+        results.add(std::move(begun), [&](Row& filled) {
+            const Network network(layers, 1, width, 0, gain);
+            Evaluated ours(network, method), persistent(network, Method::sequential);
+            const Buffer<float> expected = network.expected();
+            persistent.verify_trajectory(filled, expected);
+            ours.verify_trajectory(filled, expected);
+            filled.bytes = network.weight_bytes();
+            filled.flops = network.flops();
+            race(filled, ours.timed(), persistent_name, persistent.timed(), results.tiny());
+        });
+    };
     row.target = target + "-persistent";
-    results.add(row, [&](Row& against_persistent) {
-        const Network network(layers, 1, width, 0, 1);
-        Evaluated newton(network, Method::newton), persistent(network, Method::sequential);
-        const Buffer<float> expected = network.expected();
-        persistent.verify_trajectory(against_persistent, expected);
-        newton.verify_trajectory(against_persistent, expected);
-        against_persistent.bytes = network.weight_bytes();
-        against_persistent.flops = network.flops();
-        race(against_persistent, newton.timed(), persistent_name, persistent.timed(), results.tiny());
-    });
-    results.add({.target = "mlp-overlap", .what = "MLP forward by overlap", .shape = shape, .type = "float"},
-                [&](Row& against_persistent) {
-                    const Network network(layers, 1, width, 0, 0.5);
-                    Evaluated overlap(network, Method::overlap), persistent(network, Method::sequential);
-                    const Buffer<float> expected = network.expected();
-                    persistent.verify_trajectory(against_persistent, expected);
-                    overlap.verify_trajectory(against_persistent, expected);
-                    against_persistent.bytes = network.weight_bytes();
-                    against_persistent.flops = network.flops();
-                    race(against_persistent, overlap.timed(), persistent_name, persistent.timed(), results.tiny());
-                });
+    against_persistent(row, Method::newton, 1);
+    row.target = "mlp-overlap";
+    row.what = "MLP forward by overlap";
+    against_persistent(row, Method::overlap, 0.5);
 }
 
 /// Zero but for the last step.
