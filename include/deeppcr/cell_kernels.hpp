@@ -24,7 +24,7 @@
 #if defined(__clang__)
 #define DEEPPCR_KERNEL DEEPPCR_FLATTEN
 #define DEEPPCR_WIDEST
-#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#elif defined(DEEPPCR_SANITIZED)
 #define DEEPPCR_KERNEL DEEPPCR_FLATTEN
 #define DEEPPCR_WIDEST ",prefer-vector-width=512"
 #else

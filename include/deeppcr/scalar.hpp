@@ -10,13 +10,22 @@
 #include <limits>
 #include <type_traits>
 
+// GCC tells of its sanitizers by macros, Clang by features.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DEEPPCR_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define DEEPPCR_SANITIZED
+#endif
+#endif
+
 // What a loop over lanes is made of must all lie in the loop itself. Under a sanitizer, which multiplies code, it need
 // not, and one instruction set is enough: compilers would work on each kernel for minutes.
 #if defined(__CUDACC__)
 #define DEEPPCR_INLINE __host__ __device__ __forceinline__
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET false
-#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#elif defined(DEEPPCR_SANITIZED)
 #define DEEPPCR_INLINE inline
 #define DEEPPCR_FLATTEN noinline
 #define DEEPPCR_ONE_KERNEL_SET true

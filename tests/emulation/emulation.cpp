@@ -15,13 +15,10 @@
 
 #include <boost/context/fiber.hpp>
 
+#include <deeppcr/scalar.hpp>
+
 // What tells AddressSanitizer of a change of stacks.
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__  // as GCC does
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(DEEPPCR_SANITIZED)
 #include <sanitizer/common_interface_defs.h>
 #else
 inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
