@@ -11,6 +11,9 @@ if(DEEPPCR_SANITIZE)
   add_link_options(-fsanitize=${DEEPPCR_SANITIZE})
   if(DEEPPCR_SANITIZE MATCHES "address,undefined")  # what AddressSanitizer finds too is left to it
     add_compile_options(-fno-sanitize=null,object-size,pointer-overflow)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")  # checks by calls: a third less to compile, for tests a fifth slower
+      add_compile_options("SHELL:-mllvm -asan-instrumentation-with-call-threshold=0")
+    endif()
   endif()
   # One instruction set is enough under a sanitizer, and takes minutes less to compile than four: AVX2 where there is one.
   add_compile_definitions(HWY_COMPILE_ONLY_STATIC)
