@@ -16,6 +16,7 @@
 
 #include <deeppcr/bidiagonal.hpp>
 
+#include "gpu.hpp"
 #include "on_gpu.hpp"
 
 namespace deeppcr {
@@ -262,11 +263,7 @@ using Types = testing::Types<float, double>;
 TYPED_TEST_SUITE(Bidiagonal, Types);
 
 template <class T>
-class BidiagonalOf16Bits : public testing::Test {
-    void SetUp() override {
-        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
-    }
-};
+class BidiagonalOf16Bits : public OnGpuTest {};
 using TypesOf16Bits = testing::Types<bfloat16, float16>;
 TYPED_TEST_SUITE(BidiagonalOf16Bits, TypesOf16Bits);
 

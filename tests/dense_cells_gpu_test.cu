@@ -7,6 +7,7 @@
 #include <deeppcr/deeppcr.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/gpu.hpp"
 
 namespace deeppcr {
 namespace {
@@ -114,12 +115,7 @@ void compare(const Problem<T>& problem) {
     }
 }
 
-class DenseCellOnGpu : public testing::Test {
-protected:
-    void SetUp() override {
-        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
-    }
-};
+using DenseCellOnGpu = OnGpuTest;
 
 // One unit; less than four columns; a layout less one, whole, one more; several pieces per step.
 TEST_F(DenseCellOnGpu, EveryKindAndWidth) {

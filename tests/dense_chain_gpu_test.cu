@@ -8,6 +8,7 @@
 #include <deeppcr/deeppcr.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/gpu.hpp"
 
 namespace deeppcr {
 namespace {
@@ -114,12 +115,7 @@ void compare(const Problem<T>& problem) {
     EXPECT_TRUE(near(there_biases.on({}), biases, 4 * tolerance));
 }
 
-class ChainOnGpu : public testing::Test {
-protected:
-    void SetUp() override {
-        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
-    }
-};
+using ChainOnGpu = OnGpuTest;
 
 // One number; less than four columns; a layout less one, whole, one more, for each of them; several pieces per layer.
 TEST_F(ChainOnGpu, EveryWidth) {
@@ -190,8 +186,6 @@ double residual(const Problem<T>& problem, const Buffer<T>& trajectory, double t
             }
     return largest;
 }
-
-constexpr Execution gpu{.backend = Backend::cuda};
 
 // Contractive layers: all chunks meet. Every layout, blocks of several layers, several sequences per block, gaps.
 TEST_F(ChainOnGpu, OverlapFindsTheTrajectory) {

@@ -9,6 +9,7 @@
 
 #include "device/cuda.hpp"
 #include "tests/compare.hpp"
+#include "tests/gpu.hpp"
 
 namespace deeppcr {
 namespace {
@@ -68,7 +69,6 @@ private:
     }
 };
 
-constexpr Execution gpu{.backend = Backend::cuda};
 constexpr Device first_gpu = Device::cuda();
 
 /// Lets every allocation of `call` fail in turn: each time it must say so, leave `untouched` as it was, and give back

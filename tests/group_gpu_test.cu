@@ -11,6 +11,7 @@
 #include <deeppcr/group.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/gpu.hpp"
 
 namespace deeppcr {
 namespace {
@@ -56,8 +57,9 @@ void expect_solved(const Problem& problem, bool transposed, bool in_place, Layou
     }
 }
 
-TEST(GroupOnGpu, SolvesEveryKindOfBlock) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+using GroupOnGpu = OnGpuTest;
+
+TEST_F(GroupOnGpu, SolvesEveryKindOfBlock) {
     for (const Problem& problem :
          {Problem{{3, 1, 1}, 1}, Problem{{41, 2, 6}, 1}, Problem{{41, 2, 6}, 3}, Problem{{23, 2, 5}, 5},
           Problem{{41, 1, 4}, 2, Reduction::sequential}, Problem{{41, 1, 2}, 2, Reduction::pcr}})
@@ -69,8 +71,7 @@ TEST(GroupOnGpu, SolvesEveryKindOfBlock) {
 }
 
 /// Row 0 has three sequences, one of which begins with the second rank's part.
-TEST(GroupOnGpu, CellsAndTheirGradientsAreThoseOfOneProcessor) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, CellsAndTheirGradientsAreThoseOfOneProcessor) {
     const index steps = 90, batch = 2, channels = 3;
     const auto inputs = Buffer<double>::random({steps, batch, ParaLSTM::inputs * channels}, 1);
     const auto parameters = Buffer<double>::random({ParaLSTM::parameters, 1, channels}, 2);
@@ -129,8 +130,7 @@ TEST(GroupOnGpu, CellsAndTheirGradientsAreThoseOfOneProcessor) {
 }
 
 /// One GPU for all: through main memory.
-TEST(GroupOnGpu, SumsHaveTheBitsOfMainMemory) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, SumsHaveTheBitsOfMainMemory) {
     for (const int ranks : {1, 2, 3})
         Group::simulate(ranks, [](Group& group) {
             for (const index count : {3, 5000}) {
@@ -144,8 +144,7 @@ TEST(GroupOnGpu, SumsHaveTheBitsOfMainMemory) {
         });
 }
 
-TEST(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
     const auto inputs = Buffer<float>::random({40, 2, 2}, 1);
     inputs(27, 1, 0) = std::numeric_limits<float>::quiet_NaN();
     const auto there_inputs = inputs.on(there), there_parameters = Buffer<float>::random({1, 1, 2}, 2).on(there);
@@ -161,8 +160,7 @@ TEST(GroupOnGpu, ASequenceThatIsNotFiniteEndsThere) {
     });
 }
 
-TEST(GroupOnGpu, NewtonsMethodIsRefusedForCells) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, NewtonsMethodIsRefusedForCells) {
     const auto inputs = Buffer<float>::random({8, 1, 2}, 1).on(there),
                parameters = Buffer<float>::random({1, 1, 2}, 2).on(there);
     Group::simulate(2, [&](Group& group) {
@@ -174,8 +172,7 @@ TEST(GroupOnGpu, NewtonsMethodIsRefusedForCells) {
     });
 }
 
-TEST(GroupOnGpu, ADenseCellsGradientsAreThoseOfOneProcessor) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, ADenseCellsGradientsAreThoseOfOneProcessor) {
     const index steps = 31, batch = 2, hidden = 3;
     const auto inputs = Buffer<double>::random({steps, batch, 3 * hidden}, 1);
     const auto weights = Buffer<double>::random({3, hidden, hidden}, 2),
@@ -210,8 +207,7 @@ TEST(GroupOnGpu, ADenseCellsGradientsAreThoseOfOneProcessor) {
         });
 }
 
-TEST(GroupOnGpu, ADenseChainsLayersAreShared) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, ADenseChainsLayersAreShared) {
     const index steps = 13, batch = 2, width = 4, skip = 2;
     auto weights = Buffer<double>::random({steps * skip, width, width}, 1);
     for (index i = 0; i < weights.size(); ++i) weights.data()[i] *= 0.4;
@@ -247,8 +243,7 @@ TEST(GroupOnGpu, ADenseChainsLayersAreShared) {
         });
 }
 
-TEST(GroupOnGpu, WhatOneRankCannotSolveIsAnErrorOnAll) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+TEST_F(GroupOnGpu, WhatOneRankCannotSolveIsAnErrorOnAll) {
     Group::simulate(2, [](Group& group) {
         const Shape shape{4, 1, 2};
         const auto factors = Buffer<float>({4, 1, 4}, Layout::steps_first, there);

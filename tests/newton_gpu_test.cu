@@ -13,6 +13,7 @@
 #include <deeppcr/launch.cuh>
 
 #include "tests/compare.hpp"
+#include "tests/gpu.hpp"
 
 namespace deeppcr {
 namespace {
@@ -161,8 +162,6 @@ private:
     index first_;
 };
 
-constexpr Execution gpu{.backend = Backend::cuda};
-
 template <class T>
 Evaluation<T> evaluate_there(const Recurrence<T>& recurrence, Options options, const Buffer<T>* given = nullptr) {
     if (options.method == Method::automatic) options.method = Method::newton;
@@ -177,12 +176,7 @@ template <class T>
 constexpr double epsilon = std::numeric_limits<T>::epsilon();
 
 template <class T>
-class NewtonOnGpu : public testing::Test {
-protected:
-    void SetUp() override {
-        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
-    }
-};
+class NewtonOnGpu : public OnGpuTest {};
 using Types = testing::Types<float, double>;
 TYPED_TEST_SUITE(NewtonOnGpu, Types);
 
@@ -572,8 +566,8 @@ private:
     User<Network, double> here_, there_;
 };
 
-TEST(CheckRecurrenceOnGpu, ComparesTheBackends) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+using CheckRecurrenceOnGpu = OnGpuTest;
+TEST_F(CheckRecurrenceOnGpu, ComparesTheBackends) {
     const CheckReport good = check_recurrence(User<Pendulum, double>(6, 3));
     EXPECT_TRUE(good.ok()) << good;
     EXPECT_EQ(good.entries_checked, 2 * 4 * 3 * 2 * 2) << "both backends";
@@ -720,8 +714,8 @@ TYPED_TEST(NewtonOnGpu, TheAdjointAcrossRanksIsThatOfOneProcessor) {
         });
 }
 
-TEST(NewtonOnGpuArguments, SayWhatIsWrong) {
-    if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
+using NewtonOnGpuArguments = OnGpuTest;
+TEST_F(NewtonOnGpuArguments, SayWhatIsWrong) {
     const auto message = [](const auto& call) -> std::string {
         try {
             call();

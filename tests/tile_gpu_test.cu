@@ -10,17 +10,15 @@
 #include <deeppcr/bidiagonal.hpp>
 #include <deeppcr/launch.cuh>
 
+#include "tests/gpu.hpp"
+
 namespace deeppcr {
 namespace {
 
 constexpr Device there = Device::cuda();
 constexpr int lanes = 32;
 
-class Tiles : public testing::Test {
-    void SetUp() override {
-        if (!cuda_problem().empty()) GTEST_SKIP() << cuda_problem();
-    }
-};
+using Tiles = OnGpuTest;
 
 /// Matrices that lie row by row.
 template <class T>
