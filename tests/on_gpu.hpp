@@ -95,14 +95,15 @@ Reduction solve_anywhere(const BidiagonalSystem<T>& system, View<std::type_ident
         return transposed ? solve_transposed(s, x, options) : solve(s, x, options);
     };
     if (options.execution.backend != Backend::cuda) return run(system, solution);
-    OnGpu gpu;
-    gpu.bring(system.subdiagonal);
-    gpu.bring(system.right_side);
-    gpu.bring(system.initial);
-    gpu.bring(solution);
-    const Reduction used = run({gpu.there(system.subdiagonal), gpu.there(system.right_side), gpu.there(system.initial)},
-                               gpu.there(solution));
-    gpu.back(solution.data());
+    OnGpu copies;
+    copies.bring(system.subdiagonal);
+    copies.bring(system.right_side);
+    copies.bring(system.initial);
+    copies.bring(solution);
+    const Reduction used =
+        run({copies.there(system.subdiagonal), copies.there(system.right_side), copies.there(system.initial)},
+            copies.there(solution));
+    copies.back(solution.data());
     return used;
 }
 
@@ -110,12 +111,12 @@ template <class T>
 void multiply_transposed_anywhere(Jacobian<const T> subdiagonal, View<const T> y, View<T> product,
                                   const Execution& execution) {
     if (execution.backend != Backend::cuda) return multiply_transposed<T>(subdiagonal, y, product, execution);
-    OnGpu gpu;
-    gpu.bring(subdiagonal);
-    gpu.bring(y);
-    gpu.bring(product);
-    multiply_transposed<T>(gpu.there(subdiagonal), gpu.there(y), gpu.there(product), execution);
-    gpu.back(product.data());
+    OnGpu copies;
+    copies.bring(subdiagonal);
+    copies.bring(y);
+    copies.bring(product);
+    multiply_transposed<T>(copies.there(subdiagonal), copies.there(y), copies.there(product), execution);
+    copies.back(product.data());
 }
 
 }  // namespace deeppcr
