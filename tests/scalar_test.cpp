@@ -170,6 +170,25 @@ TEST(ScalarFunctions, OfGpusAreOddOrReachTheirLimits) {
                   std::bit_cast<std::uint32_t>(-fast_hyperbolic_tangent<WorstHardware>(x)));
 }
 
+TEST(ScalarFunctions, OfGpusForNumbersOf16Bits) {
+    using namespace scalar_functions;
+    double exponential = 0, sigmoid = 0;
+    for (float x = -87; x <= 87; x += 0x1p-10F) {
+        exponential = std::max(exponential, std::abs(brief_exponential<WorstHardware>(x) / std::exp(double(x)) - 1));
+        sigmoid = std::max(sigmoid, std::abs(brief_logistic<WorstHardware>(x) * (1 + std::exp(-double(x))) - 1));
+    }
+    std::cout << "GPU, 16 bits: exp " << exponential << ", sigmoid " << sigmoid << ", relative\n";
+    EXPECT_LE(exponential, 0x1p-16);
+    EXPECT_LE(sigmoid, 0x1p-16);
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_EQ(brief_exponential<WorstHardware>(-infinity), 0);
+    EXPECT_EQ(brief_exponential<WorstHardware>(infinity), infinity);
+    EXPECT_TRUE(std::isnan(brief_exponential<WorstHardware>(nan)));
+    for (const float x : {-infinity, -1e38F, -100.0F}) EXPECT_EQ(brief_logistic<WorstHardware>(x), 0) << x;
+    for (const float x : {infinity, 1e38F, 100.0F}) EXPECT_NEAR(brief_logistic<WorstHardware>(x), 1, 0x1p-22) << x;
+    EXPECT_TRUE(std::isnan(brief_logistic<WorstHardware>(nan)));
+}
+
 double units_double(double result, long double exact) {
     int exponent = 0;
     (void)std::frexp(double(exact), &exponent);

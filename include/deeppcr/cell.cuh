@@ -103,7 +103,7 @@ template <class Cell, class T, bool whole = true>
 struct OnGpu {
     using A = Arithmetic<T>;
     using Chunks = DeviceChunks<T>;
-    using LaneOfCell = Lane<Cell, A>;
+    using LaneOfCell = Lane<Cell, A, T>;
     static constexpr int K = Cell::states, G = Cell::inputs, P = Cell::parameters;
     static constexpr int V = is_stored_in_16_bits<T> ? 2 : 1;  // channels per group
     using InputPack = Pack<T, V>;
@@ -381,9 +381,9 @@ struct OnGpu {
             set_inputs(u);
             DEEPPCR_UNROLL
             for (int v = 0; v < V; ++v) {
-                std::array<Duals<A, K>, K> x;
-                std::array<Duals<A, K>, G> us;
-                std::array<Duals<A, K>, P> p;
+                std::array<Duals<A, K, T>, K> x;
+                std::array<Duals<A, K, T>, G> us;
+                std::array<Duals<A, K, T>, P> p;
                 for (int k = 0; k < K; ++k) {
                     x[std::size_t(k)].value = lane[v].x[std::size_t(k)];
                     for (int m = 0; m < K; ++m) {
@@ -393,7 +393,7 @@ struct OnGpu {
                 }
                 for (int g = 0; g < G; ++g) us[std::size_t(g)] = lane[v].u[std::size_t(g)];
                 for (int q = 0; q < P; ++q) p[std::size_t(q)] = lane[v].p[std::size_t(q)];
-                const std::array<Duals<A, K>, K> next = Cell::step(x, us, p);
+                const std::array<Duals<A, K, T>, K> next = Cell::step(x, us, p);
                 for (int k = 0; k < K; ++k) {
                     lane[v].x[std::size_t(k)] = next[std::size_t(k)].value;
                     for (int m = 0; m < K; ++m) product[v][k * K + m] = next[std::size_t(k)].derivative[m];
@@ -404,7 +404,7 @@ struct OnGpu {
         /// states.
         __device__ __forceinline__ void sensitivities(int v, const std::array<A, K>& adjoint,
                                                       A (&result)[K + G + P]) const {
-            using D = Duals<A, K + G + P>;
+            using D = Duals<A, K + G + P, T>;
             std::array<D, K> x;
             std::array<D, G> u;
             std::array<D, P> p;
@@ -421,18 +421,22 @@ struct OnGpu {
         }
     };
 
-    /// Whether states are finite, as they are stored: 0 exactly where all are. What is finite where it is computed may
-    /// overflow where it is rounded to 16 bits.
-    __device__ __forceinline__ static A zero_of(const StatePack& stored) {
-        A numbers[V * K], sum = A(0);
-        cuda::widen<V * K>(stored.at, numbers);
-        DEEPPCR_UNROLL
-        for (int e = 0; e < V * K; ++e) sum += A(0) * numbers[e];
-        return sum;
-    }
-    /// Where the first one is, find_non_finite looks up afterwards: this state may yet be replaced.
-    __device__ static void note_non_finite(const Chunks& all, A zero) {
-        if (!(zero == A(0)) && all.run != nullptr) atomicOr(&all.run->non_finite, 1U);
+    /// Whether all states seen are finite, as they are stored: what is finite where it is computed may overflow where
+    /// it is rounded to 16 bits.
+    class Finite {
+    public:
+        __device__ __forceinline__ void see(const StatePack& stored) {
+            DEEPPCR_UNROLL
+            for (int e = 0; e < V * K; e += V) cuda::see(stored.at + e, zeros_);
+        }
+        __device__ __forceinline__ bool all() const { return cuda::all_zero(zeros_); }
+
+    private:
+        cuda::Zeros<T> zeros_{};
+    };
+    /// Where the first one is, collect looks up afterwards: this state may yet be replaced.
+    __device__ static void note_non_finite(const Chunks& all, const Finite& states) {
+        if (!states.all() && all.run != nullptr) atomicOr(&all.run->non_finite, 1U);
     }
 
     /// Whether every channel's new state agrees with its old one, both as they are stored. False for NaN, and where the
@@ -470,21 +474,21 @@ struct OnGpu {
         if (!here.exists) return;
         Group group(all, here);
         group.set(start_state(all, here));
-        A zero = A(0);
-        T* to = all.trajectory != nullptr ? state_at(all, here, here.first) : nullptr;
+        Finite finite;
+        const bool kept = all.trajectory != nullptr;
+        T* to = kept ? state_at(all, here, here.first) : nullptr;
+        const index step = kept ? all.trajectory_step : 0;
         Inputs stream(all, here, here.first, here.first);
         stream.run(here.last - here.first, [&](const Item& item) {
             group.step(item.u);
-            if (to != nullptr) {
-                const StatePack stored = narrow(group.state());
-                store<K>(all, to, here.there, stored);
-                to += all.trajectory_step;
-                zero += zero_of(stored);
-            }
+            const StatePack stored = narrow(group.state());
+            if (kept) store<K>(all, to, here.there, stored);
+            to += step;
+            finite.see(stored);
             return true;
         });
         if (all.ends != nullptr) write(all.ends + here.boundary(all, K), here.there, group.state());
-        note_non_finite(all, zero);
+        if (kept) note_non_finite(all, finite);
     }
 
     __device__ static void multiply(const Chunks& all, index thread) {
@@ -526,7 +530,7 @@ struct OnGpu {
             Group group(all, here);
             group.set(read(all.old_ends + here.boundary(all, K, -1), here.there));
             met = false;
-            A zero = A(0);
+            Finite finite;
             T* to = state_at(all, here, here.first);
             Stream<true, false, false, false> stream(all, here, here.first, here.first);
             stream.run(here.last - here.first, [&](const Item& item) {
@@ -538,11 +542,11 @@ struct OnGpu {
                 if (met) return false;
                 store<K>(all, to, here.there, stored);
                 to += all.trajectory_step;
-                zero += zero_of(stored);
+                finite.see(stored);
                 return true;
             });
             if (!met) write(all.ends + here.boundary(all, K), here.there, group.state());
-            note_non_finite(all, zero);
+            note_non_finite(all, finite);
         }
         const bool pending = asked && !met && here.has_next();
         if (here.chunk < all.count) {
@@ -574,7 +578,7 @@ struct OnGpu {
         here.first = here.begins + here.chunk * all.length;
         Group group(all, here);
         group.set(read(all.old_ends + here.boundary(all, K, -1), here.there));
-        A zero = A(0);
+        Finite finite;
         T* to = state_at(all, here, here.first);
         Inputs stream(all, here, here.first, here.first);
         stream.run(here.ends - here.first, [&](const Item& item) {
@@ -582,10 +586,10 @@ struct OnGpu {
             const StatePack stored = narrow(group.state());
             store<K>(all, to, here.there, stored);
             to += all.trajectory_step;
-            zero += zero_of(stored);
+            finite.see(stored);
             return true;
         });
-        note_non_finite(all, zero);
+        note_non_finite(all, finite);
         atomicAdd(&all.sequences[here.sequence].sequential_steps,
                   (unsigned long long)((here.ends - here.first) * here.there));
         for (; here.chunk < all.count; ++here.chunk)
@@ -724,7 +728,8 @@ struct OnGpu {
         here.set_row(all, index(blockIdx.x) / blocks * all.groups + (exists ? first_group + lane : all.groups - 1), V);
         Group group(all, here);
         State carry = initial_state(all, here);
-        A residual = A(0), relative = A(0), zero = A(0);
+        A residual = A(0), relative = A(0);
+        Finite finite;
         unsigned repeated = 0, most = 0;
         const int column = exists ? lane : int(all.groups - 1 - first_group);  // of the tile
         for (index begin = here.begins; begin < here.ends; begin += tile.chunks * tile.steps) {
@@ -738,7 +743,9 @@ struct OnGpu {
             State start = carry;
             if (all.given && c > 0 && steps > 0) {
                 const StatePack guess = load<K>(all, state_at(all, here, first - 1), here.there);
-                if (zero_of(guess) == A(0)) start = widen(guess);
+                Finite known;
+                known.see(guess);
+                if (known.all()) start = widen(guess);
             }
             tile.set_state(tile.starts, c, lane, start);
             cuda::wait_for_copies();
@@ -778,7 +785,7 @@ struct OnGpu {
                 if (i == 0) first_state = stored;
                 if (exists) store<K>(all, to, here.there, stored);
                 to += all.trajectory_step;
-                zero += zero_of(stored);
+                finite.see(stored);
             }
             tile.set_state(tile.ends, c, lane, group.state());
             __syncthreads();
@@ -807,7 +814,7 @@ struct OnGpu {
                             const StatePack stored = narrow(group.state());
                             met = meet(all, load<K>(all, at, here.there), stored, residual, relative);
                             if (!met) {
-                                zero += zero_of(stored);
+                                finite.see(stored);
                                 store<K>(all, at, here.there, stored);
                             }
                             at += all.trajectory_step;
@@ -822,7 +829,7 @@ struct OnGpu {
             carry = tile.state(tile.ends, (count - 1) / tile.steps, lane);
             __syncthreads();
         }
-        note_non_finite(all, exists ? zero : A(0));
+        if (exists) note_non_finite(all, finite);
         SequenceStatus* const status = exists ? all.sequences + here.sequence : nullptr;
         cuda::raise_from_warp(status != nullptr ? &status->residual : nullptr, bits_of(double(residual)));
         cuda::raise_from_warp(status != nullptr ? &status->relative_residual : nullptr, bits_of(double(relative)));

@@ -23,8 +23,9 @@ namespace deeppcr {
 ///         }
 ///     };
 ///
-/// `step` is compiled for S = Scalar<T> and S = Dual<T>: it may use + - * / and the functions of scalar.hpp, without
-/// std::. Without branches (max, min instead) it becomes SIMD code. `static constexpr const char* name` is optional.
+/// `step` is compiled for several S, which compute with float or double, most of them with derivatives: it may use + -
+/// * / and the functions of scalar.hpp, without std::. Without branches (max, min instead) it becomes SIMD code.
+/// `static constexpr const char* name` is optional.
 template <class C>
 concept Cell = requires(std::array<Scalar<float>, std::size_t(C::states)> x,
                         std::array<Scalar<float>, std::size_t(C::inputs)> u,

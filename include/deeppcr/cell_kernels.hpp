@@ -101,7 +101,7 @@ struct Kernels {
 /// Which of the instruction sets runs: 512, 256 (AVX2 and FMA) or 0 (plain).
 int vector_bits();
 
-template <class Cell, class T>
+template <class Cell, class T, class Stored = T>
 struct Lane {
     static constexpr int K = Cell::states, G = Cell::inputs, P = Cell::parameters;
     std::array<T, K> x;
@@ -121,13 +121,13 @@ struct Lane {
     }
 
     DEEPPCR_INLINE std::array<T, K> step() const {
-        std::array<Scalar<T>, K> xs;
-        std::array<Scalar<T>, G> us;
-        std::array<Scalar<T>, P> ps;
+        std::array<Scalar<T, Stored>, K> xs;
+        std::array<Scalar<T, Stored>, G> us;
+        std::array<Scalar<T, Stored>, P> ps;
         for (int k = 0; k < K; ++k) xs[std::size_t(k)].value = x[std::size_t(k)];
         for (int g = 0; g < G; ++g) us[std::size_t(g)].value = u[std::size_t(g)];
         for (int q = 0; q < P; ++q) ps[std::size_t(q)].value = p[std::size_t(q)];
-        const std::array<Scalar<T>, K> result = Cell::step(xs, us, ps);
+        const std::array<Scalar<T, Stored>, K> result = Cell::step(xs, us, ps);
         std::array<T, K> values;
         for (int k = 0; k < K; ++k) values[std::size_t(k)] = result[std::size_t(k)].value;
         return values;

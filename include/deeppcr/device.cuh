@@ -183,6 +183,29 @@ __device__ __forceinline__ void widen(const T* stored, Arithmetic<T>* numbers) {
         for (int i = 0; i < n; ++i) numbers[i] = widen(stored[i]);
     }
 }
+/// What stays 0 as long as all numbers seen are finite; of both halves of a word where they have 16 bits.
+template <class T>
+using Zeros = std::conditional_t<is_stored_in_16_bits<T>, unsigned, T>;
+/// zeros + 0 * stored[0], of 16 bits two numbers at once.
+template <class T>
+__device__ __forceinline__ void see(const T* stored, Zeros<T>& zeros) {
+    if constexpr (is_stored_in_16_bits<T>) {
+        unsigned word;
+        memcpy(&word, stored, sizeof word);
+        if constexpr (std::is_same_v<T, bfloat16>)
+            asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(word), "r"(0U));
+        else
+            asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zeros) : "r"(word), "r"(0U));
+    } else {
+        zeros += T(0) * *stored;
+    }
+}
+__device__ __forceinline__ bool all_zero(unsigned zeros) { return (zeros & 0x7fff7fffU) == 0; }
+template <class T>
+__device__ __forceinline__ bool all_zero(T zeros) {
+    return zeros == T(0);
+}
+
 template <int n, class T>
 __device__ __forceinline__ void narrow(const Arithmetic<T>* numbers, T* stored) {
     if constexpr (is_stored_in_16_bits<T> && n % 2 == 0) {

@@ -10,6 +10,8 @@
 #include <limits>
 #include <type_traits>
 
+#include <deeppcr/storage.hpp>
+
 // GCC tells of its sanitizers by macros, Clang by features.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DEEPPCR_SANITIZED
@@ -43,8 +45,9 @@
 namespace deeppcr {
 
 /// A plain number of type T, float or double. A class of its own, so that exp, tanh, ... in a Cell find the functions
-/// below. Arithmetic is T's.
-template <class T>
+/// below. Arithmetic is T's. Stored: what a Cell's states are kept as, T or, on a GPU, a type of 16 bits, for which
+/// functions need not be exact to T's last place.
+template <class T, class Stored = T>
 struct Scalar {
     T value{};
 
@@ -177,6 +180,12 @@ struct Hardware {
         asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
         return result;
     }
+    /// To 2^-11, relative.
+    __device__ __forceinline__ static float tangent(float x) {
+        float result;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+        return result;
+    }
     /// Left whole: of -(a b) the compiler would make another product, where an operand takes its sign for nothing.
     __device__ __forceinline__ static float product(float a, float b) { return __fmul_rn(a, b); }
 };
@@ -218,9 +227,21 @@ DEEPPCR_INLINE float fast_hyperbolic_tangent(float x) {
                           : std::bit_cast<float>(std::bit_cast<std::int32_t>(far) | sign);
 }
 
-template <class T>
+// For numbers of 16 bits, whose units are 2^-8 or 2^-11: the product with log2(e) is not corrected, which leaves
+// |x| 2^-24 of e^x; a bfloat16's tanh is the hardware's.
+template <class Hardware>
+DEEPPCR_INLINE float brief_exponential(float x) {
+    return Hardware::power_of_two(Hardware::product(x, log2_e));
+}
+template <class Hardware>
+DEEPPCR_INLINE float brief_logistic(float x) {
+    return Hardware::reciprocal(1 + Hardware::power_of_two(Hardware::product(x, -log2_e)));
+}
+
+template <class T, class Stored = T>
 DEEPPCR_INLINE constexpr T exponential(T x) {
 #if defined(__CUDA_ARCH__)
+    if constexpr (is_stored_in_16_bits<Stored>) return brief_exponential<Hardware>(x);
     if constexpr (std::is_same_v<T, float>) return fast_exponential<Hardware>(x);
 #endif
     const auto [power, less_one] = reduce(clamp(x, Format<T>::least, Format<T>::greatest));
@@ -237,18 +258,20 @@ DEEPPCR_INLINE constexpr T decay(T x) {
     return select(argument < least, T(0), (1 + less_one) * two_to<T>(power));
 }
 
-template <class T>
+template <class T, class Stored = T>
 DEEPPCR_INLINE constexpr T logistic(T x) {
 #if defined(__CUDA_ARCH__)
+    if constexpr (is_stored_in_16_bits<Stored>) return brief_logistic<Hardware>(x);
     if constexpr (std::is_same_v<T, float>) return fast_logistic<Hardware>(x);
 #endif
     const T e = decay(x);
     return select(x < 0, e, T(1)) / (1 + e);
 }
 
-template <class T>
+template <class T, class Stored = T>
 DEEPPCR_INLINE constexpr T hyperbolic_tangent(T x) {
 #if defined(__CUDA_ARCH__)
+    if constexpr (std::is_same_v<Stored, bfloat16>) return Hardware::tangent(x);
     if constexpr (std::is_same_v<T, float>) return fast_hyperbolic_tangent<Hardware>(x);
 #endif
     // With e = exp(-2|x|) - 1, without cancellation: tanh|x| = -e / (2 + e).
@@ -273,57 +296,58 @@ DEEPPCR_INLINE constexpr T logarithm_of_one_plus_exponential(T x) {
 /// the largest over all 2^32 floats under the widest instruction set at hand, and over one in 61 under the others
 /// (tests/scalar_test.cpp counts); for double, over many random ones. NaN gives NaN; overflow gives infinity. On a GPU,
 /// float's exp, sigmoid and tanh are made of its 2^x and 1/x; their errors are given beside, for the largest that
-/// CUDA's documentation allows those, and results below the smallest normal number are 0.
+/// CUDA's documentation allows those, and results below the smallest normal number are 0. There, where states are
+/// stored in 16 bits, exp and sigmoid are exact to 2^-16, and bfloat16's tanh to 2^-10.9, relative.
 
 /// e^x. At most 1.05 ULP; on a GPU 4.
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> exp(Scalar<T> x) {
-    return scalar_functions::exponential(x.value);
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> exp(Scalar<T, Stored> x) {
+    return scalar_functions::exponential<T, Stored>(x.value);
 }
 /// 1 / (1 + e^-x). At most 2.5 ULP, on a GPU 8; results below the smallest normal number are 0.
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> sigmoid(Scalar<T> x) {
-    return scalar_functions::logistic(x.value);
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> sigmoid(Scalar<T, Stored> x) {
+    return scalar_functions::logistic<T, Stored>(x.value);
 }
 /// At most 2.6 ULP (2.5 as GCC fuses operations); on a GPU 7.
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> tanh(Scalar<T> x) {
-    return scalar_functions::hyperbolic_tangent(x.value);
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> tanh(Scalar<T, Stored> x) {
+    return scalar_functions::hyperbolic_tangent<T, Stored>(x.value);
 }
 /// log(1 + e^x). At most 3 ULP; results below the smallest normal number are 0.
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> softplus(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> softplus(Scalar<T, Stored> x) {
     return scalar_functions::logarithm_of_one_plus_exponential(x.value);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> abs(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> abs(Scalar<T, Stored> x) {
     return scalar_functions::magnitude(x.value);
 }
 /// The larger; `b` where either is NaN.
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> max(Scalar<T> a, Scalar<T> b) {
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> max(Scalar<T, Stored> a, Scalar<T, Stored> b) {
     return scalar_functions::select(a.value > b.value, a.value, b.value);
 }
-template <class T>
-DEEPPCR_INLINE constexpr Scalar<T> min(Scalar<T> a, Scalar<T> b) {
+template <class T, class Stored>
+DEEPPCR_INLINE constexpr Scalar<T, Stored> min(Scalar<T, Stored> a, Scalar<T, Stored> b) {
     return scalar_functions::select(a.value < b.value, a.value, b.value);
 }
 /// Correctly rounded.
-template <class T>
-DEEPPCR_INLINE Scalar<T> sqrt(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE Scalar<T, Stored> sqrt(Scalar<T, Stored> x) {
     return std::sqrt(x.value);
 }
 /// The standard library's: no SIMD.
-template <class T>
-DEEPPCR_INLINE Scalar<T> log(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE Scalar<T, Stored> log(Scalar<T, Stored> x) {
     return std::log(x.value);
 }
-template <class T>
-DEEPPCR_INLINE Scalar<T> sin(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE Scalar<T, Stored> sin(Scalar<T, Stored> x) {
     return std::sin(x.value);
 }
-template <class T>
-DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
+template <class T, class Stored>
+DEEPPCR_INLINE Scalar<T, Stored> cos(Scalar<T, Stored> x) {
     return std::cos(x.value);
 }
 
@@ -332,6 +356,7 @@ DEEPPCR_INLINE Scalar<T> cos(Scalar<T> x) {
 template <class T>
 struct Dual {
     using value_type = T;
+    using stored_type = T;
     T value{}, derivative{};
 
     constexpr Dual() = default;
@@ -392,9 +417,10 @@ private:
 /// A number with its derivatives in `n` directions, for GPUs: their compiler would compute the values of a Dual again
 /// for each direction, and cannot be asked what it knows to be 0. So flags go along, which are gone once all is
 /// inlined.
-template <class T, int n>
+template <class T, int n, class Stored = T>
 struct Duals {
     using value_type = T;
+    using stored_type = Stored;
     T value{}, derivative[n] = {};
     bool constant[n] = {};  ///< whether the derivative is known to be 0
 
@@ -467,30 +493,30 @@ template <class D>
 inline constexpr bool is_dual = false;
 template <class T>
 inline constexpr bool is_dual<Dual<T>> = true;
-template <class T, int n>
-inline constexpr bool is_dual<Duals<T, n>> = true;
+template <class T, int n, class Stored>
+inline constexpr bool is_dual<Duals<T, n, Stored>> = true;
 template <class D>
 concept AnyDual = is_dual<D>;
 
 template <AnyDual D>
 DEEPPCR_INLINE constexpr D exp(D x) {
-    const auto f = scalar_functions::exponential(x.value);
+    const auto f = scalar_functions::exponential<typename D::value_type, typename D::stored_type>(x.value);
     return D::chain(f, f, x);
 }
 template <AnyDual D>
 DEEPPCR_INLINE constexpr D sigmoid(D x) {
-    const auto f = scalar_functions::logistic(x.value);
+    const auto f = scalar_functions::logistic<typename D::value_type, typename D::stored_type>(x.value);
     return D::chain(f, f * (1 - f), x);
 }
 template <AnyDual D>
 DEEPPCR_INLINE constexpr D tanh(D x) {
-    const auto f = scalar_functions::hyperbolic_tangent(x.value);
+    const auto f = scalar_functions::hyperbolic_tangent<typename D::value_type, typename D::stored_type>(x.value);
     return D::chain(f, 1 - f * f, x);
 }
 template <AnyDual D>
 DEEPPCR_INLINE constexpr D softplus(D x) {
-    return D::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value), scalar_functions::logistic(x.value),
-                    x);
+    return D::chain(scalar_functions::logarithm_of_one_plus_exponential(x.value),
+                    scalar_functions::logistic<typename D::value_type, typename D::stored_type>(x.value), x);
 }
 template <AnyDual D>
 DEEPPCR_INLINE constexpr D abs(D x) {

@@ -114,4 +114,16 @@ void narrow(const Arithmetic<T>* numbers, T* stored) {
     for (int i = 0; i < n; ++i) stored[i] = narrow<T>(numbers[i]);
 }
 
+template <class T>
+using Zeros = std::conditional_t<is_stored_in_16_bits<T>, unsigned, T>;
+template <class T>
+void see(const T* stored, Zeros<T>& zeros) {
+    for (int i = 0; i < (is_stored_in_16_bits<T> ? 2 : 1); ++i)
+        if (const Arithmetic<T> number = widen(stored[i]); !(number - number == 0)) zeros = 1;
+}
+template <class T>
+bool all_zero(T zeros) {
+    return zeros == T(0);
+}
+
 }  // namespace deeppcr::cuda
