@@ -1,6 +1,5 @@
 #include <deeppcr/nn/cell.hpp>
 
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <memory>
@@ -48,15 +47,19 @@ struct Forward : torch::CustomClassHolder {
     Forward(CellKind kind, const Tensor& u, const Tensor& p, const Tensor& x, const CellOptions& chosen)
         : gates(with_contiguous_rows(u)),
           parameters(p.detach().contiguous()),
-          initial(x.detach().contiguous()),
+          initial(x.defined() ? x.detach().contiguous() : x),
           options(chosen),
           recurrence(recurrence_of<T>(kind, view_of<T>(gates, options.reversed),
-                                      view<const Arithmetic<T>>(parameters.unsqueeze(1)), view<const T>(initial),
-                                      options.starts)) {
+                                      view<const Arithmetic<T>>(parameters.unsqueeze(1)),
+                                      initial.defined() ? view<const T>(initial) : View<const T>(), options.starts)) {
         if (options.evaluation.guess == Guess::given) options.evaluation.guess = Guess::initial_state;
     }
 
-    Tensor gates, parameters, initial;  // detached: the recurrence's views point into them
+    std::vector<int64_t> initial_sizes() const {
+        return {int64_t(recurrence->parts().size()), recurrence->shape().width};
+    }
+
+    Tensor gates, parameters, initial;  // detached: the recurrence's views point into them; initial may be undefined
     CellOptions options;
     std::unique_ptr<ChannelwiseRecurrence<T>> recurrence;
     Tensor boundaries;  // where the states are recomputed
@@ -77,10 +80,11 @@ CellGradientTensors gradients_of(const Forward<T>& pass, const Tensor& states, c
         const Tensor inputs = adopt(found.inputs, pass.gates.sizes(), pass.gates.options());
         return {reversed ? inputs.flip(0) : inputs,
                 adopt(found.parameters, pass.parameters.sizes(), pass.parameters.options()),
-                adopt(found.initial, pass.initial.sizes(), pass.initial.options())};
+                adopt(found.initial, pass.initial_sizes(), pass.gates.options())};
     }
     const auto like = [](const Tensor& tensor) { return at::empty(tensor.sizes(), tensor.options()); };
-    CellGradientTensors result{like(pass.gates), like(pass.parameters), like(pass.initial)};
+    CellGradientTensors result{like(pass.gates), like(pass.parameters),
+                               at::empty(pass.initial_sizes(), pass.gates.options())};
     const View<T> inputs = view<T>(result.gates);
     adjoint(*pass.recurrence, view_of<T>(states, reversed), pass.report, outputs,
             {reversed ? inputs.reversed() : inputs, view<Arithmetic<T>>(result.parameters.unsqueeze(1)),
@@ -130,7 +134,7 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
         const auto pass = c10::static_intrusive_pointer_cast<Forward<T>>(context->saved_data["pass"].toCapsule());
         const auto [inputs, parameters, initial] =
             gradients_of(*pass, pass->options.recompute > 0 ? Tensor() : saved[3], output_gradients[0]);
-        return {inputs, parameters, initial, Tensor(), Tensor(), Tensor()};
+        return {inputs, parameters, saved[2].defined() ? initial : Tensor(), Tensor(), Tensor(), Tensor()};
     }
 };
 
@@ -195,11 +199,13 @@ Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const 
     require("parameters", weights, {sizes.parameters, channels}, is_16_bit(type) ? at::kFloat : type, gates.device());
     index sequences = gates.size(1);
     for (const SequenceStart& start : options.starts) sequences += start.step > 0;
-    Tensor states = initial.defined() ? initial : at::zeros({sequences, channels * sizes.states}, gates.options());
-    if (is_16_bit(type)) states = widen("initial", states, type).to(type);
-    require("initial", states, {sequences, channels * sizes.states}, type, gates.device());
+    Tensor start = initial;  // undefined: zeros
+    if (start.defined()) {
+        if (is_16_bit(type)) start = widen("initial", start, type).to(type);
+        require("initial", start, {sequences, channels * sizes.states}, type, gates.device());
+    }
     return with_storage(
-        type, [&]<class T>(T) { return CellFunction<T>::apply(gates, weights, states, kind, options, report); });
+        type, [&]<class T>(T) { return CellFunction<T>::apply(gates, weights, start, kind, options, report); });
 }
 
 CellGradientTensors cell_gradients(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,

@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -110,6 +111,7 @@ DenoisingRecurrence::DenoisingRecurrence(DenoisingPlan plan, Denoiser denoiser, 
             *to++ = float(value);
     }
     coefficients_ = numbers_of_steps.to(initial_.device());
+    slopes_ = slopes_of_steps().to(initial_.device());
     images_ = at::arange(shape().batch, initial_.options().dtype(at::kLong));
 }
 
@@ -176,14 +178,16 @@ Tensor DenoisingRecurrence::estimate(const Rows& rows, const Tensor& state, bool
     const auto column = [&](Column which) { return table.slice(1, which, which + 1); };
     const Tensor inputs = column(Column::input) * state;
     const Tensor predictions = ask(inputs, table.select(1, Column::time), rows.images);
-    Tensor sample = column(estimate_of_input) * inputs + column(estimate_of_prediction) * predictions;
+    Tensor sample = at::addcmul(column(estimate_of_input) * inputs, column(estimate_of_prediction), predictions);
     return options_.clip > 0 ? sample.clamp(-options_.clip, options_.clip) : sample;
 }
 
 Tensor DenoisingRecurrence::follow(const Rows& rows, const Tensor& before, const Tensor& sample) const {
-    Tensor after = rows.column(from_state) * before.slice(1, 0, numbers()) + rows.column(from_sample) * sample;
-    if (plan_.remembers) after = after + rows.column(from_previous) * before.slice(1, numbers(), 2 * numbers());
-    if (plan_.random) after = after + rows.column(from_random) * rows.random;
+    Tensor after =
+        at::addcmul(rows.column(from_state) * before.slice(1, 0, numbers()), rows.column(from_sample), sample);
+    if (plan_.remembers)
+        after = at::addcmul(after, rows.column(from_previous), before.slice(1, numbers(), 2 * numbers()));
+    if (plan_.random) after = at::addcmul(after, rows.column(from_random), rows.random);
     return after;
 }
 
@@ -247,27 +251,37 @@ void DenoisingRecurrence::linearise(const Section& section, View<const float> be
     *dependent_calls_ += *dependent_calls_ - calls_before;
 }
 
-/// The derivative of the step, [rows, 1], with the network's prediction held fixed.
-Tensor DenoisingRecurrence::slopes(const Rows& rows) const {
-    const auto of_sample = [](const Tensor& table) {
-        return table.slice(1, Column::input, Column::input + 1) *
-               table.slice(1, estimate_of_input, estimate_of_input + 1);
+/// Of each step the derivative, [steps, 1], with the network's prediction held fixed.
+Tensor DenoisingRecurrence::slopes_of_steps() const {
+    const index steps = shape().steps;
+    Tensor slopes = at::empty({steps, 1}, at::kFloat);
+    const auto of_sample = [&](index step) {
+        const DenoisingStep& last = plan_.steps[std::size_t(std::min(step, steps - 1))];
+        return last.input * sample_estimate(options_.prediction, last.level).from_input;
     };
-    Tensor slope = rows.column(from_state) + rows.column(from_sample) * of_sample(rows.coefficients);
-    if (rows.next.defined()) {
-        const Tensor correction = rows.column(Column::correction);
-        slope = at::where(correction != 0, (1 + slope) / 2 + correction * (1 - of_sample(rows.next)) * slope, slope);
+    for (index i = 0; i < steps; ++i) {
+        const DenoisingStep& step = plan_.steps[std::size_t(i)];
+        double slope = step.from_state + step.from_sample * of_sample(i);
+        if (step.correction != 0) slope = (1 + slope) / 2 + step.correction * (1 - of_sample(i + 1)) * slope;
+        slopes.data_ptr<float>()[i] = float(slope);
     }
-    return slope;
+    return slopes;
+}
+
+/// Likewise, a row for each step and each image: [count * batch, 1].
+Tensor DenoisingRecurrence::slopes(index first, index count, index stride, index batch) const {
+    const Tensor of_steps = slopes_.slice(0, first, first + (count - 1) * stride + 1, stride);
+    return of_steps.unsqueeze(1).expand({count, batch, 1}).reshape({count * batch, 1});
 }
 
 void DenoisingRecurrence::linearise_diagonal(const Section& section, View<const float> before, View<float> after,
                                              Jacobian<float> diagonal) const {
     step(section, before, after);
     const at::NoGradGuard no_gradients;
+    if (section.steps() == 0) return;
     Tensor to = tensor_of(diagonal.data(), {section.steps() * section.batch(), shape().width});
-    to.zero_();
-    to.slice(1, 0, numbers()).copy_(slopes(rows_of(section)).expand({-1, numbers()}));
+    if (plan_.remembers) to.zero_();
+    to.slice(1, 0, numbers()).copy_(slopes(section.first, section.steps(), 1, section.batch()).expand({-1, numbers()}));
 }
 
 // --- blocks of steps
@@ -308,7 +322,8 @@ private:
             all_.for_parts(now, 1, [&](const Rows& part, index first, index last) {
                 states.slice(0, first, last).copy_(all_.advance(part, states.slice(0, first, last)));
             });
-            if (product.defined()) product.slice(0, 0, now.images.size(0)).mul_(all_.slopes(now));
+            if (product.defined())
+                product.slice(0, 0, now.images.size(0)).mul_(all_.slopes(first_step, blocks, length_, batch));
         }
         all_.tensor_of(after.data(), {rows, width}).copy_(states);
     }

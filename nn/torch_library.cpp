@@ -75,10 +75,9 @@ std::tuple<Tensor, Tensor, Tensor> run_cell_backward(int64_t kind, const Tensor&
                                                      const c10::optional<Tensor>& initial, const Tensor& states,
                                                      const Tensor& status, const Tensor& output_gradient,
                                                      bool reversed) {
-    const Tensor start = initial ? *initial : at::zeros({states.size(1), states.size(2)}, states.options());
     const auto gradients =
-        cell_gradients(CellKind(kind), gates, parameters, start, states, deeppcr::Status(status.item<int64_t>()),
-                       output_gradient, cell_options(reversed));
+        cell_gradients(CellKind(kind), gates, parameters, initial.value_or(Tensor()), states,
+                       deeppcr::Status(status.item<int64_t>()), output_gradient, cell_options(reversed));
     return {gradients.gates, gradients.parameters, gradients.initial};
 }
 

@@ -37,9 +37,10 @@ enum class Reduction {
 /// gives its own bits, the same every time on one GPU model. An infinite product may come out as NaN.
 /// double: `split` and `tf32` are the same, tensor cores that multiply and add numbers of 64 bits.
 enum class TensorCores {
-    none,  ///< plain arithmetic. Tensor cores have not been measured yet
+    none,  ///< plain arithmetic
     /// float as sums of two numbers of TF32, three products for one (two where A is stored in 16 bits, which TF32 holds
-    /// exactly): errors of a few units of a float's last place, as of plain arithmetic
+    /// exactly). Tensor cores cut off what does not fit in their sums: on an H200, states of blocks of 64 to 256 were
+    /// within 4e-5 to 2e-4 of substitution's, relative to the largest, where plain arithmetic leaves 2e-6 to 5e-6
     split,
     /// Products of numbers rounded to TF32's 11 bits: relative errors of up to 2^-11 of each, and so about three
     /// digits of the states at the chunks' ends

@@ -44,7 +44,9 @@ constexpr index shortest_chunk = 64;     // where chunks are chosen
 constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
 constexpr index fewest_tile_bytes = 32;  // of a step of an input: a sector of memory
 constexpr index chunks_to_collect = 8;   // by a thread
-constexpr int most_sum_threads = 1024;   // of a block that adds up a parameter's gradient
+constexpr index tiles_of_a_multiprocessor = 3;
+constexpr double worth_narrower_tiles = 0.8;  // of the time by wider ones
+constexpr int most_sum_threads = 1024;        // of a block that adds up a parameter's gradient
 
 /// mismatch[c] = ends[c] - starts[c + 1]
 template <class A>
@@ -358,17 +360,25 @@ public:
 private:
     double numbers() const { return double(recurrence_.shape().count()); }
 
-    /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same. 0:
-    /// there are too few channels for tiles.
+    /// Groups side by side in a tile, at least as many as read whole sectors: where blocks come in several rounds, so
+    /// many that the last round is not much emptier than the others. 0: there are too few channels for tiles.
     int tile_groups() const {
         if (kernels_.shoot_tiles.launch == nullptr || options_.chunk > 0 ||
             all_.channels * index(sizeof(T)) < fewest_tile_bytes)
             return 0;
-        int groups = fewest_tile_groups;
         const auto blocks = [&](index size) { return all_.part_count * ((all_.groups + size - 1) / size); };
-        if (blocks(groups) < all_.multiprocessors) return 0;
-        while (groups < most_tile_groups && blocks(2 * groups) >= index(2) * all_.multiprocessors) groups *= 2;
-        return groups;
+        if (blocks(fewest_tile_groups) < all_.multiprocessors) return 0;
+        const index at_once = tiles_of_a_multiprocessor * all_.multiprocessors;
+        int best = fewest_tile_groups;
+        double least = std::numeric_limits<double>::infinity();
+        for (int groups = most_tile_groups; groups >= fewest_tile_groups; groups /= 2) {
+            if (groups > fewest_tile_groups && blocks(groups) < index(2) * all_.multiprocessors) continue;
+            const double time = double((blocks(groups) + at_once - 1) / at_once) * groups;
+            if (time > worth_narrower_tiles * least) continue;
+            least = time;
+            best = groups;
+        }
+        return best;
     }
 
     Plan plan_overlap(const DeviceCosts& cost, index repeated) const {
@@ -460,7 +470,7 @@ private:
         static_assert(sizeof(cell::SequenceStatus) % word == 0 && sizeof(cell::RunStatus) % word == 0);
         const index lanes = lanes_of_row(rows());
         const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
-        const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * 8 * cuda::plain_threads);
+        const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * cuda::plain_threads);
         cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
                      per_row, all_.channels * states_, is_brief() ? static_cast<Word*>(letter_.paper()) : nullptr,
                      status_bytes_ / word);

@@ -97,8 +97,14 @@ struct Ending {
     Word last_bad;  ///< 1: the last state is not finite
 };
 
+/// What a block's rows have found, in its shared memory: as of Track and Summary, the first two where all rows are of
+/// one sequence. Thousands of rows may fail; their blocks alone raise what is in memory.
+struct Found {
+    Word failed, bad, worst;
+};
+
 template <class T>
-__device__ void test_row(const Pass<T>& pass, index row, int lane) {
+__device__ void test_row(const Pass<T>& pass, index row, int lane, Found& found) {
     const index width = pass.width;
     const bool exists = row < pass.rows * pass.batch;
     const index step = pass.first + (exists ? row / pass.batch : 0);
@@ -123,9 +129,10 @@ __device__ void test_row(const Pass<T>& pass, index row, int lane) {
     if (good && relative <= 1) return;
     const Word left = Word(pass.first + pass.rows - step);
     if (lane == 0) {
-        raise(&track->failed, left);
-        if ((norms.bad & 2) != 0) raise(&track->bad, left);
-        raise(&pass.now->worst, word_of(good ? relative : infinity()));
+        const bool together = pass.batch == 1;
+        raise(together ? &found.failed : &track->failed, left);
+        if ((norms.bad & 2) != 0) raise(together ? &found.bad : &track->bad, left);
+        raise(&found.worst, word_of(good ? relative : infinity()));
         if (!good) atomicAdd(pass.resets, Word(1));
     }
     if (!good) pass.isolate(row, lane, norms, index(track->confirmed) - pass.first);
@@ -155,9 +162,18 @@ __device__ void cut_off_track(const Pass<T>& pass, index j, index thread, index 
 
 template <class T>
 __global__ void __launch_bounds__(plain_threads) test_rows(const __grid_constant__ Pass<T> pass) {
+    Found& found = *cuda::shared_memory<Found>();
     if (this_thread() == 0) *pass.next = {};
     if (pass.before->left == 0) return;
-    test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes);
+    if (threadIdx.x == 0) found = {};
+    __syncthreads();
+    test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes, found);
+    __syncthreads();
+    if (threadIdx.x == 0 && found.worst > 0) {
+        raise(&pass.tracks->failed, found.failed);
+        raise(&pass.tracks->bad, found.bad);
+        raise(&pass.now->worst, found.worst);
+    }
     if (!pass.advances || !is_last_block(&pass.now->tested)) return;
     const index thread = threadIdx.x, threads = blockDim.x;
     for (index j = thread; j < pass.batch; j += threads) advance_track(pass, pass.tracks[j]);
@@ -437,7 +453,9 @@ private:
         tested.advances = batch_ <= most_tracks_of_a_block && batch_ * entries <= most_entries_of_a_block &&
                           index(by_row().blocks.x) <= most_blocks_to_ask * multiprocessors_;
         if (letter != nullptr && tested.advances) tested.heard = static_cast<Summary*>(letter->paper());
-        cuda::launch(by_row(), test_rows<T>, tested);
+        cuda::Launch rows = by_row();
+        rows.shared_bytes = sizeof(Found);
+        cuda::launch(rows, test_rows<T>, tested);
         if (!tested.advances) {
             cuda::launch({dim3(unsigned(batch_)), cuda::one_each(entries, stream_).threads, 0, stream_},
                          advance_tracks<T>, tested);

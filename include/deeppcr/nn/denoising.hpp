@@ -92,11 +92,12 @@ private:
     /// The network's estimate of the sample, from the states before the steps (or, `next`, after them).
     at::Tensor estimate(const Rows& rows, const at::Tensor& state, bool next) const;
     at::Tensor ask(const at::Tensor& inputs, const at::Tensor& times, const at::Tensor& images) const;
-    at::Tensor slopes(const Rows& rows) const;
+    at::Tensor slopes_of_steps() const;
+    at::Tensor slopes(index first, index count, index stride, index batch) const;
 
     DenoisingPlan plan_;
     Denoiser denoiser_;
-    at::Tensor initial_, random_, coefficients_, images_;
+    at::Tensor initial_, random_, coefficients_, images_, slopes_;
     DenoisingOptions options_;
     std::shared_ptr<index> evaluated_rows_, dependent_calls_;
 };
