@@ -96,8 +96,10 @@ CellGradientTensors gradients_of(const Forward<T>& pass, const Tensor& states, c
 template <class T>
 struct CellFunction : torch::autograd::Function<CellFunction<T>> {
     static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& gates, const Tensor& parameters,
-                          const Tensor& initial, CellKind kind, const CellOptions& options, Report* report) {
+                          const c10::optional<Tensor>& start, CellKind kind, const CellOptions& options,
+                          Report* report) {
         const DeviceScope here(gates);
+        const Tensor initial = start.value_or(Tensor());
         auto pass = c10::make_intrusive<Forward<T>>(kind, gates, parameters, initial, options);
         const Options evaluation = here.options(pass->options.evaluation);
         const Shape shape = pass->recurrence->shape();
@@ -199,10 +201,10 @@ Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const 
     require("parameters", weights, {sizes.parameters, channels}, is_16_bit(type) ? at::kFloat : type, gates.device());
     index sequences = gates.size(1);
     for (const SequenceStart& start : options.starts) sequences += start.step > 0;
-    Tensor start = initial;  // undefined: zeros
-    if (start.defined()) {
-        if (is_16_bit(type)) start = widen("initial", start, type).to(type);
-        require("initial", start, {sequences, channels * sizes.states}, type, gates.device());
+    c10::optional<Tensor> start;  // none: zeros
+    if (initial.defined()) {
+        start = is_16_bit(type) ? widen("initial", initial, type).to(type) : initial;
+        require("initial", *start, {sequences, channels * sizes.states}, type, gates.device());
     }
     return with_storage(
         type, [&]<class T>(T) { return CellFunction<T>::apply(gates, weights, start, kind, options, report); });

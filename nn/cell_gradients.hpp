@@ -11,8 +11,9 @@ struct CellGradientTensors {
     at::Tensor gates, parameters, initial;
 };
 
-/// Gradients of `cell`'s arguments (all three given, of the types that the core stores), like them, from those of its
-/// states. states, status: what `cell` returned and reported for the same arguments. options.recompute does not count.
+/// Gradients of `cell`'s arguments (of the types that the core stores; that of the initial states also where none are
+/// given), like them, from those of its states. states, status: what `cell` returned and reported for the same
+/// arguments. options.recompute does not count.
 CellGradientTensors cell_gradients(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters,
                                    const at::Tensor& initial, const at::Tensor& states, Status status,
                                    const at::Tensor& output_gradient, const CellOptions& options);

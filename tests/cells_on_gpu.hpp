@@ -41,6 +41,10 @@ constexpr double rounding = std::is_same_v<T, bfloat16>  ? 0x1p-8
                             : std::is_same_v<T, float>   ? 2e-5
                                                          : 1e-14;
 
+/// Whether a GPU's tanh is that of its hardware, to 2^-11; the emulation's is not.
+template <class T>
+constexpr bool has_brief_tanh = std::is_same_v<T, bfloat16>;
+
 /// With enough sequences for tiles, which are taken where every multiprocessor has one: the emulated GPU has three.
 inline Shape wide_enough(Shape shape) {
     int multiprocessors = 0;

@@ -124,7 +124,7 @@ void* Workspace::take_bytes(index bytes) {
         offset_ = 0;
     }
     if (block_ == blocks_.size()) {
-        const index grown = std::max(bytes, index(1) << (device_.is_host() ? 16 : 22));
+        const index grown = std::max(bytes, index(1) << 16);
         if (capturing_)
             throw InvalidArgument("options.workspace",
                                   "one that an earlier call of the same sizes has grown, as the stream is being "

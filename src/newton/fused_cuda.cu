@@ -40,11 +40,11 @@ using cell::DeviceKernel;
 using cell::DeviceKernels;
 using cell::repair_rounds;
 
-constexpr index shortest_chunk = 64;     // where chunks are chosen
-constexpr index fewest_steps = 128;      // below, the launches of anything but step after step are not worth it
-constexpr index fewest_tile_bytes = 32;  // of a step of an input: a sector of memory
-constexpr index chunks_to_collect = 8;   // by a thread
-constexpr index tiles_of_a_multiprocessor = 3;
+constexpr index shortest_chunk = 64;          // where chunks are chosen
+constexpr index fewest_steps = 128;           // below, the launches of anything but step after step are not worth it
+constexpr index fewest_tile_bytes = 32;       // of a step of an input: a sector of memory
+constexpr index chunks_to_collect = 8;        // by a thread
+constexpr int tile_threads = 256;             // of a block that shoots tiles
 constexpr double worth_narrower_tiles = 0.8;  // of the time by wider ones
 constexpr int most_sum_threads = 1024;        // of a block that adds up a parameter's gradient
 
@@ -250,13 +250,17 @@ protected:
     /// What rounds of repairs, or of corrections, need: the ends before and after a round, and which are new.
     struct Rounds {
         A* ends[2];
+        A* residuals;
         unsigned char* changed[2];
     };
     /// Taken before anything of the caller's is written: where memory is short, that stays as it was.
+    /// All at once: an allocator takes its time for each piece.
     void take_rounds() {
-        const auto ends = [&] { return workspace_.template take<A>(boundary_size()); };
-        const auto flags = [&] { return workspace_.template take<unsigned char>(all_.count * rows()); };
-        rounds_ = {{ends(), ends()}, {flags(), flags()}};
+        const index ends = boundary_size(), flags = all_.count * rows();
+        A* const numbers =
+            workspace_.template take<A>(2 * ends + 2 * flags + (2 * flags + index(sizeof(A)) - 1) / index(sizeof(A)));
+        auto* const changed = reinterpret_cast<unsigned char*>(numbers + 2 * ends + 2 * flags);
+        rounds_ = {{numbers, numbers + ends}, numbers + 2 * ends, {changed, changed + flags}};
     }
     /// The first one goes on from rounds_.ends[0].
     void run_round(const DeviceKernel<T>& kernel, int round) {
@@ -368,7 +372,9 @@ private:
             return 0;
         const auto blocks = [&](index size) { return all_.part_count * ((all_.groups + size - 1) / size); };
         if (blocks(fewest_tile_groups) < all_.multiprocessors) return 0;
-        const index at_once = tiles_of_a_multiprocessor * all_.multiprocessors;
+        if (blocks(2 * fewest_tile_groups) < index(2) * all_.multiprocessors) return fewest_tile_groups;
+        const index at_once =
+            index(std::max(1, kernels_.shoot_tiles.resident_threads() / tile_threads)) * all_.multiprocessors;
         int best = fewest_tile_groups;
         double least = std::numeric_limits<double>::infinity();
         for (int groups = most_tile_groups; groups >= fewest_tile_groups; groups /= 2) {
@@ -442,7 +448,7 @@ private:
         const index size = boundary_size();
         take_rounds();
         A* const ends = rounds_.ends[0];
-        all_.residuals = workspace_.template take<A>(2 * all_.count * rows());
+        all_.residuals = rounds_.residuals;
         if (method == Method::shooting || all_.given) {
             A* const starts = workspace_.template take<A>(size);
             all_.starts = starts;

@@ -129,10 +129,15 @@ __device__ void test_row(const Pass<T>& pass, index row, int lane, Found& found)
     if (good && relative <= 1) return;
     const Word left = Word(pass.first + pass.rows - step);
     if (lane == 0) {
-        const bool together = pass.batch == 1;
-        raise(together ? &found.failed : &track->failed, left);
-        if ((norms.bad & 2) != 0) raise(together ? &found.bad : &track->bad, left);
-        raise(&found.worst, word_of(good ? relative : infinity()));
+        const bool bad = (norms.bad & 2) != 0;
+        if (pass.batch == 1) {
+            atomicMax(&found.failed, left);
+            if (bad) atomicMax(&found.bad, left);
+        } else {
+            raise(&track->failed, left);
+            if (bad) raise(&track->bad, left);
+        }
+        atomicMax(&found.worst, word_of(good ? relative : infinity()));
         if (!good) atomicAdd(pass.resets, Word(1));
     }
     if (!good) pass.isolate(row, lane, norms, index(track->confirmed) - pass.first);
