@@ -37,7 +37,6 @@ namespace deeppcr::cell {
 
 constexpr int steps_per_sum = 64;          // of parameter gradients in A, before they are added up in double
 constexpr int cell_threads = 128;          // of a block at most: no thread knows of any other but those of its warp
-constexpr int tile_threads = 256;          // of a block that shoots tiles
 constexpr std::size_t tile_bytes = 73728;  // of its shared memory: three blocks on a multiprocessor of 227 KB
 
 /// `n` neighbouring numbers, moved together where their address allows it.

@@ -16,8 +16,9 @@ struct SequencePart {
 
 namespace cell {
 
-constexpr int repair_rounds = 3;  // before what is left is finished step after step
-constexpr int most_shots = 8;     // Newton sweeps for the states between chunks, or of a tile
+constexpr int repair_rounds = 3;   // before what is left is finished step after step
+constexpr int most_shots = 8;      // Newton sweeps for the states between chunks, or of a tile
+constexpr int tile_threads = 256;  // of a block that shoots tiles
 
 /// What a sequence's kernels tell. Residuals are bits of doubles, which order as they do.
 struct SequenceStatus {

@@ -44,7 +44,6 @@ constexpr index shortest_chunk = 64;          // where chunks are chosen
 constexpr index fewest_steps = 128;           // below, the launches of anything but step after step are not worth it
 constexpr index fewest_tile_bytes = 32;       // of a step of an input: a sector of memory
 constexpr index chunks_to_collect = 8;        // by a thread
-constexpr int tile_threads = 256;             // of a block that shoots tiles
 constexpr double worth_narrower_tiles = 0.8;  // of the time by wider ones
 constexpr int most_sum_threads = 1024;        // of a block that adds up a parameter's gradient
 
@@ -364,21 +363,22 @@ public:
 private:
     double numbers() const { return double(recurrence_.shape().count()); }
 
-    /// Groups side by side in a tile, at least as many as read whole sectors: where blocks come in several rounds, so
-    /// many that the last round is not much emptier than the others. 0: there are too few channels for tiles.
+    /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same,
+    /// and of these as many as leave the last round of blocks not much emptier than the others. 0: there are too few
+    /// channels for tiles.
     int tile_groups() const {
         if (kernels_.shoot_tiles.launch == nullptr || options_.chunk > 0 ||
             all_.channels * index(sizeof(T)) < fewest_tile_bytes)
             return 0;
         const auto blocks = [&](index size) { return all_.part_count * ((all_.groups + size - 1) / size); };
         if (blocks(fewest_tile_groups) < all_.multiprocessors) return 0;
-        if (blocks(2 * fewest_tile_groups) < index(2) * all_.multiprocessors) return fewest_tile_groups;
-        const index at_once =
-            index(std::max(1, kernels_.shoot_tiles.resident_threads() / tile_threads)) * all_.multiprocessors;
         int best = fewest_tile_groups;
+        if (blocks(2 * best) < index(2) * all_.multiprocessors) return best;
+        const index at_once =
+            index(std::max(1, kernels_.shoot_tiles.resident_threads() / cell::tile_threads)) * all_.multiprocessors;
         double least = std::numeric_limits<double>::infinity();
-        for (int groups = most_tile_groups; groups >= fewest_tile_groups; groups /= 2) {
-            if (groups > fewest_tile_groups && blocks(groups) < index(2) * all_.multiprocessors) continue;
+        for (int groups = most_tile_groups; groups > fewest_tile_groups; groups /= 2) {
+            if (blocks(groups) < index(2) * all_.multiprocessors) continue;
             const double time = double((blocks(groups) + at_once - 1) / at_once) * groups;
             if (time > worth_narrower_tiles * least) continue;
             least = time;

@@ -97,14 +97,8 @@ struct Ending {
     Word last_bad;  ///< 1: the last state is not finite
 };
 
-/// What a block's rows have found, in its shared memory: as of Track and Summary, the first two where all rows are of
-/// one sequence. Thousands of rows may fail; their blocks alone raise what is in memory.
-struct Found {
-    Word failed, bad, worst;
-};
-
 template <class T>
-__device__ void test_row(const Pass<T>& pass, index row, int lane, Found& found) {
+__device__ void test_row(const Pass<T>& pass, index row, int lane) {
     const index width = pass.width;
     const bool exists = row < pass.rows * pass.batch;
     const index step = pass.first + (exists ? row / pass.batch : 0);
@@ -129,15 +123,9 @@ __device__ void test_row(const Pass<T>& pass, index row, int lane, Found& found)
     if (good && relative <= 1) return;
     const Word left = Word(pass.first + pass.rows - step);
     if (lane == 0) {
-        const bool bad = (norms.bad & 2) != 0;
-        if (pass.batch == 1) {
-            atomicMax(&found.failed, left);
-            if (bad) atomicMax(&found.bad, left);
-        } else {
-            raise(&track->failed, left);
-            if (bad) raise(&track->bad, left);
-        }
-        atomicMax(&found.worst, word_of(good ? relative : infinity()));
+        raise(&track->failed, left);
+        if ((norms.bad & 2) != 0) raise(&track->bad, left);
+        raise(&pass.now->worst, word_of(good ? relative : infinity()));
         if (!good) atomicAdd(pass.resets, Word(1));
     }
     if (!good) pass.isolate(row, lane, norms, index(track->confirmed) - pass.first);
@@ -167,18 +155,9 @@ __device__ void cut_off_track(const Pass<T>& pass, index j, index thread, index 
 
 template <class T>
 __global__ void __launch_bounds__(plain_threads) test_rows(const __grid_constant__ Pass<T> pass) {
-    Found& found = *cuda::shared_memory<Found>();
     if (this_thread() == 0) *pass.next = {};
     if (pass.before->left == 0) return;
-    if (threadIdx.x == 0) found = {};
-    __syncthreads();
-    test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes, found);
-    __syncthreads();
-    if (threadIdx.x == 0 && found.worst > 0) {
-        raise(&pass.tracks->failed, found.failed);
-        raise(&pass.tracks->bad, found.bad);
-        raise(&pass.now->worst, found.worst);
-    }
+    test_row(pass, this_thread() / pass.lanes, int(threadIdx.x) % pass.lanes);
     if (!pass.advances || !is_last_block(&pass.now->tested)) return;
     const index thread = threadIdx.x, threads = blockDim.x;
     for (index j = thread; j < pass.batch; j += threads) advance_track(pass, pass.tracks[j]);
@@ -458,9 +437,7 @@ private:
         tested.advances = batch_ <= most_tracks_of_a_block && batch_ * entries <= most_entries_of_a_block &&
                           index(by_row().blocks.x) <= most_blocks_to_ask * multiprocessors_;
         if (letter != nullptr && tested.advances) tested.heard = static_cast<Summary*>(letter->paper());
-        cuda::Launch rows = by_row();
-        rows.shared_bytes = sizeof(Found);
-        cuda::launch(rows, test_rows<T>, tested);
+        cuda::launch(by_row(), test_rows<T>, tested);
         if (!tested.advances) {
             cuda::launch({dim3(unsigned(batch_)), cuda::one_each(entries, stream_).threads, 0, stream_},
                          advance_tracks<T>, tested);
