@@ -31,7 +31,15 @@ struct DeviceCosts {
     double launch = 0;  ///< seconds from one launch to the next, when they do nothing
     KernelCost advance, multiply;
     KernelCost tiles;  ///< latency: of a block of `fewest_tile_groups`
+    index tiles_at_once = 1;
 };
+
+/// Blocks that shoot tiles, on all multiprocessors of the current GPU.
+template <class T>
+index tiles_at_once(const cell::DeviceKernels<T>& kernels) {
+    if (kernels.shoot_tiles.launch == nullptr) return 1;
+    return index(std::max(1, kernels.shoot_tiles.resident_threads() / cell::tile_threads)) * device::multiprocessors();
+}
 
 constexpr int fewest_tile_groups = 8, most_tile_groups = 32;  // whole sectors of memory, and a warp
 
@@ -42,7 +50,11 @@ DeviceCosts assumed_device_costs(const cell::DeviceKernels<T>& kernels) {
     constexpr double launch = 3e-6, step = 1e-7;
     const double channels = double(kernels.advance.resident_threads()) * double(device::multiprocessors()) *
                             double(kernels.channels_per_group);
-    return {launch, {step, step / channels}, {2 * step, 2 * step / channels}, {5 * step / 32, 5 * step / channels}};
+    return {launch,
+            {step, step / channels},
+            {2 * step, 2 * step / channels},
+            {5 * step / 32, 5 * step / channels},
+            tiles_at_once(kernels)};
 }
 
 template <class T>
@@ -113,6 +125,7 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     costs.multiply = cost(kernels.multiply, few_groups, 0);
     if (kernels.shoot_tiles.launch != nullptr)
         costs.tiles = cost(kernels.shoot_tiles, fewest_tile_groups, fewest_tile_groups);
+    costs.tiles_at_once = tiles_at_once(kernels);
     return costs;
 }
 

@@ -365,8 +365,9 @@ private:
 
     /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same,
     /// and of these as many as leave the last round of blocks not much emptier than the others. 0: there are too few
-    /// channels for tiles.
-    int tile_groups() const {
+    /// channels for tiles. at_once(): blocks.
+    template <class AtOnce>
+    int tile_groups(const AtOnce& at_once) const {
         if (kernels_.shoot_tiles.launch == nullptr || options_.chunk > 0 ||
             all_.channels * index(sizeof(T)) < fewest_tile_bytes)
             return 0;
@@ -374,12 +375,11 @@ private:
         if (blocks(fewest_tile_groups) < all_.multiprocessors) return 0;
         int best = fewest_tile_groups;
         if (blocks(2 * best) < index(2) * all_.multiprocessors) return best;
-        const index at_once =
-            index(std::max(1, kernels_.shoot_tiles.resident_threads() / cell::tile_threads)) * all_.multiprocessors;
+        const index in_a_round = at_once();
         double least = std::numeric_limits<double>::infinity();
         for (int groups = most_tile_groups; groups > fewest_tile_groups; groups /= 2) {
             if (blocks(groups) < index(2) * all_.multiprocessors) continue;
-            const double time = double((blocks(groups) + at_once - 1) / at_once) * groups;
+            const double time = double((blocks(groups) + in_a_round - 1) / in_a_round) * groups;
             if (time > worth_narrower_tiles * least) continue;
             least = time;
             best = groups;
@@ -413,12 +413,13 @@ private:
             cut(std::min(options_.chunk, longest_));
             return options_.method;
         }
-        const int groups = options_.method == Method::overlap ? 0 : tile_groups();
-        if (options_.method == Method::shooting && groups > 0) {
+        int groups = options_.method == Method::shooting ? tile_groups([&] { return tiles_at_once(kernels_); }) : 0;
+        if (groups > 0) {
             all_.tile_groups = groups;
             return Method::shooting;
         }
         const DeviceCosts cost = costs();
+        if (automatic) groups = tile_groups([&] { return cost.tiles_at_once; });
         const Plan overlap = plan_overlap(cost, seen.repeated);
         Plan shooting;
         if (groups > 0)
