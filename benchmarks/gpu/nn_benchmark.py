@@ -67,8 +67,8 @@ def measure(competitors, rounds):
         for _ in range(3):
             function()
     times = {name: [] for name in competitors}
-    for round_ in range(rounds):
-        if round_ >= 5 and sum(map(sum, times.values())) > 1500:
+    for done in range(rounds):
+        if done >= 5 and sum(map(sum, times.values())) > 1500:
             break
         for name, function in competitors.items():
             times[name].append(milliseconds(function))

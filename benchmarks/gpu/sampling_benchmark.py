@@ -186,7 +186,8 @@ with tempfile.TemporaryDirectory() as folder:
             noise = torch.randn(images, numbers, generator=torch.Generator().manual_seed(images)).to(device)
             sequential.noise.copy_(noise)
             expected = sequential().clone()
-            for surrogate, tolerance in (("full", 1e-4), ("full", 1e-5), ("diagonal", 1e-4), ("diagonal", 1e-5), ("diagonal", 1e-6)):
+            for surrogate, tolerance in (("full", 1e-4), ("full", 1e-5), ("diagonal", 1e-4), ("diagonal", 1e-5),
+                                         ("diagonal", 1e-6)):
                 parallel = Parallel(path, images, steps, surrogate, tolerance, noise)
                 row = {"steps": steps, "images": images, "surrogate": surrogate, "tolerance": tolerance,
                        "iterations": parallel.iterations, "dependent_calls": parallel.dependent_calls, "loss": loss}
