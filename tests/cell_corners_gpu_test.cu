@@ -274,7 +274,7 @@ void check_functions_of_16_bits(double unit, const Options& options) {
 }
 TEST_F(CellOnGpuCorners, FunctionsOf16BitsAreAsExactAsTheirNumbers) {
     const Options options{.method = Method::sequential, .execution = gpu};
-    check_functions_of_16_bits<bfloat16>(0x1p-8 + 0x1p-11, options);
+    check_functions_of_16_bits<bfloat16>(0x1p-8 + 0x1p-10, options);
     check_functions_of_16_bits<float16>(0x1.01p-11, options);
 }
 
