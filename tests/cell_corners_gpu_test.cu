@@ -112,7 +112,7 @@ TEST_F(CellOnGpuCorners, TheFirstStepThatIsNotFiniteIsFound) {
 }
 
 TEST_F(CellOnGpuCorners, WhatOverflowsWhereItIsRoundedIsNotFinite) {
-    cell::register_on_gpu<Scaled, bfloat16, float16>();
+    cell::register_on_gpu<Scaled, float, bfloat16, float16>();
     const auto expect_found = [](auto type, float input) {
         using T = decltype(type);
         const Shape shape{300, 2, 48};
