@@ -17,25 +17,26 @@ struct Problem {
           trajectory(Buffer<T>::uninitialised(shape, Layout::steps_first, there)),
           recurrence(inputs, parameters) {}
 
-    /// sweeps: of Newton's method at most, by shooting; 0: as many as it takes.
-    Report run(Method method, index sweeps = 0) {
+    /// sweeps: of Newton's method at most, by shooting; 0: as many as it takes. chunk: its steps; 0: chosen.
+    Report run(Method method, index sweeps = 0, index chunk = 0) {
         return evaluate(recurrence, trajectory.view(),
                         {.method = method,
+                         .chunk = chunk,
                          .tolerance = is_stored_in_16_bits<T> ? tolerance_in_16_bits : tolerance,
                          .max_iterations = sweeps,
                          .estimates = Estimates::none,
                          .execution = on_the_gpu,
                          .workspace = &workspace});
     }
-    Timed timed(Method method, index sweeps = 0) {
-        return on_gpu([this, method, sweeps] { run(method, sweeps); });
+    Timed timed(Method method, index sweeps = 0, index chunk = 0) {
+        return on_gpu([=, this] { run(method, sweeps, chunk); });
     }
     double bytes() const { return double(inputs.size() + trajectory.size()) * double(sizeof(T)); }
 
     /// Runs it and compares it with the sequential trajectory, all of it; notes what it did.
-    void verify_method(Row& row, Method method, const Buffer<T>& expected, index sweeps = 0) {
+    void verify_method(Row& row, Method method, const Buffer<T>& expected, index sweeps = 0, index chunk = 0) {
         Report report;
-        for (int call = 0; call < 3; ++call) report = run(method, sweeps);  // learns how many chunks are best
+        for (int call = 0; call < 3; ++call) report = run(method, sweeps, chunk);  // learns how many chunks are best
         if (!report.ok()) throw Error("it ended as " + to_string(report.status));
         row.details["did"] = report.method;
         row.details["iterations"] = report.iterations;
@@ -93,32 +94,78 @@ void measure_forward(Results& results, const Shape& shape, Method method, const 
                 });
 }
 
-/// The seconds of the pass alone, as its Report has them: the gradients' memory is allocated before it.
+/// Gradients in memory of their own, so that a pass allocates nothing.
+template <class T>
+struct Backward {
+    explicit Backward(const Shape& shape)
+        : problem(shape),
+          report(problem.run(Method::sequential)),
+          gradient(uniform<T>(shape, -1, 1, 5)),
+          inputs(Buffer<T>::uninitialised(problem.inputs.shape(), Layout::steps_first, there)),
+          parameters(Buffer<Arithmetic<T>>::uninitialised(problem.parameters.shape(), Layout::steps_first, there)),
+          initial(Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, there)) {}
+
+    Report run(Method method, index chunk = 0) {
+        return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient,
+                          {inputs.view(), parameters.view(), initial.view()},
+                          {.method = method, .chunk = chunk, .execution = on_the_gpu, .workspace = &problem.workspace});
+    }
+    Timed timed(index chunk = 0) {
+        return on_gpu([this, chunk] { run(Method::automatic, chunk); });
+    }
+    double bytes() const { return problem.bytes() + double(inputs.size() + gradient.size()) * double(sizeof(T)); }
+
+    /// Against the pass step after step; notes what it did.
+    void verify_gradients(Row& row, index chunk = 0) {
+        run(Method::sequential);
+        const Buffer<T> expected_inputs = inputs.clone();
+        const Buffer<Arithmetic<T>> expected_parameters = parameters.clone();
+        for (int call = 0; call < 3; ++call) row.details["did"] = run(Method::automatic, chunk).method;
+        const double limit = is_stored_in_16_bits<T> ? 0.05 : 1e-3;
+        verify(row, "difference of the inputs' gradients", difference(inputs, expected_inputs), limit);
+        verify(row, "difference of the parameters' gradients", difference(parameters, expected_parameters), limit);
+    }
+
+    Problem<T> problem;
+    Report report;
+    Buffer<T> gradient, inputs;
+    Buffer<Arithmetic<T>> parameters;
+    Buffer<T> initial;
+};
+
 template <class T>
 void measure_backward(Results& results, const Shape& shape) {
-    results.add(
-        {.target = "gru-backward", .what = "ParaGRU backward", .shape = text(shape), .type = type_name<T>},
-        [&](Row& row) {
+    results.add({.target = "gru-backward", .what = "ParaGRU backward", .shape = text(shape), .type = type_name<T>},
+                [&](Row& row) {
+                    Backward<T> backward(shape);
+                    backward.verify_gradients(row);
+                    row.bytes = backward.bytes();
+                    race(row, backward.timed(), "copy of its arrays", Copy(row.bytes).timed(), results.tiny());
+                });
+}
+
+/// Whether the chunks that are chosen are the best ones: others beside them.
+template <class T>
+void measure_chunks(Results& results, const Shape& shape) {
+    const auto other = [&](const std::string& what, index chunk) {
+        return Row{.what = what + " in chunks of " + text(chunk), .shape = text(shape), .type = type_name<T>};
+    };
+    for (index chunk = shape.steps / 8; chunk < shape.steps; chunk *= 2) {
+        results.add(other("ParaGRU forward, overlap", chunk), [&](Row& row) {
             Problem<T> problem(shape);
-            const Report report = problem.run(Method::sequential);
-            const Buffer<T> gradient = uniform<T>(shape, -1, 1, 5);
-            const auto backward = [&](Method method) {
-                return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient,
-                                  {.method = method, .execution = on_the_gpu, .workspace = &problem.workspace});
-            };
-            {
-                const CellGradients<T> expected = backward(Method::sequential), found = backward(Method::automatic);
-                const double limit = is_stored_in_16_bits<T> ? 0.05 : 1e-3;
-                verify(row, "difference of the inputs' gradients", difference(found.inputs, expected.inputs), limit);
-                verify(row, "difference of the parameters' gradients",
-                       difference(found.parameters, expected.parameters), limit);
-                row.details["did"] = found.report.method;
-            }
-            row.bytes = problem.bytes() + double(problem.inputs.size() + gradient.size()) * double(sizeof(T));
-            race(
-                row, [&] { return backward(Method::automatic).report.seconds; }, "copy of its arrays",
-                Copy(row.bytes).timed(), results.tiny());
+            const Buffer<T> expected = problem.sequential(row);
+            problem.verify_method(row, Method::overlap, expected, 0, chunk);
+            row.bytes = problem.bytes();
+            race(row, problem.timed(Method::overlap, 0, chunk), "copy of inputs + outputs", Copy(row.bytes).timed(),
+                 results.tiny());
         });
+        results.add(other("ParaGRU backward", chunk), [&](Row& row) {
+            Backward<T> backward(shape);
+            backward.verify_gradients(row, chunk);
+            row.bytes = backward.bytes();
+            race(row, backward.timed(chunk), "copy of its arrays", Copy(row.bytes).timed(), results.tiny());
+        });
+    }
 }
 
 template <class T>
@@ -147,6 +194,7 @@ void measure_cells_of(Results& results) {
         measure_forward<T>(results, shape, Method::shooting, "gru-shooting");
         measure_backward<T>(results, shape);
     }
+    measure_chunks<T>(results, large.front());
     const std::vector<std::pair<index, index>> narrow =
         results.tiny() ? std::vector<std::pair<index, index>>{{200, 3}}
                        : std::vector<std::pair<index, index>>{{16384, 1024}, {16384, 256}, {131072, 1024},

@@ -22,17 +22,31 @@ namespace deeppcr::newton {
 struct KernelCost {
     double latency = 0;     ///< seconds per step, nothing else at work
     double throughput = 0;  ///< seconds per step of a channel, all at work
+    double at_once = 1;     ///< chains that all multiprocessors hold; more run round after round. Not of tiles
 
+    double seconds(double chains, double steps) const {
+        const double rounds = std::floor(chains / at_once), last = chains - rounds * at_once;
+        return steps * (rounds * per_step(at_once) + (last > 0 ? per_step(last) : 0));
+    }
+
+private:
     /// Where both count, neither hides the other: hypot() is within a fifth of what an H200 takes.
-    double seconds(double chains, double steps) const { return steps * std::hypot(latency, throughput * chains); }
+    double per_step(double chains) const { return std::hypot(latency, throughput * chains); }
 };
 
 struct DeviceCosts {
     double launch = 0;  ///< seconds from one launch to the next, when they do nothing
     KernelCost advance, multiply;
-    KernelCost tiles;  ///< latency: of a block of `fewest_tile_groups`
+    KernelCost backward;  ///< that of `multiply`, in rounds of its own
+    KernelCost tiles;     ///< latency: of a block of `fewest_tile_groups`
     index tiles_at_once = 1;
 };
+
+/// Channels of which all multiprocessors of the current GPU run a step at once.
+template <class T>
+double chains_at_once(const cell::DeviceKernels<T>& kernels, const cell::DeviceKernel<T>& kernel) {
+    return double(std::max(1, kernel.resident_threads())) * device::multiprocessors() * kernels.channels_per_group;
+}
 
 /// Blocks that shoot tiles, on all multiprocessors of the current GPU.
 template <class T>
@@ -48,11 +62,12 @@ constexpr int fewest_tile_groups = 8, most_tile_groups = 32;  // whole sectors o
 template <class T>
 DeviceCosts assumed_device_costs(const cell::DeviceKernels<T>& kernels) {
     constexpr double launch = 3e-6, step = 1e-7;
-    const double channels = double(kernels.advance.resident_threads()) * double(device::multiprocessors()) *
-                            double(kernels.channels_per_group);
+    const double channels = chains_at_once(kernels, kernels.advance);
+    const KernelCost multiply = {2 * step, 2 * step / channels, chains_at_once(kernels, kernels.multiply)};
     return {launch,
-            {step, step / channels},
-            {2 * step, 2 * step / channels},
+            {step, step / channels, channels},
+            multiply,
+            {multiply.latency, multiply.throughput, chains_at_once(kernels, kernels.backward)},
             {5 * step / 32, 5 * step / channels},
             tiles_at_once(kernels)};
 }
@@ -117,12 +132,17 @@ DeviceCosts measure_device_costs(const cell::DeviceKernels<T>& kernels, int stat
     DeviceCosts costs;
     costs.launch = std::max(0.0, time(kernels.advance, 1, 1, 0, 1 + launches) - once) / launches;
     const auto cost = [&](const cell::DeviceKernel<T>& kernel, index few, int tile_groups) {
+        const double chains = chains_at_once(kernels, kernel);
+        const index many = tile_groups > 0 ? full : std::min(full, index(chains) / V);
         return KernelCost{
             std::max(0.0, time(kernel, few, many_steps, tile_groups, 1) - once) / double(many_steps),
-            std::max(0.0, time(kernel, full, full_steps, most_tile_groups, 1) - once) / double(full_steps * full * V)};
+            std::max(0.0, time(kernel, many, full_steps, most_tile_groups, 1) - once) / double(full_steps * many * V),
+            chains};
     };
     costs.advance = cost(kernels.advance, few_groups, 0);
     costs.multiply = cost(kernels.multiply, few_groups, 0);
+    costs.backward = costs.multiply;
+    costs.backward.at_once = chains_at_once(kernels, kernels.backward);
     if (kernels.shoot_tiles.launch != nullptr)
         costs.tiles = cost(kernels.shoot_tiles, fewest_tile_groups, fewest_tile_groups);
     costs.tiles_at_once = tiles_at_once(kernels);

@@ -648,14 +648,13 @@ private:
     index chunk_length() const {
         if (options_.method == Method::sequential || longest_ < fewest_steps) return longest_;
         if (options_.chunk > 0) return std::min(options_.chunk, longest_);
-        // A step back costs about as much as one with the product of Jacobians.
         const DeviceCosts cost = costs();
         const double launches = rounds_expected();
         const Plan chunks = plan([&](double count, double length) {
-            return launches * cost.launch + cost.multiply.seconds(count * chains(), length) +
-                   cost.multiply.seconds(count * chains(), std::min(length, double(shortest_chunk)));
+            return launches * cost.launch + cost.backward.seconds(count * chains(), length) +
+                   cost.backward.seconds(count * chains(), std::min(length, double(shortest_chunk)));
         });
-        return chunks.seconds < cost.multiply.seconds(chains(), double(longest_)) ? chunks.length : longest_;
+        return chunks.seconds < cost.backward.seconds(chains(), double(longest_)) ? chunks.length : longest_;
     }
 
     CellGradientViews<T> gradients_;
