@@ -11,16 +11,18 @@ namespace deeppcr {
 namespace {
 
 struct Asked {
-    long launches, allocations;
+    long launches, allocations, waits;
 };
 /// Of what `call` enqueues, all of it done.
 template <class Call>
 Asked asked_by(const Call& call, const Buffer<float>& result) {
-    const Asked before{emulation::machine().launches, emulation::machine().allocations};
+    const emulation::Machine& machine = emulation::machine();
+    const Asked before{machine.launches, machine.allocations, machine.waits};
     call();
+    const long waits = machine.waits - before.waits;
     const Buffer<float> here({result.shape()});
     detail::copy(here.data(), result.data(), result.size() * index(sizeof(float)));
-    return {emulation::machine().launches - before.launches, emulation::machine().allocations - before.allocations};
+    return {machine.launches - before.launches, machine.allocations - before.allocations, waits};
 }
 
 TEST(CellLaunches, OneKernelPerDecodedStep) {
@@ -75,6 +77,62 @@ TEST(CellLaunches, LaterCallsAllocateNothing) {
             EXPECT_EQ(back.launches, counted.backward) << report;
         }
     }
+}
+
+/// And waits for nothing; one launch more than with a wait, of what finishes, in chunks.
+TEST(CellLaunches, WhatIsEnqueuedIsNotWaitedFor) {
+    const Shape shape{200, 2, 20};
+    const Buffer<float> inputs = Buffer<float>::random({200, 2, 3 * 20}, 1, Layout::steps_first, Device::cuda()),
+                        gradient = Buffer<float>::random(shape, 3, Layout::steps_first, Device::cuda()),
+                        trajectory(shape, Layout::steps_first, Device::cuda()),
+                        input_gradient(inputs.shape(), Layout::steps_first, Device::cuda()),
+                        initial_gradient({1, 2, 20}, Layout::steps_first, Device::cuda());
+    Buffer<float> weights = Buffer<float>::random({3, 1, 20}, 2);
+    for (index i = 0; i < weights.size(); ++i) weights.data()[i] *= 0.3F;
+    const Buffer<float> parameters = weights.on(Device::cuda()),
+                        parameter_gradient(parameters.shape(), Layout::steps_first, Device::cuda());
+    const auto memory = detail::allocate(index(sizeof(index)), Device::cuda());
+    auto* const status = static_cast<index*>(memory.get());
+    const CellRecurrence<ParaGRU, float> recurrence(inputs, parameters);
+    Workspace workspace(Device::cuda());
+    struct Case {
+        Method method;
+        index chunk;
+        long launches, backward;
+    };
+    for (const Case& counted :
+         {Case{Method::sequential, 0, 2, 3}, Case{Method::overlap, 100, 4, 5}, Case{Method::shooting, 0, 2, 0}}) {
+        const Options options{.method = counted.method,
+                              .chunk = counted.chunk,
+                              .tolerance = 1e-4,
+                              .execution = {.backend = Backend::cuda},
+                              .workspace = &workspace};
+        const auto forward = [&] { enqueue(recurrence, trajectory.view(), status, options); };
+        const auto backward = [&] {
+            enqueue_adjoint(recurrence, trajectory.view(), status, gradient,
+                            {input_gradient, parameter_gradient, initial_gradient}, options);
+        };
+        for (int times = 0; times < 2; ++times) {  // learns how many rounds there are
+            asked_by(forward, trajectory);
+            asked_by(backward, input_gradient);
+        }
+        const Asked there = asked_by(forward, trajectory), back = asked_by(backward, input_gradient);
+        EXPECT_EQ(there.launches, counted.launches) << to_string(counted.method);
+        if (counted.backward > 0) {  // else as costs have it
+            EXPECT_EQ(back.launches, counted.backward) << to_string(counted.method);
+        }
+        EXPECT_EQ(there.allocations + back.allocations, 0);
+        EXPECT_EQ(there.waits + back.waits, 0);
+    }
+    // Not so while it is not known what the methods that `automatic` weighs take.
+    const Options automatic{.execution = {.backend = Backend::cuda}, .workspace = &workspace};
+    long waits = 0, last = 0;
+    for (int times = 0; times < 12; ++times) {
+        last = asked_by([&] { enqueue(recurrence, trajectory.view(), status, automatic); }, trajectory).waits;
+        waits += last;
+    }
+    EXPECT_GT(waits, 0);
+    EXPECT_EQ(last, 0);
 }
 
 /// tanh layers of one sequence, small enough for Newton's method to take a few passes.

@@ -9,6 +9,7 @@
 #include <deeppcr/check.hpp>
 #include <deeppcr/dense_cells.hpp>
 #include <deeppcr/dense_chain.hpp>
+#include <deeppcr/enqueue.hpp>
 #include <deeppcr/error.hpp>
 #include <deeppcr/evaluate.hpp>
 #include <deeppcr/execution.hpp>

@@ -1,6 +1,8 @@
 #include "device/cuda.hpp"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -327,6 +329,19 @@ void* Letter::paper() {
 void Letter::send(CUstream_st* stream) {
     check(cudaEventRecord(paper_->sent, stream), "recording an event");
     paper_->state = Paper::on_its_way;
+}
+
+void* Letter::marked_paper(index words) {
+    auto* const memory = static_cast<std::uint64_t*>(paper());
+    std::atomic_ref(memory[words]).store(0, std::memory_order_relaxed);
+    return memory;
+}
+
+const void* Letter::look(index words) {
+    auto* const memory = static_cast<std::uint64_t*>(paper_->memory);
+    if (std::atomic_ref(memory[words]).load(std::memory_order_acquire) == 0) return nullptr;
+    paper_->state = Paper::blank;
+    return memory;
 }
 
 const void* Letter::receive() {

@@ -64,6 +64,10 @@ public:
     void* paper();
     /// Enqueued right behind it.
     void send(CUstream_st* stream);
+    /// In place of these: main memory for `words` of 8 bytes and a mark, not 0, that the kernel writes after them.
+    void* marked_paper(index words);
+    /// What lies there, once it is marked; null before. No call of CUDA.
+    const void* look(index words);
     /// Waits for what was sent last. Throws as `synchronise`.
     const void* receive();
     /// Copies from the GPU to `to`, where it is once this returns, and all before it in the stream is done. What fits

@@ -13,4 +13,8 @@ constexpr const char* fused_methods = "automatic, sequential, overlap or shootin
 template <class T>
 Report evaluate_fused(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options);
 
+/// Those of no steps: zeros, enqueued.
+template <class T>
+void clear_gradients(const CellGradientViews<T>& gradients, const Execution& execution);
+
 }  // namespace deeppcr::newton

@@ -14,6 +14,7 @@
 #include "device/threads.hpp"
 #include "newton/across_ranks.hpp"
 #include "newton/cost_model.hpp"
+#include "newton/fused.hpp"
 #include "newton/fused_gpu.hpp"
 #include "newton/options.hpp"
 #include "newton/stopwatch.hpp"
@@ -246,15 +247,8 @@ void require_shape(const std::string& name, const View<T>& view, const Shape& sh
 template <class T>
 Report no_steps(const ChannelwiseRecurrence<T>& recurrence, const CellGradientViews<T>& gradients,
                 const Options& options) {
-    const bool on_gpu = options.execution.backend == Backend::cuda;
-    if (on_gpu) {
-        if (!gradients.parameters.empty()) device::require_on_gpu("gradients.parameters", gradients.parameters.data());
-        if (!gradients.initial.empty()) device::require_on_gpu("gradients.initial", gradients.initial.data());
-    }
-    const auto [steps, batch, width] = gradients.initial.shape();
-    clear(gradients.parameters.data(), gradients.parameters.shape().count(), options.execution);
-    for (index part = 0; part < batch; ++part) clear(gradients.initial.at(0, part), width, options.execution);
-    if (on_gpu) device::synchronise(options.execution.stream);
+    clear_gradients(gradients, options.execution);
+    if (options.execution.backend == Backend::cuda) device::synchronise(options.execution.stream);
     Report report;
     report.method = "adjoint, sequential";
     report.lyapunov = std::numeric_limits<double>::quiet_NaN();
@@ -389,6 +383,23 @@ CellGradients<T> new_cell_gradients(const ChannelwiseRecurrence<T>& recurrence, 
 }
 
 }  // namespace
+
+template <class T>
+void clear_gradients(const CellGradientViews<T>& gradients, const Execution& execution) {
+    if (execution.backend == Backend::cuda) {
+        if (!gradients.parameters.empty()) device::require_on_gpu("gradients.parameters", gradients.parameters.data());
+        if (!gradients.initial.empty()) device::require_on_gpu("gradients.initial", gradients.initial.data());
+    }
+    const auto [steps, batch, width] = gradients.initial.shape();
+    clear(gradients.parameters.data(), gradients.parameters.shape().count(), execution);
+    for (index part = 0; part < batch; ++part) clear(gradients.initial.at(0, part), width, execution);
+}
+
+template void clear_gradients(const CellGradientViews<float>&, const Execution&);
+template void clear_gradients(const CellGradientViews<double>&, const Execution&);
+template void clear_gradients(const CellGradientViews<bfloat16>&, const Execution&);
+template void clear_gradients(const CellGradientViews<float16>&, const Execution&);
+
 }  // namespace newton
 
 #define DEEPPCR_ADJOINT(T)                                                                                         \

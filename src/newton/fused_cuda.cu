@@ -9,6 +9,7 @@
 //
 // All is enqueued, and the host waits for the status. Where a chunk has not met, it enqueues some more rounds of
 // repairs, then what is left step after step (finish), and collects again; the next time all of that comes at once.
+// Who does not wait (enqueue.hpp) has `finish` enqueued always, and learns later what the run tells.
 //
 // Where the channels of all sequences are many, but too few for step after step, shooting takes tiles instead, whose
 // inputs are read once (shoot_tiles in cell.cuh). Each channel is tested by itself, against its own magnitude: at least
@@ -19,7 +20,11 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <mutex>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include <deeppcr/launch.cuh>
@@ -92,16 +97,52 @@ __global__ void __launch_bounds__(cuda::plain_threads)
     starts[i] = start - start == A(0) ? start : initial;
 }
 
+/// What a run tells, and to whom.
+struct Account {
+    const Word* told = nullptr;
+    index words = 0;
+    Word* letter = nullptr;   ///< in the host's memory; null: nobody reads it
+    bool marked = false;      ///< another word of the letter says that the others are there
+    index* status = nullptr;  ///< the worst of the sequences, on the GPU; null: not asked for
+};
+
+/// By all threads of a block.
+inline __device__ void write_letter(const Account& account) {
+    if (account.letter == nullptr) return;
+    for (index i = threadIdx.x; i < account.words; i += blockDim.x) account.letter[i] = account.told[i];
+    if (!account.marked) return;
+    __threadfence_system();
+    __syncthreads();
+    if (threadIdx.x == 0) *static_cast<volatile Word*>(account.letter + account.words) = 1;
+}
+inline __device__ void write_status(const cell::SequenceStatus* sequences, index batch, index* status) {
+    bool finished = false, stopped = false, broken = false;
+    for (index i = threadIdx.x; i < batch; i += blockDim.x) {
+        const cell::SequenceStatus& told = sequences[i];
+        finished = finished || told.sequential_steps > 0;
+        stopped = stopped || told.unconfirmed > 0;
+        broken = broken || told.first_non_finite > told.unconfirmed;
+    }
+    finished = __syncthreads_or(int(finished)) != 0;
+    stopped = __syncthreads_or(int(stopped)) != 0;
+    broken = __syncthreads_or(int(broken)) != 0;
+    if (threadIdx.x == 0)
+        *status = index(broken     ? Status::non_finite
+                        : stopped  ? Status::max_iterations
+                        : finished ? Status::finished_sequentially
+                                   : Status::converged);
+}
+
 /// Neighbouring threads that have the same row of the flags.
 __host__ __device__ index lanes_of_row(index rows) { return rows < 32 ? 32 : 1; }
 
 /// Of each sequence the largest residuals, the first step that chunks left unconfirmed, and, where the kernels have
 /// seen a state that is not finite, the first step with one. A thread has every so many chunks of a group of a part;
 /// the lanes of a warp have neighbouring groups, or, where those are few, neighbouring chunks of one. The last block to
-/// end writes all that is told to `heard`, in the host's memory, unless it is null.
+/// end gives account.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    collect(const DeviceChunks<T> all, bool finished, index threads_per_row, index width, Word* heard, index words) {
+    collect(const DeviceChunks<T> all, bool finished, index threads_per_row, index width, const Account account) {
     using A = Arithmetic<T>;
     if (all.residuals != nullptr) {
         const index rows = all.part_count * all.groups, lanes = lanes_of_row(rows);
@@ -132,10 +173,10 @@ __global__ void __launch_bounds__(cuda::plain_threads)
         const A x = cuda::widen(all.trajectory[step * all.trajectory_step + sequence * all.trajectory_batch + k]);
         if (!(x - x == A(0))) atomicMax(&all.sequences[sequence].first_non_finite, Word(all.steps - step));
     }
-    if (heard == nullptr || !is_last_block(&all.run->collected)) return;
+    if ((account.letter == nullptr && account.status == nullptr) || !is_last_block(&all.run->collected)) return;
     if (threadIdx.x == 0) all.run->collected = 0;
-    const Word* const told = reinterpret_cast<const Word*>(all.sequences);
-    for (index i = threadIdx.x; i < words; i += blockDim.x) heard[i] = told[i];
+    write_letter(account);
+    if (account.status != nullptr) write_status(all.sequences, all.batch, account.status);
 }
 
 /// A block per parameter sums over chunks and parts: each thread in their order, then the threads as a tree.
@@ -154,13 +195,81 @@ __global__ void __launch_bounds__(most_sum_threads)
     if (threadIdx.x == 0) sums[q] = A(shared[0]);
 }
 
-/// [parts, width], contiguous, as they are stored.
+/// Where gradients go beside those that the chunks write.
+template <class T>
+struct Gradients {
+    index input_width, width;  ///< of the inputs, of the states
+    Arithmetic<T>* parameters;
+    index parameter_count;
+    T* initial;
+    index initial_part;
+    const index* status;  ///< of the trajectory; null: it is right
+};
+
+/// The initial states' gradients, as they are stored. All gradients become NaN where the trajectory is not right. Gives
+/// account.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
-    store_rows(const Arithmetic<T>* from, index width, index count, index stride, T* to) {
-    const index i = this_thread();
-    if (i < count) to[i / width * stride + i % width] = cuda::narrow<T>(from[i]);
+    store_gradients(const DeviceChunks<T> all, const Gradients<T> to, const Account account) {
+    using A = Arithmetic<T>;
+    const bool right = to.status == nullptr || *to.status <= index(Status::finished_sequentially);
+    const A nothing = std::numeric_limits<A>::quiet_NaN();
+    const index first = this_thread(), threads = index(gridDim.x) * blockDim.x;
+    for (index i = first; i < all.part_count * to.width; i += threads)
+        to.initial[i / to.width * to.initial_part + i % to.width] =
+            cuda::narrow<T>(right ? all.initial_gradient[i] : nothing);
+    if (!right) {
+        for (index i = first; i < to.parameter_count; i += threads) to.parameters[i] = nothing;
+        for (index i = first; i < all.steps * all.batch * to.input_width; i += threads) {
+            const index row = i / to.input_width;
+            all.input_gradient[row / all.batch * all.input_gradient_step + row % all.batch * all.input_gradient_batch +
+                               i % to.input_width] = cuda::narrow<T>(nothing);
+        }
+    }
+    if (blockIdx.x == 0) write_letter(account);
 }
+
+/// Runs that nobody waited for, until what they tell is here.
+class Outcomes {
+public:
+    using Read = std::function<void(const cell::RunStatus&)>;
+    static constexpr index words = index(sizeof(cell::RunStatus) / sizeof(Word));
+    static_assert(sizeof(cell::RunStatus) % sizeof(Word) == 0);
+
+    /// Kept until the process ends: a letter may still be written.
+    static Outcomes& all() {
+        static Outcomes& one = *new Outcomes;
+        return one;
+    }
+    /// What `run` will tell, to be read later; where many are waited for already, it tells nobody.
+    Account expect(const cell::RunStatus* run, device::Letter letter, Read read) {
+        const std::lock_guard lock(mutex_);
+        if (unread_.size() >= most) return {};
+        auto* const paper = static_cast<Word*>(letter.marked_paper(words));
+        unread_.push_back({std::move(letter), std::move(read)});
+        return {.told = reinterpret_cast<const Word*>(run), .words = words, .letter = paper, .marked = true};
+    }
+    void read() {
+        const std::lock_guard lock(mutex_);
+        std::erase_if(unread_, [](Outcome& outcome) {
+            const void* const told = outcome.letter.look(words);
+            if (told == nullptr) return false;
+            cell::RunStatus run;
+            std::memcpy(&run, told, sizeof run);
+            outcome.read(run);
+            return true;
+        });
+    }
+
+private:
+    static constexpr std::size_t most = 64;
+    struct Outcome {
+        device::Letter letter;
+        Read read;
+    };
+    std::mutex mutex_;
+    std::vector<Outcome> unread_;
+};
 
 /// What evaluation and gradients share: the arrays on the GPU, and how the steps are cut.
 template <class T>
@@ -175,7 +284,10 @@ public:
           kernels_(cell::device_kernels_of(recurrence.kernels())),
           stream_(options.execution.stream),
           states_(recurrence.kernels().states),
-          tolerance_(tolerance_of<T>(options)) {
+          tolerance_(tolerance_of<T>(options)),
+          captured_(device::is_captured(stream_)) {
+        if (!captured_) letter_.emplace();
+        Outcomes::all().read();
         const auto& parts = recurrence.parts();
         all_.inputs = recurrence.inputs().data();
         all_.input_step = recurrence.inputs().step_stride();
@@ -199,6 +311,9 @@ public:
             throw InvalidArgument("recurrence", "fewer than 2^31 steps of a sequence, for Backend::cuda",
                                   std::to_string(longest_));
         if (all_.part_count != all_.batch) {
+            if (captured_)
+                throw InvalidArgument("recurrence", "whole rows, in a stream that is captured",
+                                      "sequences that begin within rows");
             auto* const there = workspace_.template take<SequencePart>(all_.part_count);
             device::copy_to_gpu(there, parts.data(), all_.part_count * index(sizeof(SequencePart)), stream_);
             all_.parts = there;
@@ -221,7 +336,7 @@ protected:
     index rows() const { return all_.part_count * all_.groups; }
     double chains() const { return double(all_.part_count) * double(all_.channels); }
     index boundary_size() const { return all_.count * all_.part_count * all_.channels * states_; }
-    DeviceCosts costs() const { return device_costs(kernels_, recurrence_.kernels(), stream_); }
+    DeviceCosts costs() const { return device_costs(kernels_, recurrence_.kernels(), stream_, !captured_); }
 
     void cut(index length) {
         all_.length = length;
@@ -275,19 +390,28 @@ protected:
     /// Where the first one was not enough.
     void run_other_rounds(const DeviceKernel<T>& kernel) {
         for (int round = 1; round < repair_rounds; ++round) run_round(kernel, round);
+    }
+    /// What the last round has left, step after step.
+    void run_rest(const DeviceKernel<T>& kernel) {
         all_.old_changed = all_.changed;
         all_.old_ends = all_.ends;
         all_.ends = nullptr;
+        kernel(all_, stream_);
     }
 
     bool is_brief() const { return status_bytes_ <= device::Letter::most_bytes; }
+    /// Of a run that nobody waits for.
+    Account account_later(Outcomes::Read read) {
+        if (captured_) return {};
+        return Outcomes::all().expect(all_.run, *std::exchange(letter_, std::nullopt), std::move(read));
+    }
     /// Waits for everything, and for what the kernels tell; written: they have written it to the letter, which is sent.
     cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences, bool written = false) {
         std::vector<unsigned char> bytes(static_cast<std::size_t>(status_bytes_));
         if (written)
-            std::memcpy(bytes.data(), letter_.receive(), bytes.size());
+            std::memcpy(bytes.data(), letter_->receive(), bytes.size());
         else
-            letter_.fetch(bytes.data(), all_.sequences, status_bytes_, stream_);
+            letter_->fetch(bytes.data(), all_.sequences, status_bytes_, stream_);
         sequences.resize(std::size_t(all_.batch));
         std::memcpy(sequences.data(), bytes.data(), sequences.size() * sizeof(cell::SequenceStatus));
         cell::RunStatus run;
@@ -305,7 +429,8 @@ protected:
     DeviceChunks<T> all_;
     Rounds rounds_ = {};
     ExperienceKey key_;
-    device::Letter letter_;  // asked for before anything is written
+    bool captured_;
+    std::optional<device::Letter> letter_;  // asked for before anything is written; none where captured
 };
 
 template <class T>
@@ -314,7 +439,8 @@ class GpuEvaluator : OnGpu<T> {
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::status_bytes_, Base::letter_, Base::is_brief, Base::tolerance_, Base::rows,
         Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds, Base::rounds_,
-        Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::wait;
+        Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::run_rest, Base::account_later,
+        Base::captured_, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -332,19 +458,28 @@ public:
 
     Report run() {
         const Clock::time_point begin = Clock::now();
+        return run(choose(), begin);
+    }
+
+    /// Without a wait, but where `automatic` wants to know what the method takes.
+    void enqueue(index* status) {
+        status_ = status;
+        const Clock::time_point begin = Clock::now();
         const Method method = choose();
-        report_.method = "sequential";
-        if (method == Method::sequential) {
-            cut(longest_);
-            kernels_.advance(all_, stream_);
-        } else if (all_.tile_groups > 0) {
-            all_.tile_shots = cell::most_shots;
-            if (options_.max_iterations > 0)
-                all_.tile_shots = int(std::min<index>(options_.max_iterations, cell::most_shots));
-            kernels_.shoot_tiles(all_, stream_);
-        } else {
-            run_chunks(method);
+        const bool known = report_.candidates.empty() || report_.candidates.front().measured;
+        if (!known && !captured_) {
+            run(method, begin);
+            return;
         }
+        start(method, true);
+        collect_all(account_later([key = key_, method, in_tiles = all_.tile_groups > 0](const cell::RunStatus& told) {
+            learn_of(key, method, in_tiles, told);
+        }));
+    }
+
+private:
+    Report run(Method method, Clock::time_point begin) {
+        start(method, false);
         std::vector<cell::SequenceStatus> sequences;
         cell::RunStatus status = collected(sequences);
         if (status.pending[0] > 0 && !went_on_) {
@@ -360,7 +495,22 @@ public:
         return std::move(report_);
     }
 
-private:
+    /// last_word: nothing comes after it.
+    void start(Method method, bool last_word) {
+        report_.method = "sequential";
+        if (method == Method::sequential) {
+            cut(longest_);
+            kernels_.advance(all_, stream_);
+        } else if (all_.tile_groups > 0) {
+            all_.tile_shots = cell::most_shots;
+            if (options_.max_iterations > 0)
+                all_.tile_shots = int(std::min<index>(options_.max_iterations, cell::most_shots));
+            kernels_.shoot_tiles(all_, stream_);
+        } else {
+            run_chunks(method, last_word);
+        }
+    }
+
     double numbers() const { return double(recurrence_.shape().count()); }
 
     /// Groups side by side in a tile: as few as read whole sectors, more where there are enough blocks all the same,
@@ -445,7 +595,7 @@ private:
         return best;
     }
 
-    void run_chunks(Method method) {
+    void run_chunks(Method method, bool last_word) {
         const index size = boundary_size();
         take_rounds();
         A* const ends = rounds_.ends[0];
@@ -461,7 +611,10 @@ private:
         ++report_.iterations;
         run_round(kernels_.repair, 0);
         ++report_.iterations;
-        if (!experience(key_).one_round_is_enough) go_on();
+        if (!experience(key_).one_round_is_enough)
+            go_on();
+        else if (last_word && finishes())
+            run_rest(kernels_.finish);
     }
     bool finishes() const { return options_.on_failure == OnFailure::finish; }
     /// With chunks that one round of repairs has left.
@@ -469,19 +622,27 @@ private:
         went_on_ = true;
         run_other_rounds(kernels_.repair);
         report_.iterations += repair_rounds - 1;
-        if (finishes()) kernels_.finish(all_, stream_);
+        if (finishes()) run_rest(kernels_.finish);
     }
 
-    cell::RunStatus collected(std::vector<cell::SequenceStatus>& sequences) {
-        constexpr index word = index(sizeof(Word));
-        static_assert(sizeof(cell::SequenceStatus) % word == 0 && sizeof(cell::RunStatus) % word == 0);
+    void collect_all(Account account) {
+        account.status = status_;
         const index lanes = lanes_of_row(rows());
         const index per_row = (all_.count + chunks_to_collect * lanes - 1) / (chunks_to_collect * lanes) * lanes;
         const index to_search = std::min(index(numbers()), index(all_.multiprocessors) * cuda::plain_threads);
         cuda::launch(cuda::one_each(std::max(per_row * rows(), to_search), stream_), collect<T>, all_, finishes(),
-                     per_row, all_.channels * states_, is_brief() ? static_cast<Word*>(letter_.paper()) : nullptr,
-                     status_bytes_ / word);
-        if (is_brief()) letter_.send(stream_);
+                     per_row, all_.channels * states_, account);
+    }
+    cell::RunStatus collected(std::vector<cell::SequenceStatus>& sequences) {
+        constexpr index word = index(sizeof(Word));
+        static_assert(sizeof(cell::SequenceStatus) % word == 0 && sizeof(cell::RunStatus) % word == 0);
+        Account account;
+        if (is_brief())
+            account = {.told = reinterpret_cast<const Word*>(all_.sequences),
+                       .words = status_bytes_ / word,
+                       .letter = static_cast<Word*>(letter_->paper())};
+        collect_all(account);
+        if (is_brief()) letter_->send(stream_);
         return wait(sequences, is_brief());
     }
 
@@ -546,9 +707,13 @@ private:
         }
         if (method == Method::shooting) report_.method += std::to_string(status.shots) + " Newton sweeps, ";
         report_.method += std::to_string(status.repeated) + " steps repeated";
-        const bool met = all_.tile_groups > 0 || status.pending[repair_rounds - 1] == 0;
-        learn(key_, [&](Experience& now) {
-            if (all_.tile_groups == 0) now.one_round_is_enough = status.pending[0] == 0;
+        learn_of(key_, method, all_.tile_groups > 0, status);
+    }
+    static void learn_of(const ExperienceKey& key, Method method, bool in_tiles, const cell::RunStatus& status) {
+        if (method == Method::sequential) return;
+        const bool met = in_tiles || status.pending[repair_rounds - 1] == 0;
+        learn(key, [&](Experience& now) {
+            if (!in_tiles) now.one_round_is_enough = status.pending[0] == 0;
             if (method == Method::overlap) {
                 now.overlap_works = met;
                 if (met) now.repeated = std::max<index>(32, index(status.repeated));
@@ -561,6 +726,7 @@ private:
     }
 
     Report report_;
+    index* status_ = nullptr;
     int shots_ = 0;
     bool went_on_ = false;
 };
@@ -570,7 +736,8 @@ class GpuAdjoint : OnGpu<T> {
     using Base = OnGpu<T>;
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan,
-        Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::wait;
+        Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round, Base::run_other_rounds,
+        Base::run_rest, Base::account_later, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -597,29 +764,8 @@ public:
 
     Report run() {
         const Clock::time_point begin = Clock::now();
-        cut(chunk_length());
-        const index parameters = recurrence_.parameters().shape().count(), terms = all_.count * all_.part_count;
-        const index width = all_.channels * states_, initial = all_.part_count * width;
-        take_rounds();
-        all_.parameter_gradient = workspace_.template take<double>(terms * parameters);
-        all_.initial_gradient = workspace_.template take<A>(initial);
-        all_.ends = rounds_.ends[0];
-        kernels_.backward(all_, stream_);
-        const auto store = [&] {
-            cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
-            sums.threads = dim3(std::bit_ceil(unsigned(std::clamp<index>(terms, 32, most_sum_threads))));
-            sums.shared_bytes = sums.threads.x * sizeof(double);
-            cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms, parameters,
-                         gradients_.parameters.data());
-            cuda::launch(cuda::one_each(initial, stream_), store_rows<T>, all_.initial_gradient, width, initial,
-                         gradients_.initial.batch_stride(), gradients_.initial.data());
-        };
-        const auto go_on = [&] {
-            run_other_rounds(kernels_.correct);
-            kernels_.finish_backward(all_, stream_);
-        };
+        start();
         const bool goes_on = all_.count > 1 && !experience(key_).one_round_is_enough;
-        if (all_.count > 1) run_round(kernels_.correct, 0);
         if (goes_on) go_on();
         store();
         Report report;
@@ -634,7 +780,7 @@ public:
             store();
             device::synchronise(stream_);
         }
-        if (all_.count > 1) learn(key_, [&](Experience& now) { now.one_round_is_enough = enough; });
+        if (all_.count > 1) learn_whether(key_, enough);
         report.window = all_.length;
         report.lyapunov = std::numeric_limits<double>::quiet_NaN();
         report.sequences.resize(std::size_t(all_.batch));
@@ -644,7 +790,55 @@ public:
         return report;
     }
 
+    /// Without a wait.
+    void enqueue(const index* status) {
+        start();
+        Account account;
+        if (all_.count > 1) {
+            if (!experience(key_).one_round_is_enough) run_other_rounds(kernels_.correct);
+            run_rest(kernels_.finish_backward);
+            account =
+                account_later([key = key_](const cell::RunStatus& told) { learn_whether(key, told.pending[0] == 0); });
+        }
+        store(status, account);
+    }
+
 private:
+    /// The pass, and one round of corrections.
+    void start() {
+        cut(chunk_length());
+        take_rounds();
+        all_.parameter_gradient = workspace_.template take<double>(terms() * recurrence_.parameters().shape().count());
+        all_.initial_gradient = workspace_.template take<A>(all_.part_count * all_.channels * states_);
+        all_.ends = rounds_.ends[0];
+        kernels_.backward(all_, stream_);
+        if (all_.count > 1) run_round(kernels_.correct, 0);
+    }
+    void go_on() {
+        run_other_rounds(kernels_.correct);
+        run_rest(kernels_.finish_backward);
+    }
+    index terms() const { return all_.count * all_.part_count; }
+    void store(const index* status = nullptr, const Account& account = {}) {
+        const index parameters = recurrence_.parameters().shape().count(), width = all_.channels * states_;
+        cuda::Launch sums = cuda::one_each(parameters, stream_, 1);
+        sums.threads = dim3(std::bit_ceil(unsigned(std::clamp<index>(terms(), 32, most_sum_threads))));
+        sums.shared_bytes = sums.threads.x * sizeof(double);
+        cuda::launch(sums, sum_parameter_gradients<A>, all_.parameter_gradient, terms(), parameters,
+                     gradients_.parameters.data());
+        const Gradients<T> to{recurrence_.inputs().width(),
+                              width,
+                              gradients_.parameters.data(),
+                              parameters,
+                              gradients_.initial.data(),
+                              gradients_.initial.batch_stride(),
+                              status};
+        cuda::launch(cuda::one_each(all_.part_count * width, stream_), store_gradients<T>, all_, to, account);
+    }
+    static void learn_whether(const ExperienceKey& key, bool one_round_is_enough) {
+        learn(key, [&](Experience& now) { now.one_round_is_enough = one_round_is_enough; });
+    }
+
     index chunk_length() const {
         if (options_.method == Method::sequential || longest_ < fewest_steps) return longest_;
         if (options_.chunk > 0) return std::min(options_.chunk, longest_);
@@ -684,6 +878,25 @@ Report evaluate_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> traje
 }
 
 template <class T>
+void enqueue_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, index* status,
+                    const Options& options) {
+    with_workspace(options, [&](Workspace& workspace) {
+        const Workspace::Use use(workspace, options.execution);
+        GpuEvaluator<T>(recurrence, trajectory, options, workspace).enqueue(status);
+    });
+}
+
+template <class T>
+void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const index* status,
+                            View<const T> output_gradient, const CellGradientViews<T>& gradients,
+                            const Options& options) {
+    with_workspace(options, [&](Workspace& workspace) {
+        const Workspace::Use use(workspace, options.execution);
+        GpuAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).enqueue(status);
+    });
+}
+
+template <class T>
 Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     return with_workspace(options, [&](Workspace& workspace) {
@@ -692,10 +905,13 @@ Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> 
     });
 }
 
-#define DEEPPCR_INSTANTIATE(T)                                                                    \
-    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);    \
-    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                   const CellGradientViews<T>&, const Options&);
+#define DEEPPCR_INSTANTIATE(T)                                                                                        \
+    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);                        \
+    template void enqueue_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, index*, const Options&);                   \
+    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>,                     \
+                                   const CellGradientViews<T>&, const Options&);                                      \
+    template void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, const index*, View<const T>, \
+                                         const CellGradientViews<T>&, const Options&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 DEEPPCR_INSTANTIATE(bfloat16)

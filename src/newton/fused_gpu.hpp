@@ -10,9 +10,20 @@ namespace deeppcr::newton {
 template <class T>
 Report evaluate_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, const Options& options);
 
+/// The same without a wait; see enqueue.hpp.
+template <class T>
+void enqueue_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, index* status,
+                    const Options& options);
+
 /// Writes the gradients to memory of the current GPU.
 template <class T>
 Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options);
+
+/// The same without a wait; see enqueue.hpp.
+template <class T>
+void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory, const index* status,
+                            View<const T> output_gradient, const CellGradientViews<T>& gradients,
+                            const Options& options);
 
 }  // namespace deeppcr::newton

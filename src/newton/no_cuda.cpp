@@ -20,6 +20,16 @@ Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const
 }
 
 template <class T>
+void enqueue_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, index*, const Options&) {
+    device::require_gpu();
+}
+template <class T>
+void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, const index*, View<const T>,
+                            const CellGradientViews<T>&, const Options&) {
+    device::require_gpu();
+}
+
+template <class T>
 Report evaluate_newton_on_gpu(const Recurrence<T>&, View<T>, const Options&, double) {
     device::require_gpu();
     return {};
@@ -75,10 +85,13 @@ void fill_ones_on_gpu(T*, index, CUstream_st*) {
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 #undef DEEPPCR_INSTANTIATE
-#define DEEPPCR_INSTANTIATE(T)                                                                    \
-    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);    \
-    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>, \
-                                   const CellGradientViews<T>&, const Options&);
+#define DEEPPCR_INSTANTIATE(T)                                                                                        \
+    template Report evaluate_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, const Options&);                        \
+    template void enqueue_on_gpu(const ChannelwiseRecurrence<T>&, View<T>, index*, const Options&);                   \
+    template Report adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, View<const T>,                     \
+                                   const CellGradientViews<T>&, const Options&);                                      \
+    template void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>&, View<const T>, const index*, View<const T>, \
+                                         const CellGradientViews<T>&, const Options&);
 DEEPPCR_INSTANTIATE(float)
 DEEPPCR_INSTANTIATE(double)
 DEEPPCR_INSTANTIATE(bfloat16)

@@ -42,7 +42,7 @@ void check_count(const char* name, index value) {
 
 }  // namespace
 
-void check_options(const Options& options) {
+void check_values(const Options& options) {
     check_tolerance("options.tolerance", options.tolerance, false);
     check_tolerance("options.absolute_tolerance", options.absolute_tolerance, true);
     check_tolerance("options.relative_tolerance", options.relative_tolerance, true);
@@ -56,9 +56,12 @@ void check_options(const Options& options) {
     check_count("options.memory_limit", options.memory_limit);
     check_count("options.chunk", options.chunk);
     check_count("options.execution.threads", options.execution.threads);
-    if (options.execution.backend != Backend::cuda) return;
-    device::current_gpu();
-    if (device::is_captured(options.execution.stream))
+    if (options.execution.backend == Backend::cuda) device::current_gpu();
+}
+
+void check_options(const Options& options) {
+    check_values(options);
+    if (options.execution.backend == Backend::cuda && device::is_captured(options.execution.stream))
         throw InvalidArgument("options.execution.stream", "one that is not captured, as the host waits for the outcome",
                               "one that is captured into a graph");
 }

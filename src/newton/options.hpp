@@ -12,7 +12,9 @@ namespace deeppcr::newton {
 
 constexpr index most_anderson = 16;
 
-/// Throws InvalidArgument for an option that is out of its range, and for a captured stream; NoDevice.
+/// Throws InvalidArgument for an option that is out of its range; NoDevice.
+void check_values(const Options& options);
+/// And for a captured stream.
 void check_options(const Options& options);
 
 /// For what one process computes alone: throws InvalidArgument where options.group has other ranks.

@@ -92,6 +92,7 @@ inline int __syncthreads_or(int value) { return emulation::count_in_block(value)
 inline int __syncthreads_count(int value) { return emulation::count_in_block(value); }
 inline void __syncwarp(unsigned mask = ~0U) { emulation::exchange_in_warp(mask, &mask, sizeof mask); }
 inline void __threadfence() {}
+inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { emulation::yield(); }
 
 template <class T>

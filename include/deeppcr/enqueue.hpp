@@ -1,0 +1,31 @@
+// Cells on a GPU without a wait: trajectories and gradients that the host enqueues, and goes on.
+#pragma once
+
+#include <deeppcr/cell.hpp>
+#include <deeppcr/evaluate.hpp>
+
+namespace deeppcr {
+
+/// `evaluate` of a cell on the current GPU without a wait: all that may be needed is enqueued in
+/// options.execution.stream, chunks that do not meet finished step after step included. Arrays as for `evaluate`;
+/// nothing of them may be freed or changed before the stream gets there.
+/// status: one number on the GPU, out: the worst Status of the sequences, converged, finished_sequentially or
+/// non_finite; where it is the last, no part of a sequence after its first state that is not finite is right.
+/// What a run tells of repairs and shots, later calls learn once it is there. Where the method is `automatic`, the
+/// first calls of a kind do wait, as long as it is not known what the method takes. In a stream that is captured into a
+/// graph nothing waits, and nothing is learnt or measured: a call before, of the same sizes, makes the choice a good
+/// one, and grows a workspace of `options` (InvalidArgument where it lacks memory). A captured recurrence has no
+/// sequences that begin within rows (InvalidArgument). Deterministic as `evaluate`. Throws InvalidArgument for what
+/// `evaluate` does not take, another backend than cuda, and another on_failure than `finish`; OutOfMemory, NoDevice.
+template <class T>
+void enqueue(const ChannelwiseRecurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, index* status,
+             const Options& options);
+
+/// `adjoint` of what `enqueue` evaluates, likewise without a wait, into `gradients`. status: what `enqueue` writes;
+/// where it says non_finite, all gradients are NaN. Throws as `enqueue`.
+template <class T>
+void enqueue_adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+                     const index* status, View<const std::type_identity_t<T>> output_gradient,
+                     const CellGradientViews<std::type_identity_t<T>>& gradients, const Options& options);
+
+}  // namespace deeppcr

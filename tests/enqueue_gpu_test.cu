@@ -1,0 +1,267 @@
+// Cells on a GPU, or on an emulated one, without a wait: the same numbers as with one, what cannot be right said, and
+// graphs.
+#include "tests/cells_on_gpu.hpp"
+
+namespace deeppcr {
+namespace {
+
+/// x_t = x_{t-1}^2 + u_t overflows from 1 on.
+struct Squares {
+    static constexpr int states = 1, inputs = 1, parameters = 1;
+    template <class S>
+    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
+        return {p[0] * x[0] * x[0] + u[0]};
+    }
+};
+
+const std::vector<Options> every_way{{.method = Method::sequential, .execution = gpu},
+                                     {.method = Method::overlap, .chunk = 40, .execution = gpu},
+                                     {.method = Method::shooting, .chunk = 40, .execution = gpu},
+                                     {.method = Method::shooting, .execution = gpu}};
+
+/// What `enqueue` and `enqueue_adjoint` write, on the GPU.
+template <class C, class T>
+struct Enqueued {
+    explicit Enqueued(const CellRecurrence<C, T>& cell, View<const T> output_gradient)
+        : recurrence(cell),
+          gradient(output_gradient),
+          trajectory(cell.shape(), Layout::steps_first, Device::cuda()),
+          inputs(cell.inputs().shape(), Layout::steps_first, Device::cuda()),
+          initial({1, index(cell.parts().size()), cell.shape().width}, Layout::steps_first, Device::cuda()),
+          parameters(cell.parameters().shape(), Layout::steps_first, Device::cuda()),
+          memory(detail::allocate(index(sizeof(index)), Device::cuda())) {}
+
+    index* status() const { return static_cast<index*>(memory.get()); }
+    void forward(const Options& options) const { enqueue(recurrence, trajectory.view(), status(), options); }
+    void backward(const Options& options) const {
+        enqueue_adjoint(recurrence, trajectory.view(), status(), gradient, {inputs, parameters, initial}, options);
+    }
+    /// Waits.
+    Status outcome() const {
+        index told = -1;
+        detail::copy(&told, status(), index(sizeof told));
+        return Status(told);
+    }
+
+    const CellRecurrence<C, T>& recurrence;
+    View<const T> gradient;
+    Buffer<T> trajectory, inputs, initial;
+    Buffer<Arithmetic<T>> parameters;
+    std::shared_ptr<void> memory;
+};
+
+template <class T>
+bool all_nan(const Buffer<T>& there) {
+    const Buffer<T> here = there.on(Device::host());
+    for (index i = 0; i < here.size(); ++i)
+        if (!std::isnan(float(here.data()[i]))) return false;
+    return here.size() > 0;
+}
+
+class Enqueue : public OnGpuTest {
+protected:
+    void SetUp() override {
+        OnGpuTest::SetUp();
+        cell::register_on_gpu<LeakyTanh, float>();
+        cell::register_on_gpu<LeakyTanh, bfloat16>();
+        cell::register_on_gpu<Squares, float>();
+    }
+};
+
+template <class T>
+testing::AssertionResult same_numbers(const Buffer<T>& there, const Buffer<T>& expected) {
+    return same_bits<Arithmetic<T>>(widened(there.on(Device::host())), widened(expected.on(Device::host())));
+}
+
+template <class C, class T>
+void same_as_with_a_wait(const std::vector<SequenceStart>& starts) {
+    const Problem<C, T> problem({300, 2, 17}, 5, 0.5, Layout::steps_first, starts);
+    for (const Options& options : every_way) {
+        SCOPED_TRACE(to_string(options.method) + " chunk " + std::to_string(options.chunk));
+        const Enqueued<C, T> found(*problem.there, problem.there_gradient);
+        const auto expected = evaluate(*problem.there, options);
+        for (int times = 0; times < 2; ++times) {
+            found.forward(options);
+            found.backward(options);
+            EXPECT_EQ(found.outcome(), expected.report.status);
+            EXPECT_TRUE(same_numbers(found.trajectory, expected.trajectory));
+            const auto gradients =
+                adjoint<T>(*problem.there, expected.trajectory, expected.report, problem.there_gradient, options);
+            if (options.method != Method::sequential && options.chunk == 0) continue;  // chunks by measured costs
+            EXPECT_TRUE(same_numbers(found.inputs, gradients.inputs));
+            EXPECT_TRUE(same_numbers(found.initial, gradients.initial));
+            EXPECT_TRUE(same_numbers(found.parameters, gradients.parameters));
+        }
+    }
+}
+
+TEST_F(Enqueue, TheSameBitsAsWithAWait) {
+    same_as_with_a_wait<ParaGRU, float>({});
+    same_as_with_a_wait<ParaGRU, float>({{0, 40}, {1, 7}, {1, 100}});
+    same_as_with_a_wait<ParaLSTM, double>({});
+    same_as_with_a_wait<LeakyTanh, bfloat16>({});
+    same_as_with_a_wait<ParaGRU, float16>({});
+}
+
+TEST_F(Enqueue, AutomaticIsRightFromTheFirstCallOn) {
+    const Problem<ParaLSTM, float> problem({700, 2, 5}, 9);
+    const Enqueued<ParaLSTM, float> found(*problem.there, problem.there_gradient);
+    const Buffer<float> expected = problem.expected();
+    for (int times = 0; times < 12; ++times) {
+        detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
+        found.forward({.execution = gpu});
+        EXPECT_EQ(found.outcome(), Status::converged) << times;
+        EXPECT_LE(largest_difference<float>(found.trajectory.on(Device::host()), expected), 1e-4) << times;
+    }
+}
+
+// Strong weights: chunks do not meet, whatever an earlier call, of weak ones, has made of the rounds that are expected.
+TEST_F(Enqueue, WhatForgetsNothingIsFinishedStepAfterStep) {
+    const Problem<ParaGRU, double> weak({400, 2, 9}, 3, 0.1), strong({400, 2, 9}, 3, 8);
+    const Options options{.method = Method::overlap, .chunk = 100, .tolerance = 1e-10, .execution = gpu};
+    const Enqueued<ParaGRU, double> easy(*weak.there, weak.there_gradient), hard(*strong.there, strong.there_gradient);
+    const Buffer<double> expected = strong.expected();
+    const auto here = evaluate(*strong.here, {.method = Method::sequential});
+    const auto gradients = adjoint<double>(*strong.here, here.trajectory, here.report, strong.gradient);
+    for (int times = 0; times < 3; ++times) {
+        easy.forward(options);
+        EXPECT_EQ(easy.outcome(), Status::converged);
+        for (int again = 0; again <= times; ++again) {  // after one whose outcome is known, and not
+            hard.forward(options);
+            hard.backward(options);
+        }
+        EXPECT_EQ(hard.outcome(), Status::finished_sequentially);
+        EXPECT_LE(largest_difference<double>(hard.trajectory.on(Device::host()), expected), 1e-6);
+        EXPECT_LE(largest_difference<double>(hard.inputs.on(Device::host()), gradients.inputs), 1e-6);
+        EXPECT_LE(largest_difference<double>(hard.parameters.on(Device::host()), gradients.parameters), 1e-6);
+    }
+}
+
+TEST_F(Enqueue, WhatIsNotFiniteIsSaidAndHasNoGradient) {
+    const Buffer<float> inputs({300, 2, 3}), parameters({1, 1, 3}), initial({1, 2, 3});
+    std::fill_n(inputs.data(), inputs.size(), 0.1F);
+    std::fill_n(parameters.data(), parameters.size(), 1.0F);
+    const auto there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda());
+    for (const bool overflows : {true, false, true}) {
+        initial(0, 1, 2) = overflows ? 1.01F : 0.0F;
+        const Buffer<float> there_initial = initial.on(Device::cuda());
+        const CellRecurrence<Squares, float> cell(there_inputs, there_parameters, there_initial);
+        const Enqueued<Squares, float> found(cell, there_inputs);
+        for (const Options& options : every_way) {
+            found.forward(options);
+            found.backward(options);
+            EXPECT_EQ(found.outcome() == Status::non_finite, overflows);
+            EXPECT_EQ(all_nan(found.inputs), overflows);
+            EXPECT_EQ(all_nan(found.parameters), overflows);
+            EXPECT_EQ(all_nan(found.initial), overflows);
+        }
+    }
+}
+
+TEST_F(Enqueue, AGraphOfBothPassesIsReplayed) {
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    const Problem<ParaGRU, float> first({300, 2, 17}, 21), second({300, 2, 17}, 22);
+    for (Options options : every_way) {
+        options.execution.stream = stream;
+        Workspace workspace(Device::cuda());
+        options.workspace = &workspace;
+        const Enqueued<ParaGRU, float> found(*first.there, first.there_gradient);
+        found.forward(options);  // grows the workspace
+        found.backward(options);
+        cuda::check(cudaStreamSynchronize(stream), "running");
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
+        found.forward(options);
+        found.backward(options);
+        cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
+        cuda::check(cudaGraphInstantiate(&executable, graph, 0), "making a graph");
+        const index bytes = first.there_inputs.size() * index(sizeof(float));
+        for (const auto* problem : {&second, &first}) {
+            detail::copy(const_cast<float*>(first.there_inputs.data()), problem->inputs.data(), bytes);
+            const auto expected = evaluate(*first.there, options);
+            const auto gradients =
+                adjoint<float>(*first.there, expected.trajectory, expected.report, first.there_gradient, options);
+            cuda::check(cudaGraphLaunch(executable, stream), "launching a graph");
+            cuda::check(cudaStreamSynchronize(stream), "running");
+            EXPECT_EQ(found.outcome(), Status::converged);
+            EXPECT_TRUE(same_bits<float>(found.trajectory.on(Device::host()), expected.trajectory.on(Device::host())));
+            EXPECT_LE(largest_difference<float>(found.inputs.on(Device::host()), gradients.inputs.on(Device::host())),
+                      1e-4);
+            EXPECT_LE(
+                largest_difference<float>(found.parameters.on(Device::host()), gradients.parameters.on(Device::host())),
+                1e-3);
+        }
+        cuda::check(cudaGraphExecDestroy(executable), "ending a graph");
+        cuda::check(cudaGraphDestroy(graph), "ending a graph");
+    }
+    cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+TEST_F(Enqueue, NoSteps) {
+    const Buffer<float> inputs({0, 2, 9}, Layout::steps_first, Device::cuda()),
+        parameters({3, 1, 3}, Layout::steps_first, Device::cuda());
+    const CellRecurrence<ParaGRU, float> cell(inputs, parameters);
+    const Enqueued<ParaGRU, float> found(cell, View<const float>(nullptr, {0, 2, 3}));
+    found.forward({.execution = gpu});
+    EXPECT_EQ(found.outcome(), Status::converged);
+    found.backward({.execution = gpu});
+    const Buffer<float> gradient = found.parameters.on(Device::host());
+    for (index i = 0; i < gradient.size(); ++i) EXPECT_EQ(gradient.data()[i], 0);
+}
+
+TEST_F(Enqueue, SayWhatIsWrong) {
+    const Problem<LeakyTanh, float> problem({10, 1, 2}, 1);
+    const Enqueued<LeakyTanh, float> found(*problem.there, problem.there_gradient);
+    index here = 0;
+    const auto message = [&](const Options& options, index* status) -> std::string {
+        std::string forward, backward;
+        try {
+            enqueue(*problem.there, found.trajectory.view(), status, options);
+        } catch (const InvalidArgument& error) {
+            forward = error.what();
+        }
+        try {
+            enqueue_adjoint(*problem.there, found.trajectory.view(), status, problem.there_gradient,
+                            {found.inputs, found.parameters, found.initial}, options);
+        } catch (const InvalidArgument& error) {
+            backward = error.what();
+        }
+        EXPECT_EQ(forward, backward);
+        return forward;
+    };
+    EXPECT_EQ(message({}, found.status()), "options.execution.backend: expected cuda, got cpu");
+    EXPECT_EQ(message({.method = Method::newton, .execution = gpu}, found.status()),
+              "options.method: expected automatic, sequential, overlap or shooting, for a cell on a GPU, got newton");
+    EXPECT_EQ(message({.on_failure = OnFailure::raise, .execution = gpu}, found.status()),
+              "options.on_failure: expected finish, as nobody waits for the outcome, got raise");
+    EXPECT_EQ(message({.execution = gpu}, nullptr), "status: expected a number on the GPU, got a null pointer");
+    EXPECT_EQ(message({.execution = gpu}, &here),
+              "status: expected memory of a GPU, for Backend::cuda, got main memory");
+    EXPECT_THROW(
+        enqueue(*problem.there, View<float>(found.trajectory.view().steps(0, 5)), found.status(), {.execution = gpu}),
+        InvalidArgument);
+    EXPECT_THROW(
+        enqueue_adjoint(*problem.there, found.trajectory.view(), found.status(), problem.there_gradient,
+                        {found.inputs.view().steps(0, 5), found.parameters, found.initial}, {.execution = gpu}),
+        InvalidArgument);
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    const Problem<LeakyTanh, float> parts({10, 1, 2}, 1, 0.5, Layout::steps_first, {{0, 5}});
+    Workspace workspace(Device::cuda());
+    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
+    const Execution captured{.backend = Backend::cuda, .stream = stream};
+    EXPECT_THROW(enqueue(*parts.there, found.trajectory.view(), found.status(),
+                         {.execution = captured, .workspace = &workspace}),
+                 InvalidArgument);
+    EXPECT_NE(message({.execution = captured, .workspace = &workspace}, found.status()).find("options.workspace"),
+              std::string::npos);
+    cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
+    cuda::check(cudaGraphDestroy(graph), "ending a graph");
+    cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+}  // namespace
+}  // namespace deeppcr
