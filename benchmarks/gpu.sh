@@ -12,7 +12,7 @@
 #           solves, cells, map, chains     see benchmarks/gpu/*.cu; chains wants cuBLAS, of a toolkit or of PyTorch
 #           nn         nn/ built there against python3's PyTorch 2 (with nvcc, CMake and ninja), tested, measured
 #           torch      against PyTorch, Triton and JAX, where python3 has them, through nn/ where that is built; with
-#                      --pararnn against a checkout of apple/ml-pararnn, which is built in a copy
+#                      --pararnn against a checkout of apple/ml-pararnn, which is built in a copy where it is not yet
 #           all        every one of them (the default)
 #       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of the library's kernels.
 #
@@ -147,8 +147,10 @@ nn() {
 torch() {
     local more=()
     [ ! -f "$nn_library" ] || more+=(--nn "$nn_library")
-    if [ -n "$pararnn" ]; then
-        local copy
+    local copy=""
+    if [ -n "$pararnn" ] && compgen -G "$pararnn/*parallel_reduce_cuda*.so" >/dev/null; then
+        more+=(--pararnn "$pararnn")
+    elif [ -n "$pararnn" ]; then
         copy="$(mktemp -d)"
         attempt pararnn-build 240 sh -c "cp -R '$pararnn/.' '$copy' && cd '$copy' &&
             TORCH_CUDA_ARCH_LIST=\$(python3 -c 'import torch; print(\"%d.%d\" % torch.cuda.get_device_capability())') \
@@ -157,7 +159,7 @@ torch() {
     fi
     attempt torch 300 python3 benchmarks/gpu/compare_torch.py --library "$programs/libdeeppcr_gpu.so" \
         --json "$output/gpu-torch.json" "${more[@]}"
-    [ -z "$pararnn" ] || rm -rf "$copy"
+    [ -z "$copy" ] || rm -rf "$copy"
 }
 
 # Where PyTorch keeps its cuBLAS, for a machine without a toolkit's.

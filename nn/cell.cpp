@@ -1,5 +1,6 @@
 #include <deeppcr/nn/cell.hpp>
 
+#include <ATen/ops/full.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <memory>
@@ -7,8 +8,9 @@
 #include <utility>
 
 #include <deeppcr/cells.hpp>
+#include <deeppcr/enqueue.hpp>
 
-#include "nn/cell_gradients.hpp"
+#include "nn/cell_operators.hpp"
 #include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
 
@@ -58,11 +60,33 @@ struct Forward : torch::CustomClassHolder {
     std::vector<int64_t> initial_sizes() const {
         return {int64_t(recurrence->parts().size()), recurrence->shape().width};
     }
+    std::vector<int64_t> state_sizes() const {
+        const Shape& shape = recurrence->shape();
+        return {shape.steps, shape.batch, shape.width};
+    }
+    /// Whether the host need not wait for the outcome, if nobody asks for the report.
+    bool may_be_enqueued() const {
+        return gates.is_cuda() && options.recompute == 0 && options.evaluation.group == nullptr &&
+               options.evaluation.on_failure == OnFailure::finish;
+    }
+    /// All states, into `states`: their Status is in `status` if enqueued, else in `report`.
+    void evaluate_all(const DeviceScope& here, const Tensor& states, bool enqueued) {
+        const Options evaluation = here.options(options.evaluation);
+        const View<T> all = options.reversed ? view<T>(states).reversed() : view<T>(states);
+        if (enqueued) {
+            status = at::empty({}, gates.options().dtype(at::kLong));
+            enqueue(*recurrence, all, status_data(), evaluation);
+        } else {
+            report = evaluate(*recurrence, all, evaluation);
+        }
+    }
+    index* status_data() const { return static_cast<index*>(status.data_ptr()); }
 
     Tensor gates, parameters, initial;  // detached: the recurrence's views point into them; initial may be undefined
     CellOptions options;
     std::unique_ptr<ChannelwiseRecurrence<T>> recurrence;
     Tensor boundaries;  // where the states are recomputed
+    Tensor status;      // [], 64-bit, on the GPU, where nobody has waited for it; else undefined, and there is a report
     Report report;
 };
 
@@ -86,10 +110,13 @@ CellGradientTensors gradients_of(const Forward<T>& pass, const Tensor& states, c
     CellGradientTensors result{like(pass.gates), like(pass.parameters),
                                at::empty(pass.initial_sizes(), pass.gates.options())};
     const View<T> inputs = view<T>(result.gates);
-    adjoint(*pass.recurrence, view_of<T>(states, reversed), pass.report, outputs,
-            {reversed ? inputs.reversed() : inputs, view<Arithmetic<T>>(result.parameters.unsqueeze(1)),
-             view<T>(result.initial)},
-            evaluation);
+    const CellGradientViews<T> gradients{reversed ? inputs.reversed() : inputs,
+                                         view<Arithmetic<T>>(result.parameters.unsqueeze(1)), view<T>(result.initial)};
+    const View<const T> trajectory = view_of<T>(states, reversed);
+    if (pass.status.defined())
+        enqueue_adjoint(*pass.recurrence, trajectory, pass.status_data(), outputs, gradients, evaluation);
+    else
+        adjoint(*pass.recurrence, trajectory, pass.report, outputs, gradients, evaluation);
     return result;
 }
 
@@ -101,14 +128,13 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
         const DeviceScope here(gates);
         const Tensor initial = start.value_or(Tensor());
         auto pass = c10::make_intrusive<Forward<T>>(kind, gates, parameters, initial, options);
-        const Options evaluation = here.options(pass->options.evaluation);
         const Shape shape = pass->recurrence->shape();
-        Tensor states = at::empty({shape.steps, shape.batch, shape.width}, pass->gates.options());
+        Tensor states = at::empty(pass->state_sizes(), pass->gates.options());
         if (const index segment = options.recompute; segment > 0) {
             pass->boundaries =
                 at::empty({(shape.steps + segment - 1) / segment, shape.batch, shape.width}, pass->gates.options());
             pass->report = evaluate_boundaries<T>(
-                *pass->recurrence, segment, view<T>(pass->boundaries), evaluation,
+                *pass->recurrence, segment, view<T>(pass->boundaries), here.options(pass->options.evaluation),
                 [&](index first, View<const T> rows) {
                     const index steps = rows.steps(), from = options.reversed ? shape.steps - first - steps : first;
                     const Tensor segment_states = at::from_blob(
@@ -118,8 +144,7 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
                 });
             context->save_for_backward({gates, parameters, initial});
         } else {
-            const View<T> all = view<T>(states);
-            pass->report = evaluate(*pass->recurrence, options.reversed ? all.reversed() : all, evaluation);
+            pass->evaluate_all(here, states, report == nullptr && pass->may_be_enqueued());
             context->save_for_backward({gates, parameters, initial, states});
         }
         if (report != nullptr) *report = pass->report;
@@ -141,12 +166,27 @@ struct CellFunction : torch::autograd::Function<CellFunction<T>> {
 };
 
 template <class T>
+CellStates states_of(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
+                     const CellOptions& options) {
+    const DeviceScope here(gates);
+    Forward<T> pass(kind, gates, parameters, initial, options);
+    const Tensor states = at::empty(pass.state_sizes(), pass.gates.options());
+    pass.evaluate_all(here, states, pass.may_be_enqueued());
+    if (!pass.status.defined())
+        pass.status = at::full({}, int64_t(pass.report.status), gates.options().dtype(at::kLong));
+    return {states, pass.status};
+}
+
+template <class T>
 CellGradientTensors gradients(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
-                              const Tensor& states, Status status, const Tensor& output_gradient,
+                              const Tensor& states, const Tensor& status, const Tensor& output_gradient,
                               const CellOptions& options) {
     const DeviceScope here(gates);
     Forward<T> pass(kind, gates, parameters, initial, options);
-    pass.report.status = status;
+    if (status.is_cuda())
+        pass.status = status;
+    else
+        pass.report.status = Status(status.item<int64_t>());
     return gradients_of(pass, with_contiguous_rows(states), output_gradient);
 }
 
@@ -181,37 +221,76 @@ CellSizes sizes_of(CellKind kind) {
     throw InvalidArgument("kind", "one of CellKind", std::to_string(int(kind)));
 }
 
-Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
-            const CellOptions& options, Report* report) {
+namespace {
+
+/// Parameters and initial states of the types that the core takes beside the gates; none: zeros.
+struct Arguments {
+    Tensor parameters;
+    c10::optional<Tensor> initial;
+};
+
+/// Of gates that need not be widened. Throws InvalidArgument.
+Arguments checked(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
+                  const CellOptions& options) {
     const CellSizes sizes = sizes_of(kind);
+    const auto type = gates.scalar_type();
+    const index channels = gates.size(2) / sizes.inputs;
+    Arguments result{is_16_bit(type) ? widen("parameters", parameters, type) : parameters, c10::nullopt};
+    require("parameters", result.parameters, {sizes.parameters, channels}, is_16_bit(type) ? at::kFloat : type,
+            gates.device());
+    index sequences = gates.size(1);
+    for (const SequenceStart& start : options.starts) sequences += start.step > 0;
+    if (initial.defined()) {
+        result.initial = is_16_bit(type) ? widen("initial", initial, type).to(type) : initial;
+        require("initial", *result.initial, {sequences, channels * sizes.states}, type, gates.device());
+    }
+    return result;
+}
+
+void check_gates(CellKind kind, const Tensor& gates, const CellOptions& options) {
+    const index inputs = sizes_of(kind).inputs;
     if (options.recompute < 0) throw InvalidArgument("recompute", "0 or more", std::to_string(options.recompute));
-    if (!gates.defined() || gates.dim() != 3 || gates.size(2) < sizes.inputs || gates.size(2) % sizes.inputs != 0 ||
+    if (!gates.defined() || gates.dim() != 3 || gates.size(2) < inputs || gates.size(2) % inputs != 0 ||
         !is_real(gates.scalar_type()) || !is_on_cpu_or_cuda(gates))
         throw InvalidArgument("gates",
-                              "float, double, bfloat16 or float16 [steps,batch," + std::to_string(sizes.inputs) +
+                              "float, double, bfloat16 or float16 [steps,batch," + std::to_string(inputs) +
                                   " * channels] on the CPU or a GPU",
                               describe(gates));
+}
+
+}  // namespace
+
+Tensor cell(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
+            const CellOptions& options, Report* report) {
+    check_gates(kind, gates, options);
     const auto type = gates.scalar_type();
     if (must_be_widened(gates))
         return cell(kind, gates.to(at::kFloat), widen("parameters", parameters, type), widen("initial", initial, type),
                     options, report)
             .to(type);
-    const index channels = gates.size(2) / sizes.inputs;
-    const Tensor weights = is_16_bit(type) ? widen("parameters", parameters, type) : parameters;
-    require("parameters", weights, {sizes.parameters, channels}, is_16_bit(type) ? at::kFloat : type, gates.device());
-    index sequences = gates.size(1);
-    for (const SequenceStart& start : options.starts) sequences += start.step > 0;
-    c10::optional<Tensor> start;  // none: zeros
-    if (initial.defined()) {
-        start = is_16_bit(type) ? widen("initial", initial, type).to(type) : initial;
-        require("initial", *start, {sequences, channels * sizes.states}, type, gates.device());
+    const Arguments with = checked(kind, gates, parameters, initial, options);
+    return with_storage(type, [&]<class T>(T) {
+        return CellFunction<T>::apply(gates, with.parameters, with.initial, kind, options, report);
+    });
+}
+
+CellStates cell_states(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
+                       const CellOptions& options) {
+    check_gates(kind, gates, options);
+    const auto type = gates.scalar_type();
+    if (must_be_widened(gates)) {
+        CellStates found = cell_states(kind, gates.to(at::kFloat), widen("parameters", parameters, type),
+                                       widen("initial", initial, type), options);
+        return {found.states.to(type), found.status};
     }
-    return with_storage(
-        type, [&]<class T>(T) { return CellFunction<T>::apply(gates, weights, start, kind, options, report); });
+    const Arguments with = checked(kind, gates, parameters, initial, options);
+    return with_storage(type, [&]<class T>(T) {
+        return states_of<T>(kind, gates, with.parameters, with.initial.value_or(Tensor()), options);
+    });
 }
 
 CellGradientTensors cell_gradients(CellKind kind, const Tensor& gates, const Tensor& parameters, const Tensor& initial,
-                                   const Tensor& states, Status status, const Tensor& output_gradient,
+                                   const Tensor& states, const Tensor& status, const Tensor& output_gradient,
                                    const CellOptions& options) {
     return with_storage(gates.scalar_type(), [&]<class T>(T) {
         return gradients<T>(kind, gates, parameters, initial, states, status, output_gradient, options);

@@ -96,7 +96,7 @@ Result run_direction(CellKind kind, const Tensor& gates, const Tensor& parameter
         if (reversed && initial.defined()) initial = initial.flip(0);
     }
     Report report;
-    const Tensor states = cell(kind, gates, parameters, initial, options, &report);
+    const Tensor states = cell(kind, gates, parameters, initial, options, call.reports != nullptr ? &report : nullptr);
     if (call.reports != nullptr) call.reports->push_back(std::move(report));
     if (call.cells != nullptr) call.cells->push_back({gates, parameters, initial, states});
     Result result;
@@ -295,7 +295,8 @@ RecurrentCall RecurrentImpl<Derived>::call() {
     result.batch_first = options.batch_first();
     result.dropout = this->is_training() ? options.dropout() : 0;
     result.evaluation = options.evaluation();
-    result.reports = &reports_;
+    reports_.clear();
+    if (options.reports()) result.reports = &reports_;
     return result;
 }
 

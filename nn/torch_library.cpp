@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -16,7 +15,7 @@
 #include <deeppcr/nn/names.hpp>
 #include <deeppcr/nn/recurrent.hpp>
 
-#include "nn/cell_gradients.hpp"
+#include "nn/cell_operators.hpp"
 #include "nn/tensors.hpp"
 
 namespace {
@@ -64,19 +63,17 @@ const auto& backward_operation() {
 
 std::tuple<Tensor, Tensor> run_cell(int64_t kind, const Tensor& gates, const Tensor& parameters,
                                     const c10::optional<Tensor>& initial, bool reversed) {
-    deeppcr::Report report;
-    const Tensor states =
-        cell(CellKind(kind), gates, parameters, initial.value_or(Tensor()), cell_options(reversed), &report);
-    return {states, at::full({}, int64_t(report.status), gates.options().dtype(at::kLong))};
+    const CellStates found =
+        cell_states(CellKind(kind), gates, parameters, initial.value_or(Tensor()), cell_options(reversed));
+    return {found.states, found.status};
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_cell_backward(int64_t kind, const Tensor& gates, const Tensor& parameters,
                                                      const c10::optional<Tensor>& initial, const Tensor& states,
                                                      const Tensor& status, const Tensor& output_gradient,
                                                      bool reversed) {
-    const auto gradients =
-        cell_gradients(CellKind(kind), gates, parameters, initial.value_or(Tensor()), states,
-                       deeppcr::Status(status.item<int64_t>()), output_gradient, cell_options(reversed));
+    const auto gradients = cell_gradients(CellKind(kind), gates, parameters, initial.value_or(Tensor()), states, status,
+                                          output_gradient, cell_options(reversed));
     return {gradients.gates, gradients.parameters, gradients.initial};
 }
 

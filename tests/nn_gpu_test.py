@@ -5,6 +5,7 @@ skipped) where this Python has no torch, another one, or no GPU. It is what `ben
 """
 import gc
 import sys
+import time
 
 try:
     import torch
@@ -128,6 +129,45 @@ for dtype in (torch.bfloat16, torch.float16):
         states.float().sum(), (gates, parameters, initial))
     check(f"autocast {dtype}: gradients are floats",
           all(g.dtype == torch.float and bool(torch.isfinite(g).all()) and float(g.abs().max()) > 0 for g in gradients))
+
+# Nothing waits: the host is back while the GPU still sleeps, forward and backward.
+gates, parameters, initial = (a.cuda().requires_grad_() for a in cell_arguments("para_gru", 2000, 4, 32, torch.float))
+for _ in range(12):  # until it is known what the methods take
+    ops.para_gru(gates, parameters, initial).sum().backward()
+expected = gates.grad.clone() / 12
+gates.grad = None
+torch.cuda.synchronize()
+torch.cuda._sleep(2_000_000_000)
+begin = time.perf_counter()
+ops.para_gru(gates, parameters, initial).sum().backward()
+seconds = time.perf_counter() - begin
+torch.cuda.synchronize()
+check("the host does not wait", seconds < 0.2, f"{seconds:.3f} s")
+check("what is not waited for", distance(gates.grad, expected) < 1e-4, f"{distance(gates.grad, expected):.1e}")
+
+# A CUDA graph of an evaluation, replayed with other inputs.
+with torch.no_grad():
+    fixed, stream = gates.detach().clone(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.para_gru(fixed, parameters, initial)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ops.para_gru(fixed, parameters, initial)
+    for scale in (0.5, 1.0):
+        fixed.copy_(gates * scale)
+        graph.replay()
+        apart = distance(captured, ops.para_gru(gates * scale, parameters, initial))
+        check(f"a graph of a cell, inputs times {scale}", apart < 1e-4, f"{apart:.1e}")
+
+# What is not finite has no gradient.
+broken = gates.detach().clone()
+broken[100, 1, 3] = float("nan")
+broken.requires_grad_()
+states = ops.para_gru(broken, parameters, initial)
+gradients = torch.autograd.grad(states.sum(), (broken, parameters, initial))
+check("what is not finite has gradients of NaN", all(bool(g.isnan().all()) for g in gradients))
 
 # A stream of its own: what it waits for is late, so that work in any other stream would read zeros.
 gates, parameters, initial = (a.cuda() for a in cell_arguments("para_lstm", 2000, 4, 32, torch.float))

@@ -94,6 +94,9 @@ void equals_its_equations(const Step& step, index states) {
     for (std::size_t i = 0; i < truth.size(); ++i) EXPECT_LE(difference(ours[i], truth[i]), 1e-10) << i;
     EXPECT_EQ(module->reports().size(), 4U);
     for (const Report& report : module->reports()) EXPECT_TRUE(report.ok());
+    module->options.reports(false);
+    EXPECT_TRUE(torch::equal(std::get<0>(module->forward(input)), output));
+    EXPECT_TRUE(module->reports().empty());
 }
 
 TEST(Recurrent, EveryModuleEqualsItsEquationsForwardAndBackward) {

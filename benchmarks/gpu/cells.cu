@@ -18,19 +18,28 @@ struct Problem {
           recurrence(inputs, parameters) {}
 
     /// sweeps: of Newton's method at most, by shooting; 0: as many as it takes. chunk: its steps; 0: chosen.
+    Options options(Method method, index sweeps = 0, index chunk = 0) {
+        return {.method = method,
+                .chunk = chunk,
+                .tolerance = is_stored_in_16_bits<T> ? tolerance_in_16_bits : tolerance,
+                .max_iterations = sweeps,
+                .estimates = Estimates::none,
+                .execution = on_the_gpu,
+                .workspace = &workspace};
+    }
     Report run(Method method, index sweeps = 0, index chunk = 0) {
-        return evaluate(recurrence, trajectory.view(),
-                        {.method = method,
-                         .chunk = chunk,
-                         .tolerance = is_stored_in_16_bits<T> ? tolerance_in_16_bits : tolerance,
-                         .max_iterations = sweeps,
-                         .estimates = Estimates::none,
-                         .execution = on_the_gpu,
-                         .workspace = &workspace});
+        return evaluate(recurrence, trajectory.view(), options(method, sweeps, chunk));
     }
-    Timed timed(Method method, index sweeps = 0, index chunk = 0) {
-        return on_gpu([=, this] { run(method, sweeps, chunk); });
+    /// Of a call that is waited for, from where the GPU has nothing to do.
+    Timed timed(Method method) {
+        return on_gpu([=, this] { run(method); });
     }
+    /// Of one that is not, the host ahead.
+    Timed timed_enqueued(Method method, index sweeps = 0, index chunk = 0) {
+        return on_gpu([=, this] { enqueue(recurrence, trajectory.view(), status(), options(method, sweeps, chunk)); },
+                      true);
+    }
+    index* status() { return static_cast<index*>(status_memory.get()); }
     double bytes() const { return double(inputs.size() + trajectory.size()) * double(sizeof(T)); }
 
     /// Runs it and compares it with the sequential trajectory, all of it; notes what it did.
@@ -69,6 +78,7 @@ struct Problem {
     Buffer<T> trajectory;
     CellRecurrence<ParaGRU, T> recurrence;
     Workspace workspace{there};
+    std::shared_ptr<void> status_memory = detail::allocate(index(sizeof(index)), there);
 };
 
 template <class T>
@@ -89,8 +99,8 @@ void measure_forward(Results& results, const Shape& shape, Method method, const 
                     const Buffer<T> expected = problem.sequential(row);
                     problem.verify_method(row, method, expected, sweeps);
                     row.bytes = problem.bytes();
-                    race(row, problem.timed(method, sweeps), "copy of inputs + outputs", Copy(row.bytes).timed(),
-                         results.tiny());
+                    race(row, problem.timed_enqueued(method, sweeps), "copy of inputs + outputs",
+                         Copy(row.bytes).timed(true), results.tiny());
                 });
 }
 
@@ -99,19 +109,25 @@ template <class T>
 struct Backward {
     explicit Backward(const Shape& shape)
         : problem(shape),
-          report(problem.run(Method::sequential)),
           gradient(uniform<T>(shape, -1, 1, 5)),
           inputs(Buffer<T>::uninitialised(problem.inputs.shape(), Layout::steps_first, there)),
           parameters(Buffer<Arithmetic<T>>::uninitialised(problem.parameters.shape(), Layout::steps_first, there)),
           initial(Buffer<T>::uninitialised({1, shape.batch, shape.width}, Layout::steps_first, there)) {}
 
+    CellGradientViews<T> gradients() { return {inputs.view(), parameters.view(), initial.view()}; }
     Report run(Method method, index chunk = 0) {
-        return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient,
-                          {inputs.view(), parameters.view(), initial.view()},
-                          {.method = method, .chunk = chunk, .execution = on_the_gpu, .workspace = &problem.workspace});
+        const Report report = problem.run(Method::sequential);
+        return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient, gradients(),
+                          problem.options(method, 0, chunk));
     }
-    Timed timed(index chunk = 0) {
-        return on_gpu([this, chunk] { run(Method::automatic, chunk); });
+    Timed timed_enqueued(index chunk = 0) {
+        enqueue(problem.recurrence, problem.trajectory.view(), problem.status(), problem.options(Method::sequential));
+        return on_gpu(
+            [this, chunk] {
+                enqueue_adjoint(problem.recurrence, problem.trajectory.view(), problem.status(), gradient, gradients(),
+                                problem.options(Method::automatic, 0, chunk));
+            },
+            true);
     }
     double bytes() const { return problem.bytes() + double(inputs.size() + gradient.size()) * double(sizeof(T)); }
 
@@ -127,7 +143,6 @@ struct Backward {
     }
 
     Problem<T> problem;
-    Report report;
     Buffer<T> gradient, inputs;
     Buffer<Arithmetic<T>> parameters;
     Buffer<T> initial;
@@ -140,7 +155,8 @@ void measure_backward(Results& results, const Shape& shape) {
                     Backward<T> backward(shape);
                     backward.verify_gradients(row);
                     row.bytes = backward.bytes();
-                    race(row, backward.timed(), "copy of its arrays", Copy(row.bytes).timed(), results.tiny());
+                    race(row, backward.timed_enqueued(), "copy of its arrays", Copy(row.bytes).timed(true),
+                         results.tiny());
                 });
 }
 
@@ -156,14 +172,15 @@ void measure_chunks(Results& results, const Shape& shape) {
             const Buffer<T> expected = problem.sequential(row);
             problem.verify_method(row, Method::overlap, expected, 0, chunk);
             row.bytes = problem.bytes();
-            race(row, problem.timed(Method::overlap, 0, chunk), "copy of inputs + outputs", Copy(row.bytes).timed(),
-                 results.tiny());
+            race(row, problem.timed_enqueued(Method::overlap, 0, chunk), "copy of inputs + outputs",
+                 Copy(row.bytes).timed(true), results.tiny());
         });
         results.add(other("ParaGRU backward", chunk), [&](Row& row) {
             Backward<T> backward(shape);
             backward.verify_gradients(row, chunk);
             row.bytes = backward.bytes();
-            race(row, backward.timed(chunk), "copy of its arrays", Copy(row.bytes).timed(), results.tiny());
+            race(row, backward.timed_enqueued(chunk), "copy of its arrays", Copy(row.bytes).timed(true),
+                 results.tiny());
         });
     }
 }
@@ -172,15 +189,22 @@ template <class T>
 void measure_against_sequential(Results& results, index steps, index channels) {
     const Shape shape{steps, 1, channels};
     const std::string target = channels <= 256 ? "gru-256" : channels <= 1024 ? "gru-1024" : "";
-    results.add({.target = target, .what = "ParaGRU forward, automatic", .shape = text(shape), .type = type_name<T>},
-                [&](Row& row) {
-                    Problem<T> problem(shape);
-                    const Buffer<T> expected = problem.sequential(row);
-                    problem.verify_method(row, Method::automatic, expected);
-                    row.bytes = problem.bytes();
-                    race(row, problem.timed(Method::automatic), "own fused sequential kernel",
-                         problem.timed(Method::sequential), results.tiny());
-                });
+    for (const bool enqueued : {true, false})
+        results.add({.target = target,
+                     .what = std::string("ParaGRU forward, automatic, ") + (enqueued ? "enqueued" : "a call alone"),
+                     .shape = text(shape),
+                     .type = type_name<T>},
+                    [&](Row& row) {
+                        Problem<T> problem(shape);
+                        const Buffer<T> expected = problem.sequential(row);
+                        problem.verify_method(row, Method::automatic, expected);
+                        row.bytes = problem.bytes();
+                        const auto timed = [&](Method method) {
+                            return enqueued ? problem.timed_enqueued(method) : problem.timed(method);
+                        };
+                        race(row, timed(Method::automatic), "own fused sequential kernel", timed(Method::sequential),
+                             results.tiny());
+                    });
 }
 
 template <class T>

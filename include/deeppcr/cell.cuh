@@ -567,7 +567,7 @@ struct OnGpu {
     }
 
     __device__ static void finish(const Chunks& all, index thread) {
-        if (all.run->pending[all.round] == 0 || thread >= all.part_count * all.groups) return;
+        if (all.run->pending[repair_rounds - 1] == 0 || thread >= all.part_count * all.groups) return;
         Here<T> here(all, thread, V);
         if (here.begins == here.ends) return;
         // The first chunk whose predecessor's end is new.
@@ -1002,7 +1002,7 @@ struct OnGpu {
     }
 
     __device__ static void finish_backward(const Chunks& all, index thread) {
-        if (all.run->pending[all.round] == 0 || thread >= all.part_count * all.groups) return;
+        if (all.run->pending[repair_rounds - 1] == 0 || thread >= all.part_count * all.groups) return;
         Here<T> here(all, thread, V);
         if (here.begins == here.ends) return;
         State adjoint = zeros();

@@ -11,11 +11,14 @@ namespace deeppcr {
 /// nothing of them may be freed or changed before the stream gets there.
 /// status: one number on the GPU, out: the worst Status of the sequences, converged, finished_sequentially or
 /// non_finite; where it is the last, no part of a sequence after its first state that is not finite is right.
-/// What a run tells of repairs and shots, later calls learn once it is there. Where the method is `automatic`, the
-/// first calls of a kind do wait, as long as it is not known what the method takes. In a stream that is captured into a
-/// graph nothing waits, and nothing is learnt or measured: a call before, of the same sizes, makes the choice a good
-/// one, and grows a workspace of `options` (InvalidArgument where it lacks memory). A captured recurrence has no
-/// sequences that begin within rows (InvalidArgument). Deterministic as `evaluate`. Throws InvalidArgument for what
+/// What a run tells of repairs and shots, later calls learn once it is there. Some calls do wait: the first of a cell
+/// on a GPU, which measures what its kernels cost, unless method and chunk are given; with Method::automatic those of a
+/// kind, until each method that is worth it was measured twice (a trajectory that is not finite does not count); and
+/// those of a recurrence with sequences that begin within rows, until their list is on the GPU.
+/// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: a call before, of the
+/// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory).
+/// A captured recurrence has no sequences that begin within rows (InvalidArgument).
+/// Deterministic as `evaluate`. Throws InvalidArgument for what
 /// `evaluate` does not take, another backend than cuda, and another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>
 void enqueue(const ChannelwiseRecurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, index* status,

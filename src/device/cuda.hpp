@@ -64,7 +64,7 @@ public:
     void* paper();
     /// Enqueued right behind it.
     void send(CUstream_st* stream);
-    /// In place of these: main memory for `words` of 8 bytes and a mark, not 0, that the kernel writes after them.
+    /// In place of both: main memory for `words` of 8 bytes and a mark, not 0, that the kernel writes after them.
     void* marked_paper(index words);
     /// What lies there, once it is marked; null before. No call of CUDA.
     const void* look(index words);

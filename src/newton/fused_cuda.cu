@@ -9,7 +9,7 @@
 //
 // All is enqueued, and the host waits for the status. Where a chunk has not met, it enqueues some more rounds of
 // repairs, then what is left step after step (finish), and collects again; the next time all of that comes at once.
-// Who does not wait (enqueue.hpp) has `finish` enqueued always, and learns later what the run tells.
+// Who does not wait (enqueue.hpp) has all of it enqueued always, and learns later what the run tells.
 //
 // Where the channels of all sequences are many, but too few for step after step, shooting takes tiles instead, whose
 // inputs are read once (shoot_tiles in cell.cuh). Each channel is tested by itself, against its own magnitude: at least
@@ -111,9 +111,10 @@ inline __device__ void write_letter(const Account& account) {
     if (account.letter == nullptr) return;
     for (index i = threadIdx.x; i < account.words; i += blockDim.x) account.letter[i] = account.told[i];
     if (!account.marked) return;
-    __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0) *static_cast<volatile Word*>(account.letter + account.words) = 1;
+    if (threadIdx.x != 0) return;
+    __threadfence_system();  // for what the barrier has put before it, too
+    *static_cast<volatile Word*>(account.letter + account.words) = 1;
 }
 inline __device__ void write_status(const cell::SequenceStatus* sequences, index batch, index* status) {
     bool finished = false, stopped = false, broken = false;
@@ -241,13 +242,15 @@ public:
         static Outcomes& one = *new Outcomes;
         return one;
     }
-    /// What `run` will tell, to be read later; where many are waited for already, it tells nobody.
-    Account expect(const cell::RunStatus* run, device::Letter letter, Read read) {
+    /// Whether more may be expected: the host may be far ahead.
+    bool has_room() {
         const std::lock_guard lock(mutex_);
-        if (unread_.size() >= most) return {};
-        auto* const paper = static_cast<Word*>(letter.marked_paper(words));
+        return unread_.size() < most;
+    }
+    /// Of a run that is enqueued.
+    void expect(device::Letter letter, Read read) {
+        const std::lock_guard lock(mutex_);
         unread_.push_back({std::move(letter), std::move(read)});
-        return {.told = reinterpret_cast<const Word*>(run), .words = words, .letter = paper, .marked = true};
     }
     void read() {
         const std::lock_guard lock(mutex_);
@@ -386,7 +389,9 @@ protected:
         kernel(all_, stream_);
     }
     /// Launches: one round, or all and what is left of them.
-    double rounds_expected() const { return experience(key_).one_round_is_enough ? 1 : repair_rounds + 1; }
+    double rounds_expected() const {
+        return experience(key_).one_round_is_enough && !enqueues_ ? 1 : repair_rounds + 1;
+    }
     /// Where the first one was not enough.
     void run_other_rounds(const DeviceKernel<T>& kernel) {
         for (int round = 1; round < repair_rounds; ++round) run_round(kernel, round);
@@ -400,10 +405,20 @@ protected:
     }
 
     bool is_brief() const { return status_bytes_ <= device::Letter::most_bytes; }
-    /// Of a run that nobody waits for.
-    Account account_later(Outcomes::Read read) {
-        if (captured_) return {};
-        return Outcomes::all().expect(all_.run, *std::exchange(letter_, std::nullopt), std::move(read));
+    /// Of a run that nobody waits for: `launch` enqueues the kernel that gives the account.
+    template <class Launch>
+    void account_later(const Launch& launch, Outcomes::Read read) {
+        if (captured_ || !Outcomes::all().has_room()) return launch(Account());
+        launch({.told = reinterpret_cast<const Word*>(all_.run),
+                .words = Outcomes::words,
+                .letter = static_cast<Word*>(letter_->marked_paper(Outcomes::words)),
+                .marked = true});
+        Outcomes::all().expect(*std::exchange(letter_, std::nullopt), std::move(read));
+    }
+    /// What a run without a wait begins with. The parts lie in pageable memory of the caller's.
+    void begin_enqueued() {
+        enqueues_ = true;
+        if (all_.parts != nullptr) device::synchronise(stream_);
     }
     /// Waits for everything, and for what the kernels tell; written: they have written it to the letter, which is sent.
     cell::RunStatus wait(std::vector<cell::SequenceStatus>& sequences, bool written = false) {
@@ -429,7 +444,7 @@ protected:
     DeviceChunks<T> all_;
     Rounds rounds_ = {};
     ExperienceKey key_;
-    bool captured_;
+    bool captured_, enqueues_ = false;
     std::optional<device::Letter> letter_;  // asked for before anything is written; none where captured
 };
 
@@ -439,8 +454,8 @@ class GpuEvaluator : OnGpu<T> {
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::status_bytes_, Base::letter_, Base::is_brief, Base::tolerance_, Base::rows,
         Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan, Base::take_rounds, Base::rounds_,
-        Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::run_rest, Base::account_later,
-        Base::captured_, Base::wait;
+        Base::rounds_expected, Base::run_round, Base::run_other_rounds, Base::run_rest, Base::begin_enqueued,
+        Base::account_later, Base::captured_, Base::enqueues_, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -463,23 +478,31 @@ public:
 
     /// Without a wait, but where `automatic` wants to know what the method takes.
     void enqueue(index* status) {
+        begin_enqueued();
         status_ = status;
-        const Clock::time_point begin = Clock::now();
         const Method method = choose();
-        const bool known = report_.candidates.empty() || report_.candidates.front().measured;
-        if (!known && !captured_) {
-            run(method, begin);
+        if (is_to_be_measured() && !captured_) {
+            run(method, Clock::now());
             return;
         }
-        start(method, true);
-        collect_all(account_later([key = key_, method, in_tiles = all_.tile_groups > 0](const cell::RunStatus& told) {
-            learn_of(key, method, in_tiles, told);
-        }));
+        start(method);
+        account_later([&](const Account& account) { collect_all(account); },
+                      [key = key_, method, in_tiles = all_.tile_groups > 0](const cell::RunStatus& told) {
+                          learn_of(key, method, in_tiles, told);
+                      });
     }
 
 private:
+    bool is_to_be_measured() const {
+        return options_.chunk == 0 && !report_.candidates.empty() && !report_.candidates.front().measured;
+    }
+
     Report run(Method method, Clock::time_point begin) {
-        start(method, false);
+        if (is_to_be_measured()) {  // without what is enqueued before it
+            device::synchronise(stream_);
+            begin = Clock::now();
+        }
+        start(method);
         std::vector<cell::SequenceStatus> sequences;
         cell::RunStatus status = collected(sequences);
         if (status.pending[0] > 0 && !went_on_) {
@@ -495,8 +518,7 @@ private:
         return std::move(report_);
     }
 
-    /// last_word: nothing comes after it.
-    void start(Method method, bool last_word) {
+    void start(Method method) {
         report_.method = "sequential";
         if (method == Method::sequential) {
             cut(longest_);
@@ -507,7 +529,7 @@ private:
                 all_.tile_shots = int(std::min<index>(options_.max_iterations, cell::most_shots));
             kernels_.shoot_tiles(all_, stream_);
         } else {
-            run_chunks(method, last_word);
+            run_chunks(method);
         }
     }
 
@@ -595,7 +617,7 @@ private:
         return best;
     }
 
-    void run_chunks(Method method, bool last_word) {
+    void run_chunks(Method method) {
         const index size = boundary_size();
         take_rounds();
         A* const ends = rounds_.ends[0];
@@ -611,10 +633,7 @@ private:
         ++report_.iterations;
         run_round(kernels_.repair, 0);
         ++report_.iterations;
-        if (!experience(key_).one_round_is_enough)
-            go_on();
-        else if (last_word && finishes())
-            run_rest(kernels_.finish);
+        if (enqueues_ || !experience(key_).one_round_is_enough) go_on();
     }
     bool finishes() const { return options_.on_failure == OnFailure::finish; }
     /// With chunks that one round of repairs has left.
@@ -663,7 +682,7 @@ private:
             const Shape shape{all_.count - 1, all_.part_count, width};
             const View<A> corrections(mismatches, shape);
             solve(BidiagonalSystem<A>{Jacobian<const A>(all_.products, shape, states_), corrections}, corrections,
-                  {.execution = options_.execution, .workspace = &workspace_});
+                  {.execution = options_.execution, .workspace = options_.workspace});
             cuda::launch(cuda::one_each(between, stream_), correct_starts<A>, ends, mismatches, states, between,
                          tolerance_.absolute, tolerance_.relative, close, shot, all_.run, starts);
         }
@@ -737,7 +756,7 @@ class GpuAdjoint : OnGpu<T> {
     using Base::all_, Base::key_, Base::kernels_, Base::options_, Base::recurrence_, Base::workspace_, Base::stream_,
         Base::states_, Base::longest_, Base::chains, Base::boundary_size, Base::costs, Base::cut, Base::plan,
         Base::take_rounds, Base::rounds_, Base::rounds_expected, Base::run_round, Base::run_other_rounds,
-        Base::run_rest, Base::account_later, Base::wait;
+        Base::run_rest, Base::begin_enqueued, Base::account_later, Base::wait;
     using typename Base::A;
     using typename Base::Plan;
 
@@ -792,15 +811,12 @@ public:
 
     /// Without a wait.
     void enqueue(const index* status) {
+        begin_enqueued();
         start();
-        Account account;
-        if (all_.count > 1) {
-            if (!experience(key_).one_round_is_enough) run_other_rounds(kernels_.correct);
-            run_rest(kernels_.finish_backward);
-            account =
-                account_later([key = key_](const cell::RunStatus& told) { learn_whether(key, told.pending[0] == 0); });
-        }
-        store(status, account);
+        if (all_.count == 1) return store(status);
+        go_on();
+        account_later([&](const Account& account) { store(status, account); },
+                      [key = key_](const cell::RunStatus& told) { learn_whether(key, told.pending[0] == 0); });
     }
 
 private:
@@ -864,6 +880,7 @@ auto with_workspace(const Options& options, const Body& body) {
     }
     if (options.workspace->device() != here)
         throw InvalidArgument("options.workspace", "a workspace on the current GPU", "one elsewhere");
+    const Workspace::Use use(*options.workspace, options.execution);  // ends after what the scope gives back
     const Workspace::Scope scope(*options.workspace);
     return body(*options.workspace);
 }
@@ -881,7 +898,6 @@ template <class T>
 void enqueue_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<T> trajectory, index* status,
                     const Options& options) {
     with_workspace(options, [&](Workspace& workspace) {
-        const Workspace::Use use(workspace, options.execution);
         GpuEvaluator<T>(recurrence, trajectory, options, workspace).enqueue(status);
     });
 }
@@ -891,7 +907,6 @@ void enqueue_adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<con
                             View<const T> output_gradient, const CellGradientViews<T>& gradients,
                             const Options& options) {
     with_workspace(options, [&](Workspace& workspace) {
-        const Workspace::Use use(workspace, options.execution);
         GpuAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).enqueue(status);
     });
 }
@@ -900,7 +915,6 @@ template <class T>
 Report adjoint_on_gpu(const ChannelwiseRecurrence<T>& recurrence, View<const T> trajectory,
                       View<const T> output_gradient, const CellGradientViews<T>& gradients, const Options& options) {
     return with_workspace(options, [&](Workspace& workspace) {
-        const Workspace::Use use(workspace, options.execution);
         return GpuAdjoint<T>(recurrence, trajectory, output_gradient, gradients, options, workspace).run();
     });
 }

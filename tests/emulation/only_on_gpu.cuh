@@ -29,6 +29,8 @@ private:
     std::chrono::steady_clock::time_point begin_;
 };
 
+inline void keep_busy() {}
+
 class Graph {
 public:
     explicit Graph(const std::function<void(cudaStream_t)>& body) : body_(body) {}

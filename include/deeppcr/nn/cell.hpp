@@ -35,9 +35,11 @@ CellSizes sizes_of(CellKind kind);
 /// or gates of 16 bits (bfloat16, float16), with which the others may be float or of the same type: on the CPU they are
 /// widened to float, and the states narrowed at the end; a GPU stores them so, with parameters and arithmetic in float.
 /// All on one device: the CPU, or a GPU, where the work runs in LibTorch's current stream and with its memory
-/// (evaluation.execution and evaluation.workspace do not count there) and the call waits for the stream once, for the
-/// report. A trajectory that does not converge follows evaluation.on_failure; one that is not right has no gradient:
-/// backward throws InvalidArgument. Deterministic as `evaluate`: for the same bits in every call, give method and
+/// (evaluation.execution and evaluation.workspace do not count there). A trajectory that does not converge follows
+/// evaluation.on_failure; one that is not right has no gradient: backward throws InvalidArgument, and on a GPU, where
+/// nobody has waited, makes all gradients NaN. There the host waits for the stream only where a report is asked for, in
+/// calls with recompute, a group or another on_failure than `finish`, and where `enqueue` does; all others, but those
+/// with `starts`, a CUDA graph can capture. Deterministic as `evaluate`: for the same bits in every call, give method and
 /// chunk. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 at::Tensor cell(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters, const at::Tensor& initial = {},
                 const CellOptions& options = {}, Report* report = nullptr);

@@ -31,6 +31,7 @@ struct RecurrentOptions {
     /// Of the initial parameters: a generator of the module's own; without it, LibTorch's global one.
     TORCH_ARG(std::optional<std::uint64_t>, seed) = {};
     TORCH_ARG(Options, evaluation) = {};  ///< as in CellOptions
+    TORCH_ARG(bool, reports) = true;      ///< whether reports() tells of a call; on a GPU the host waits for that
 };
 using ParaGRUOptions = RecurrentOptions;
 using ParaLSTMOptions = RecurrentOptions;
@@ -49,7 +50,7 @@ struct RecurrentCall {
     at::Tensor batch_sizes;   ///< of a PackedSequence, whose data are the input; undefined: not packed
     double dropout = 0;       ///< 0 unless training
     Options evaluation = {};
-    std::vector<Report>* reports = nullptr;     ///< receives one per layer and direction, where not null
+    std::vector<Report>* reports = nullptr;     ///< receives one per layer and direction, where not null (see `cell`)
     std::vector<CellTensors>* cells = nullptr;  ///< likewise
 };
 
@@ -87,10 +88,10 @@ public:
     void reset() override;
     void pretty_print(std::ostream& stream) const override;
 
-    /// What the last call did, for each layer and direction.
+    /// What the last call did, for each layer and direction; none without options.reports().
     const std::vector<Report>& reports() const { return reports_; }
 
-    RecurrentOptions options;  ///< `evaluation`, `dropout` and `batch_first` may be changed between calls
+    RecurrentOptions options;  ///< `evaluation`, `dropout`, `batch_first` and `reports` may be changed between calls
 
 private:
     RecurrentCall call();
