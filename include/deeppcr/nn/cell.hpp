@@ -39,8 +39,8 @@ CellSizes sizes_of(CellKind kind);
 /// evaluation.on_failure; one that is not right has no gradient: backward throws InvalidArgument, and on a GPU, where
 /// nobody has waited, makes all gradients NaN. There the host waits for the stream only where a report is asked for, in
 /// calls with recompute, a group or another on_failure than `finish`, and where `enqueue` does; all others, but those
-/// with `starts`, a CUDA graph can capture. Deterministic as `evaluate`: for the same bits in every call, give method and
-/// chunk. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
+/// with `starts`, a CUDA graph can capture. Deterministic as `evaluate`: for the same bits in every call, give method
+/// and chunk. Throws InvalidArgument, OutOfMemory, NotConverged, NoDevice.
 at::Tensor cell(CellKind kind, const at::Tensor& gates, const at::Tensor& parameters, const at::Tensor& initial = {},
                 const CellOptions& options = {}, Report* report = nullptr);
 
