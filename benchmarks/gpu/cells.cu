@@ -39,6 +39,16 @@ struct Problem {
         return on_gpu([=, this] { enqueue(recurrence, trajectory.view(), status(), options(method, sweeps, chunk)); },
                       true);
     }
+    /// What was timed so, once more, into zeros.
+    void verify_enqueued(Row& row, Method method, const Buffer<T>& expected, index sweeps = 0, index chunk = 0) {
+        detail::fill_zeros(trajectory.data(), trajectory.size() * index(sizeof(T)), there);
+        enqueue(recurrence, trajectory.view(), status(), options(method, sweeps, chunk));
+        verify(row, "enqueued, difference from sequential", difference(trajectory, expected),
+               is_stored_in_16_bits<T> ? 0.05 : 1e-3);
+        index told = -1;
+        detail::copy(&told, status(), index(sizeof told));
+        verify(row, "enqueued, status", double(told), double(Status::finished_sequentially));
+    }
     index* status() { return static_cast<index*>(status_memory.get()); }
     double bytes() const { return double(inputs.size() + trajectory.size()) * double(sizeof(T)); }
 
@@ -101,6 +111,7 @@ void measure_forward(Results& results, const Shape& shape, Method method, const 
                     row.bytes = problem.bytes();
                     race(row, problem.timed_enqueued(method, sweeps), "copy of inputs + outputs",
                          Copy(row.bytes).timed(true), results.tiny());
+                    problem.verify_enqueued(row, method, expected, sweeps);
                 });
 }
 
@@ -120,31 +131,40 @@ struct Backward {
         return adjoint<T>(problem.recurrence, problem.trajectory, report, gradient, gradients(),
                           problem.options(method, 0, chunk));
     }
+    void run_enqueued(index chunk) {
+        enqueue_adjoint(problem.recurrence, problem.trajectory.view(), problem.status(), gradient, gradients(),
+                        problem.options(Method::automatic, 0, chunk));
+    }
     Timed timed_enqueued(index chunk = 0) {
         enqueue(problem.recurrence, problem.trajectory.view(), problem.status(), problem.options(Method::sequential));
-        return on_gpu(
-            [this, chunk] {
-                enqueue_adjoint(problem.recurrence, problem.trajectory.view(), problem.status(), gradient, gradients(),
-                                problem.options(Method::automatic, 0, chunk));
-            },
-            true);
+        return on_gpu([this, chunk] { run_enqueued(chunk); }, true);
     }
     double bytes() const { return problem.bytes() + double(inputs.size() + gradient.size()) * double(sizeof(T)); }
 
     /// Against the pass step after step; notes what it did.
     void verify_gradients(Row& row, index chunk = 0) {
         run(Method::sequential);
-        const Buffer<T> expected_inputs = inputs.clone();
-        const Buffer<Arithmetic<T>> expected_parameters = parameters.clone();
+        expected_inputs = inputs.clone();
+        expected_parameters = parameters.clone();
         for (int call = 0; call < 3; ++call) row.details["did"] = run(Method::automatic, chunk).method;
+        compare(row, "difference");
+    }
+    /// What was timed, once more, into zeros.
+    void verify_enqueued(Row& row, index chunk = 0) {
+        detail::fill_zeros(inputs.data(), inputs.size() * index(sizeof(T)), there);
+        detail::fill_zeros(parameters.data(), parameters.size() * index(sizeof(Arithmetic<T>)), there);
+        run_enqueued(chunk);
+        compare(row, "enqueued, difference");
+    }
+    void compare(Row& row, const std::string& what) {
         const double limit = is_stored_in_16_bits<T> ? 0.05 : 1e-3;
-        verify(row, "difference of the inputs' gradients", difference(inputs, expected_inputs), limit);
-        verify(row, "difference of the parameters' gradients", difference(parameters, expected_parameters), limit);
+        verify(row, what + " of the inputs' gradients", difference(inputs, expected_inputs), limit);
+        verify(row, what + " of the parameters' gradients", difference(parameters, expected_parameters), limit);
     }
 
     Problem<T> problem;
-    Buffer<T> gradient, inputs;
-    Buffer<Arithmetic<T>> parameters;
+    Buffer<T> gradient, inputs, expected_inputs;
+    Buffer<Arithmetic<T>> parameters, expected_parameters;
     Buffer<T> initial;
 };
 
@@ -157,6 +177,7 @@ void measure_backward(Results& results, const Shape& shape) {
                     row.bytes = backward.bytes();
                     race(row, backward.timed_enqueued(), "copy of its arrays", Copy(row.bytes).timed(true),
                          results.tiny());
+                    backward.verify_enqueued(row);
                 });
 }
 
@@ -174,6 +195,7 @@ void measure_chunks(Results& results, const Shape& shape) {
             row.bytes = problem.bytes();
             race(row, problem.timed_enqueued(Method::overlap, 0, chunk), "copy of inputs + outputs",
                  Copy(row.bytes).timed(true), results.tiny());
+            problem.verify_enqueued(row, Method::overlap, expected, 0, chunk);
         });
         results.add(other("ParaGRU backward", chunk), [&](Row& row) {
             Backward<T> backward(shape);
@@ -181,6 +203,7 @@ void measure_chunks(Results& results, const Shape& shape) {
             row.bytes = backward.bytes();
             race(row, backward.timed_enqueued(chunk), "copy of its arrays", Copy(row.bytes).timed(true),
                  results.tiny());
+            backward.verify_enqueued(row, chunk);
         });
     }
 }
@@ -204,6 +227,7 @@ void measure_against_sequential(Results& results, index steps, index channels) {
                         };
                         race(row, timed(Method::automatic), "own fused sequential kernel", timed(Method::sequential),
                              results.tiny());
+                        if (enqueued) problem.verify_enqueued(row, Method::automatic, expected);
                     });
 }
 

@@ -14,12 +14,13 @@ namespace deeppcr {
 /// What a run tells of repairs and shots, later calls learn once it is there. Some calls do wait: the first of a cell
 /// on a GPU, which measures what its kernels cost, unless method and chunk are given; with Method::automatic those of a
 /// kind, until each method that is worth it was measured twice (a trajectory that is not finite does not count); and
-/// those of a recurrence with sequences that begin within rows, until their list is on the GPU.
+/// those of a recurrence with sequences that begin within rows, until their list is on the GPU; and those that load
+/// kernels or take memory for the first time, as CUDA has it.
 /// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: a call before, of the
 /// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory).
 /// A captured recurrence has no sequences that begin within rows (InvalidArgument).
-/// Deterministic as `evaluate`. Throws InvalidArgument for what
-/// `evaluate` does not take, another backend than cuda, and another on_failure than `finish`; OutOfMemory, NoDevice.
+/// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda, and
+/// another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>
 void enqueue(const ChannelwiseRecurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, index* status,
              const Options& options);

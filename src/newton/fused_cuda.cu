@@ -289,8 +289,8 @@ public:
           states_(recurrence.kernels().states),
           tolerance_(tolerance_of<T>(options)),
           captured_(device::is_captured(stream_)) {
+        Outcomes::all().read();  // whose letters are free again
         if (!captured_) letter_.emplace();
-        Outcomes::all().read();
         const auto& parts = recurrence.parts();
         all_.inputs = recurrence.inputs().data();
         all_.input_step = recurrence.inputs().step_stride();
@@ -498,7 +498,8 @@ private:
     }
 
     Report run(Method method, Clock::time_point begin) {
-        if (is_to_be_measured()) {  // without what is enqueued before it
+        // What it takes is learnt without what is enqueued before it.
+        if (options_.chunk == 0 && !experience(key_).seen(method).trusted()) {
             device::synchronise(stream_);
             begin = Clock::now();
         }
@@ -577,7 +578,8 @@ private:
     /// The method; how chunks, shots and tiles are to be is set.
     Method choose() {
         const Experience seen = experience(key_);
-        shots_ = int(std::min<double>(seen.shots + 1, cell::most_shots));
+        // Chunks that are given ask for the same bits in every call.
+        shots_ = options_.chunk > 0 ? cell::most_shots : int(std::min<double>(seen.shots + 1, cell::most_shots));
         if (options_.max_iterations > 0) shots_ = int(std::min<index>(shots_, options_.max_iterations));
         const bool automatic = options_.method == Method::automatic;
         if (options_.method == Method::sequential || (automatic && longest_ < fewest_steps)) return Method::sequential;
@@ -733,6 +735,8 @@ private:
         const bool met = in_tiles || status.pending[repair_rounds - 1] == 0;
         learn(key, [&](Experience& now) {
             if (!in_tiles) now.one_round_is_enough = status.pending[0] == 0;
+            // Where states are not finite that says nothing of others.
+            if (!met && status.non_finite != 0) return;
             if (method == Method::overlap) {
                 now.overlap_works = met;
                 if (met) now.repeated = std::max<index>(32, index(status.repeated));
