@@ -19,8 +19,8 @@ namespace deeppcr {
 /// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: a call before, of the
 /// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory).
 /// A captured recurrence has no sequences that begin within rows (InvalidArgument).
-/// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda, and
-/// another on_failure than `finish`; OutOfMemory, NoDevice.
+/// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda,
+/// and another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>
 void enqueue(const ChannelwiseRecurrence<T>& recurrence, View<std::type_identity_t<T>> trajectory, index* status,
              const Options& options);
