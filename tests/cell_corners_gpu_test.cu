@@ -5,15 +5,6 @@
 namespace deeppcr {
 namespace {
 
-/// From large states it overflows; from small ones it does not.
-struct Squares {
-    static constexpr int states = 1, inputs = 1, parameters = 1;
-    template <class S>
-    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
-        return {p[0] * x[0] * x[0] + u[0]};
-    }
-};
-
 /// Its first state is not a number once it was large; the second one forgets everything at once.
 template <int power>
 struct FirstIsNaN {

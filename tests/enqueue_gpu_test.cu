@@ -7,15 +7,6 @@
 namespace deeppcr {
 namespace {
 
-/// x_t = x_{t-1}^2 + u_t overflows from 1 on.
-struct Squares {
-    static constexpr int states = 1, inputs = 1, parameters = 1;
-    template <class S>
-    static constexpr std::array<S, 1> step(std::array<S, 1> x, std::array<S, 1> u, std::array<S, 1> p) {
-        return {p[0] * x[0] * x[0] + u[0]};
-    }
-};
-
 const std::vector<Options> every_way{{.method = Method::sequential, .execution = gpu},
                                      {.method = Method::overlap, .chunk = 40, .execution = gpu},
                                      {.method = Method::shooting, .chunk = 40, .execution = gpu},
