@@ -1,6 +1,7 @@
 // Cells on a GPU, or on an emulated one, at their limits: what is not finite, what has no steps, repairs that meet,
 // wrong arguments, and the accuracy of functions.
 #include "tests/cells_on_gpu.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -103,7 +104,7 @@ TEST_F(CellOnGpuCorners, TheFirstStepThatIsNotFiniteIsFound) {
 }
 
 TEST_F(CellOnGpuCorners, WhatOverflowsWhereItIsRoundedIsNotFinite) {
-    cell::register_on_gpu<Scaled, float, bfloat16, float16>();
+    cell::register_on_gpu<Scaled, bfloat16, float16>();
     const auto expect_found = [](auto type, float input) {
         using T = decltype(type);
         const Shape shape{300, 2, 48};
@@ -270,42 +271,34 @@ TEST_F(CellOnGpuCorners, FunctionsOf16BitsAreAsExactAsTheirNumbers) {
 }
 
 TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
-    const auto message = [](const auto& call) -> std::string {
-        try {
-            call();
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "";
-    };
     cell::register_on_gpu<LeakyTanh, float>();
     const Problem<LeakyTanh, float> problem({10, 1, 2}, 1);
     const Buffer<float> here({10, 1, 2}), there({10, 1, 2}, Layout::steps_first, Device::cuda());
-    EXPECT_EQ(message([&] { evaluate(*problem.here, here.view(), {.execution = gpu}); }),
+    EXPECT_EQ(message_of([&] { evaluate(*problem.here, here.view(), {.execution = gpu}); }),
               "initial: expected memory of a GPU, for Backend::cuda, got main memory");
-    EXPECT_EQ(message([&] { evaluate(*problem.there, here.view(), {.execution = gpu}); }),
+    EXPECT_EQ(message_of([&] { evaluate(*problem.there, here.view(), {.execution = gpu}); }),
               "trajectory: expected memory of a GPU, for Backend::cuda, got main memory");
     Workspace workspace;
-    EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.execution = gpu, .workspace = &workspace}); }),
+    EXPECT_EQ(message_of([&] { evaluate(*problem.there, there.view(), {.execution = gpu, .workspace = &workspace}); }),
               "options.workspace: expected a workspace on the current GPU, got one elsewhere");
-    EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.method = Method::newton, .execution = gpu}); }),
+    EXPECT_EQ(message_of([&] { evaluate(*problem.there, there.view(), {.method = Method::newton, .execution = gpu}); }),
               "options.method: expected automatic, sequential, overlap or shooting, for a cell on a GPU, got newton");
     const std::string elsewhere = ": expected memory of a GPU, for Backend::cuda, got main memory";
     EXPECT_EQ(
-        message([&] { evaluate_boundaries<float>(*problem.there, 5, here.view().steps(0, 2), {.execution = gpu}); }),
+        message_of([&] { evaluate_boundaries<float>(*problem.there, 5, here.view().steps(0, 2), {.execution = gpu}); }),
         "boundaries" + elsewhere);
     const auto backward = [&](View<const float> boundaries, View<const float> gradient) {
         adjoint_from_boundaries<float>(*problem.there, 5, boundaries, Report(), gradient, {.execution = gpu});
     };
-    EXPECT_EQ(message([&] { backward(here.view().steps(0, 2), problem.there_gradient); }), "boundaries" + elsewhere);
-    EXPECT_EQ(message([&] { backward(there.view().steps(0, 2), here); }), "output_gradient" + elsewhere);
-    EXPECT_EQ(message([&] { problem.there->segment(5, 10, here.view().steps(0, 1), gpu); }), "before" + elsewhere);
-    EXPECT_EQ(message([&] { problem.here->segment(5, 10, there.view().steps(0, 1), gpu); }), "initial" + elsewhere);
-    EXPECT_EQ(message([&] { problem.there->final_states(here, gpu); }), "trajectory" + elsewhere);
+    EXPECT_EQ(message_of([&] { backward(here.view().steps(0, 2), problem.there_gradient); }), "boundaries" + elsewhere);
+    EXPECT_EQ(message_of([&] { backward(there.view().steps(0, 2), here); }), "output_gradient" + elsewhere);
+    EXPECT_EQ(message_of([&] { problem.there->segment(5, 10, here.view().steps(0, 1), gpu); }), "before" + elsewhere);
+    EXPECT_EQ(message_of([&] { problem.here->segment(5, 10, there.view().steps(0, 1), gpu); }), "initial" + elsewhere);
+    EXPECT_EQ(message_of([&] { problem.there->final_states(here, gpu); }), "trajectory" + elsewhere);
     const CellRecurrence<Unregistered, float> unknown(problem.there_inputs, problem.there_parameters);
-    EXPECT_NE(message([&] { evaluate(unknown, there.view(), {.execution = gpu}); }).find("DEEPPCR_CELL_ON_GPU"),
+    EXPECT_NE(message_of([&] { evaluate(unknown, there.view(), {.execution = gpu}); }).find("DEEPPCR_CELL_ON_GPU"),
               std::string::npos);
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   decode<LeakyTanh, float>(problem.there_inputs.view().steps(0, 1), problem.there_parameters, {}, {},
                                            gpu);
               }),
@@ -315,7 +308,7 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
     const Execution captured{.backend = Backend::cuda, .stream = stream};
-    EXPECT_EQ(message([&] { evaluate(*problem.there, there.view(), {.execution = captured}); }),
+    EXPECT_EQ(message_of([&] { evaluate(*problem.there, there.view(), {.execution = captured}); }),
               "options.execution.stream: expected one that is not captured, as the host waits for the outcome, got one "
               "that is captured into a graph");
     cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
@@ -330,9 +323,9 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
         const std::string expected =
             "options.execution.backend: expected cuda, for numbers stored in 16 bits, got " + name;
         const Options options{.execution = {.backend = backend}};
-        EXPECT_EQ(message([&] { evaluate(narrow, few.view(), options); }), expected);
-        EXPECT_EQ(message([&] { adjoint<bfloat16>(narrow, few, Report(), few, options); }), expected);
-        EXPECT_EQ(message([&] { evaluate_boundaries<bfloat16>(narrow, 5, few.view(), options); }), expected);
+        EXPECT_EQ(message_of([&] { evaluate(narrow, few.view(), options); }), expected);
+        EXPECT_EQ(message_of([&] { adjoint<bfloat16>(narrow, few, Report(), few, options); }), expected);
+        EXPECT_EQ(message_of([&] { evaluate_boundaries<bfloat16>(narrow, 5, few.view(), options); }), expected);
     }
 }
 
