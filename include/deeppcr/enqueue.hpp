@@ -17,8 +17,8 @@ namespace deeppcr {
 /// those of a recurrence with sequences that begin within rows, until their list is on the GPU; and those that load
 /// kernels or take memory for the first time, as CUDA has it.
 /// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: a call before, of the
-/// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory).
-/// A captured recurrence has no sequences that begin within rows (InvalidArgument).
+/// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory;
+/// without one or a MemorySource it is the graph's own). Sequences then do not begin within rows (InvalidArgument).
 /// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda,
 /// and another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>

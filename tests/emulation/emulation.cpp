@@ -216,6 +216,7 @@ struct Operation {
 
 struct CUgraph_st {
     std::vector<std::function<void()>> operations;
+    std::map<void*, std::shared_ptr<void>> memory;  // allocated within and not freed
 };
 struct CUgraphExec_st : CUgraph_st {};
 struct CUmemPoolHandle_st {};
@@ -311,6 +312,11 @@ void release(void* memory) {
     machine().used -= found->second.bytes;
     arrays().erase(found);
     std::free(memory);
+}
+
+/// What a graph does where it allocates or frees memory.
+std::function<void()> filled_with_nan(std::shared_ptr<void> memory, std::size_t bytes) {
+    return [memory = std::move(memory), bytes] { std::memset(memory.get(), 0xFF, bytes); };
 }
 
 }  // namespace
@@ -551,12 +557,22 @@ cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, vo
 cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t stream) {
     const Lock lock(one_at_a_time);
     if (broken() != cudaSuccess) return failed(broken());
-    if (resolve(stream).capture != nullptr) return failed(cudaErrorStreamCaptureUnsupported);
-    return emulation::allocate(memory, bytes, emulation::current_device);
+    const cudaError_t error = emulation::allocate(memory, bytes, emulation::current_device);
+    CUgraph_st* const graph = resolve(stream).capture.get();
+    if (graph == nullptr || error != cudaSuccess) return error;
+    graph->memory[*memory] = {*memory, emulation::release};
+    return enqueue(stream, emulation::filled_with_nan(graph->memory[*memory], bytes));
 }
+/// In a graph, what the graph has allocated: the last of its operations that refers to it keeps it.
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
     const Lock lock(one_at_a_time);
-    return enqueue(stream, [memory] { emulation::release(memory); });
+    CUgraph_st* const graph = resolve(stream).capture.get();
+    if (graph == nullptr) return enqueue(stream, [memory] { emulation::release(memory); });
+    const auto found = graph->memory.find(memory);
+    if (found == graph->memory.end()) return failed(cudaErrorInvalidValue);
+    const auto owned = std::move(found->second);
+    graph->memory.erase(found);
+    return enqueue(stream, emulation::filled_with_nan(owned, emulation::find_array(memory)->bytes));
 }
 
 // Main memory that is not pinned is read before the call returns, and written before it returns.
@@ -655,10 +671,12 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    const Lock lock(one_at_a_time);
     delete graph;
     return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+    const Lock lock(one_at_a_time);
     delete executable;
     return cudaSuccess;
 }
