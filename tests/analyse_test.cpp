@@ -8,6 +8,8 @@
 
 #include <deeppcr/deeppcr.hpp>
 
+#include "tests/messages.hpp"
+
 namespace deeppcr {
 namespace {
 
@@ -210,22 +212,14 @@ TEST(Analyse, ProgressGoesOnAndMayStop) {
 }
 
 TEST(Analyse, SaysWhatIsWrong) {
-    const auto message = [](const auto& call) -> std::string {
-        try {
-            call();
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "nothing was thrown";
-    };
-    EXPECT_EQ(message([] { (void)analyse(halving(10), {.seconds = 0}); }),
+    EXPECT_EQ(message_of([] { (void)analyse(halving(10), {.seconds = 0}); }),
               "options.seconds: expected a number above 0, got 0.000000");
-    EXPECT_THAT(message([] { (void)analyse(halving(0)); }), testing::HasSubstr("at least one step"));
-    EXPECT_THAT(message([] { (void)analyse(halving(10), {.evaluation = {.tolerance = -1}}); }),
+    EXPECT_THAT(message_of([] { (void)analyse(halving(0)); }), testing::HasSubstr("at least one step"));
+    EXPECT_THAT(message_of([] { (void)analyse(halving(10), {.evaluation = {.tolerance = -1}}); }),
                 testing::HasSubstr("options.tolerance"));
     const Scalar doubling(
         5000, [](double x) { return 2 * x; }, [](double) { return 2; }, 1);
-    EXPECT_EQ(message([&] { (void)analyse(doubling); }),
+    EXPECT_EQ(message_of<NotConverged>([&] { (void)analyse(doubling); }),
               "the recurrence is not finite from step 1024 of sequence 0 on, sequentially too");
 }
 

@@ -11,6 +11,7 @@
 #include <deeppcr/deeppcr.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -393,32 +394,24 @@ TEST(CellSegments, RefuseWhatDoesNotFit) {
 
 TEST(CellArguments, SayWhatIsWrong) {
     const Buffer<float> inputs({5, 2, 9}), parameters({3, 1, 3}), odd({5, 2, 10}), states({1, 2, 3});
-    const auto message = [](const auto& make) -> std::string {
-        try {
-            make();
-        } catch (const InvalidArgument& error) {
-            return error.what();
-        }
-        return "no error";
-    };
     using GRU = CellRecurrence<ParaGRU>;
-    EXPECT_NE(message([&] { GRU(odd.view(), parameters.view()); }).find("inputs"), std::string::npos);
-    EXPECT_NE(message([&] { GRU(inputs.view(), states.view()); }).find("parameters"), std::string::npos);
-    EXPECT_NE(message([&] { GRU(inputs.view(), parameters.view(), parameters.view()); }).find("initial"),
+    EXPECT_NE(message_of([&] { GRU(odd.view(), parameters.view()); }).find("inputs"), std::string::npos);
+    EXPECT_NE(message_of([&] { GRU(inputs.view(), states.view()); }).find("parameters"), std::string::npos);
+    EXPECT_NE(message_of([&] { GRU(inputs.view(), parameters.view(), parameters.view()); }).find("initial"),
               std::string::npos);
-    EXPECT_NE(message([&] {
+    EXPECT_NE(message_of([&] {
                   GRU(inputs.view(), parameters.view(), {}, {{0, 3}, {0, 3}});
               }).find("starts[1].step"),
               std::string::npos);
-    EXPECT_NE(message([&] {
+    EXPECT_NE(message_of([&] {
                   GRU(inputs.view(), parameters.view(), {}, {{0, 5}});
               }).find("starts[0].step"),
               std::string::npos);
-    EXPECT_NE(message([&] {
+    EXPECT_NE(message_of([&] {
                   GRU(inputs.view(), parameters.view(), {}, {{1, 3}, {0, 3}});
               }).find("starts[1].sequence"),
               std::string::npos);
-    EXPECT_EQ(message([&] { GRU(inputs.view(), parameters.view(), states.view()); }), "no error");
+    EXPECT_EQ(message_of([&] { GRU(inputs.view(), parameters.view(), states.view()); }), nothing_thrown);
 }
 
 }  // namespace

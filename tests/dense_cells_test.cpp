@@ -16,6 +16,7 @@
 #include <deeppcr/evaluate.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -509,16 +510,6 @@ TYPED_TEST(DenseCellTest, ANumberThatIsNotFiniteStaysInItsSequence) {
             for (const index j : {0, 2})
                 EXPECT_TRUE(same_bits<T>(marked.view().sequences(j, j + 1), clean.view().sequences(j, j + 1)));
         }
-}
-
-template <class Action>
-std::string message_of(const Action& action) {
-    try {
-        action();
-    } catch (const InvalidArgument& error) {
-        return error.what();
-    }
-    return "no exception";
 }
 
 TEST(DenseCellArguments, AreNamedWhereTheyAreWrong) {

@@ -14,6 +14,7 @@
 #include <deeppcr/dense_chain.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -545,22 +546,11 @@ TYPED_TEST(DenseChainTest, NothingToDo) {
     }
 }
 
-/// Runs `statement`, which must throw InvalidArgument, and returns its message.
-template <class Statement>
-std::string message(const Statement& statement) {
-    try {
-        statement();
-    } catch (const InvalidArgument& error) {
-        return error.what();
-    }
-    return "nothing was thrown";
-}
-
 TEST(DenseChain, RefusesWhatItCannotUse) {
     const index layers = 6, batch = 2, width = 3;
     const Buffer<float> weights({layers, width, width}), biases({layers, 1, width}), initial({1, batch, width});
     const auto construct = [&](View<const float> w, View<const float> b, View<const float> x, index skip) {
-        return message([&] { DenseChain<float>(w, b, x, {Activation::tanh, skip}); });
+        return message_of([&] { DenseChain<float>(w, b, x, {Activation::tanh, skip}); });
     };
     EXPECT_EQ(construct(weights, biases, initial, 4), "weights: expected a multiple of skip = 4 layers, got 6 layers");
     EXPECT_EQ(construct(weights, biases, initial, -1), "options.skip: expected 0 or more, got -1");
@@ -570,7 +560,7 @@ TEST(DenseChain, RefusesWhatItCannotUse) {
     EXPECT_EQ(construct(weights, biases, Buffer<float>({1, 2, 4}), 1), "initial: expected [1,2,3], got [1,2,4]");
     EXPECT_EQ(construct(View<const float>(nullptr, {6, 3, 3}), biases, initial, 1),
               "weights: expected an array of shape [6,3,3], got a null pointer");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   DenseChain<float>(weights, biases, initial, {Activation(9), 1});
               }),
               "options.activation: expected one of Activation, got 9");
@@ -580,34 +570,34 @@ TEST(DenseChain, RefusesWhatItCannotUse) {
     const Buffer<float> state({1, 2, 3}), states({3, 2, 3}), dense({3, 6, 3});
     const Jacobian<float> jacobian(dense.data(), {3, 2, 3}, 3);
     const Section section{0, 3, sequences};
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run({0, 4, sequences}, state, states);
               }),
               "section: expected 0 <= first <= last <= 3, got first 0, last 4");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run({0, 3, unknown}, state, states);
               }),
               "section.sequences: expected numbers from 0 to 1, got 2");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run(section, Buffer<float>({1, 1, 3}), states);
               }),
               "state: expected [1,2,3], got [1,1,3]");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run(section, state, View<float>(states.data(), {3, 2, 3}, 8, 4));
               }),
               "trajectory: expected contiguous memory, got strides of 8 and 4 elements");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run_with_slopes(section, state, states, Buffer<float>({3, 2, 3}));
               }),
               "slopes: expected [6,2,3], got [3,2,3]");
-    EXPECT_EQ(message([&] { chain.step(section, states, state); }), "after: expected [3,2,3], got [1,2,3]");
-    EXPECT_EQ(message([&] { chain.linearise_diagonal(section, states, states, jacobian); }),
+    EXPECT_EQ(message_of([&] { chain.step(section, states, state); }), "after: expected [3,2,3], got [1,2,3]");
+    EXPECT_EQ(message_of([&] { chain.linearise_diagonal(section, states, states, jacobian); }),
               "diagonal: expected blocks of 1 for states [3,2,3], got blocks of 3 for states [3,2,3]");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.parameter_gradients(section, states, states, Buffer<float>({6, 3, 3}), state);
               }),
               "biases: expected [6,1,3], got [1,2,3]");
-    EXPECT_EQ(message([&] {
+    EXPECT_EQ(message_of([&] {
                   chain.run({0, 3, sequences, {Backend::cpu, -2}}, state, states);
               }),
               "execution.threads: expected 0 or more, got -2");
@@ -668,9 +658,9 @@ TEST(Recurrence, LinearisesALongDiagonalInParts) {
 }
 
 TEST(Recurrence, RefusesShapesAndBlocks) {
-    EXPECT_EQ(message([] { Growth({4, 2, 6}, 4); }), "block: expected -1 or a divisor of the width 6, got 4");
-    EXPECT_EQ(message([] { Growth({4, 2, 6}, 0); }), "block: expected -1 or a divisor of the width 6, got 0");
-    EXPECT_EQ(message([] {
+    EXPECT_EQ(message_of([] { Growth({4, 2, 6}, 4); }), "block: expected -1 or a divisor of the width 6, got 4");
+    EXPECT_EQ(message_of([] { Growth({4, 2, 6}, 0); }), "block: expected -1 or a divisor of the width 6, got 0");
+    EXPECT_EQ(message_of([] {
                   Growth({4, 2, 0}, -1);
               }),
               "shape: expected steps >= 0, batch >= 0 and width >= 1, got [4,2,0]");

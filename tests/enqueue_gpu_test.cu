@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "tests/cells_on_gpu.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -166,6 +167,37 @@ TEST_F(Enqueue, WhatChunksDoNotMeetIsLearnt) {
     for (const Report::Candidate& candidate : report.candidates) EXPECT_NE(candidate.method, Method::overlap);
 }
 
+// With a wait or without one: chunks that do not meet for states that are not finite say nothing of others.
+TEST_F(Enqueue, WhatIsNotFiniteDoesNotGiveUpAMethod) {
+    const Shape shape{1100, 2, 3};
+    const Buffer<float> inputs(shape), parameters({1, 1, 3}), initial({1, 2, 3});
+    std::fill_n(inputs.data(), inputs.size(), 0.1F);
+    std::fill_n(parameters.data(), parameters.size(), 1.0F);
+    const Buffer<float> there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda()),
+                        small = initial.on(Device::cuda());
+    initial(0, 1, 2) = 1.01F;
+    const Buffer<float> large = initial.on(Device::cuda());
+    const CellRecurrence<Squares, float> finite(there_inputs, there_parameters, small),
+        overflows(there_inputs, there_parameters, large);
+    const Enqueued<Squares, float> found(overflows, there_inputs);
+    for (const Method method : {Method::overlap, Method::shooting})
+        for (const bool waits : {true, false}) {
+            const Options options{.method = method, .chunk = 100, .execution = gpu};
+            if (waits) {
+                EXPECT_EQ(evaluate(overflows, options).report.status, Status::non_finite);
+            } else {
+                found.forward(options);
+                EXPECT_EQ(found.outcome(), Status::non_finite);
+            }
+            const Report report = evaluate(finite, {.execution = gpu}).report;
+            EXPECT_TRUE(report.ok()) << report;
+            EXPECT_EQ(std::count_if(report.candidates.begin(), report.candidates.end(),
+                                    [&](const Report::Candidate& candidate) { return candidate.method == method; }),
+                      1)
+                << report;
+        }
+}
+
 TEST_F(Enqueue, WhatIsMeasuredIsWithoutWhatIsEnqueuedBefore) {
     const Problem<SLSTM, float> small({600, 1, 3}, 4), large({6000, 2, 33}, 5);
     const Enqueued<SLSTM, float> found(*small.there, small.there_gradient), before(*large.there, large.there_gradient);
@@ -222,17 +254,17 @@ private:
     }();
 };
 
-/// Both passes in a graph: `first`, and with the numbers of `second`. pool: where memory comes from without a
-/// workspace.
-void a_graph_is_replayed(const Options& options, Pool& pool, const Problem<ParaGRU, float>& first,
+/// Both passes in a graph: `first`, and with the numbers of `second`. pool: where memory comes from, unless from a
+/// workspace of `options`; with neither the graph has its own.
+void a_graph_is_replayed(const Options& options, Pool* pool, const Problem<ParaGRU, float>& first,
                          const Problem<ParaGRU, float>& second) {
     cudaStream_t const stream = options.execution.stream;
     const Enqueued<ParaGRU, float> found(*first.there, first.there_gradient);
     const auto both_passes = [&] {
         std::optional<MemorySource> source;
-        if (options.workspace == nullptr)
+        if (pool != nullptr)
             source.emplace(
-                Device::cuda(), [&](index bytes) { return pool.allocate(bytes); }, stream);
+                Device::cuda(), [&](index bytes) { return pool->allocate(bytes); }, stream);
         found.forward(options);
         found.backward(options);
     };
@@ -268,14 +300,15 @@ TEST_F(Enqueue, AGraphOfBothPassesIsReplayed) {
     cudaStream_t stream = nullptr;
     cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     for (const double scale : {0.5, 8.0})
-        for (const bool with_workspace : {true, false})
+        for (const std::string memory : {"workspace", "pool", "graph"})
             for (Options options : every_way) {
+                SCOPED_TRACE(memory + ", " + to_string(options.method));
                 const Problem<ParaGRU, float> first({300, 2, 17}, 21), second({300, 2, 17}, 22, scale);
                 options.execution.stream = stream;
                 Workspace workspace(Device::cuda());
                 Pool pool;
-                if (with_workspace) options.workspace = &workspace;
-                a_graph_is_replayed(options, pool, first, second);
+                if (memory == "workspace") options.workspace = &workspace;
+                a_graph_is_replayed(options, memory == "pool" ? &pool : nullptr, first, second);
             }
     cuda::check(cudaStreamDestroy(stream), "ending a stream");
 }
@@ -297,18 +330,12 @@ TEST_F(Enqueue, SayWhatIsWrong) {
     const Enqueued<LeakyTanh, float> found(*problem.there, problem.there_gradient);
     index here = 0;
     const auto message = [&](const Options& options, index* status) -> std::string {
-        std::string forward, backward;
-        try {
-            enqueue(*problem.there, found.trajectory.view(), status, options);
-        } catch (const InvalidArgument& error) {
-            forward = error.what();
-        }
-        try {
+        const std::string forward =
+            message_of([&] { enqueue(*problem.there, found.trajectory.view(), status, options); });
+        const std::string backward = message_of([&] {
             enqueue_adjoint(*problem.there, found.trajectory.view(), status, problem.there_gradient,
                             {found.inputs, found.parameters, found.initial}, options);
-        } catch (const InvalidArgument& error) {
-            backward = error.what();
-        }
+        });
         EXPECT_EQ(forward, backward);
         return forward;
     };
@@ -334,13 +361,11 @@ TEST_F(Enqueue, SayWhatIsWrong) {
     Workspace workspace(Device::cuda());
     cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
     const Execution captured{.backend = Backend::cuda, .stream = stream};
-    try {
+    const std::string parts_refused = message_of([&] {
         enqueue(*parts.there, found.trajectory.view(), found.status(),
                 {.execution = captured, .workspace = &workspace});
-        ADD_FAILURE() << "parts in a captured stream";
-    } catch (const InvalidArgument& error) {
-        EXPECT_NE(std::string(error.what()).find("whole rows"), std::string::npos) << error.what();
-    }
+    });
+    EXPECT_NE(parts_refused.find("whole rows"), std::string::npos) << parts_refused;
     EXPECT_NE(message({.execution = captured, .workspace = &workspace}, found.status()).find("options.workspace"),
               std::string::npos);
     cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");

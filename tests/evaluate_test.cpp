@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -513,16 +514,6 @@ TEST(Adjoint, NoStepsGiveNoGradient) {
     EXPECT_EQ(gradient.initial(0, 1, 2), 0);
 }
 
-template <class Call>
-std::string message_of(Call call) {
-    try {
-        call();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "no error";
-}
-
 TEST(Misuse, NamesArgumentExpectationAndValue) {
     const TanhNetwork<float> recurrence({50, 2, 3}, 0.5);
     Buffer<float> wrong({50, 3, 3});
@@ -538,8 +529,8 @@ TEST(Misuse, NamesArgumentExpectationAndValue) {
 
 TEST(Misuse, JacobiansThatDoNotFitAreRefusedWithTheirSize) {
     const TanhNetwork<float> recurrence({1000, 10, 20}, 0.5);
-    const std::string message =
-        message_of([&] { evaluate(recurrence, {.method = Method::newton, .window = 1000, .memory_limit = 1 << 20}); });
+    const std::string message = message_of<OutOfMemory>(
+        [&] { evaluate(recurrence, {.method = Method::newton, .window = 1000, .memory_limit = 1 << 20}); });
     EXPECT_NE(message.find("needs"), std::string::npos) << message;
     EXPECT_NE(message.find("bytes"), std::string::npos) << message;
     EXPECT_THROW(evaluate(recurrence, {.method = Method::newton, .memory_limit = 1000}), OutOfMemory);

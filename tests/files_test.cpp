@@ -21,6 +21,8 @@
 #include <files/safetensors.hpp>
 #include <files/write.hpp>
 
+#include "tests/messages.hpp"
+
 namespace deeppcr::files {
 namespace {
 
@@ -56,15 +58,8 @@ std::string contents(const fs::path& path) {
     return text.str();
 }
 
-/// The message of the FileError that `read` throws; it names the file.
-std::string error_of(const std::function<void()>& read) {
-    try {
-        read();
-    } catch (const FileError& error) {
-        return error.what();
-    }
-    return "no error";
-}
+/// It names the file.
+std::string error_of(const std::function<void()>& read) { return message_of<FileError>(read); }
 
 template <class Value>
 std::string bytes_of(const Value& value) {

@@ -10,6 +10,7 @@
 #include "device/cuda.hpp"
 #include "tests/compare.hpp"
 #include "tests/gpu.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr {
 namespace {
@@ -27,15 +28,6 @@ protected:
         machine.kept = 0;
         cudaSetDevice(0);
         cudaGetLastError();
-    }
-    template <class Call>
-    static std::string message(const Call& call) {
-        try {
-            call();
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "";
     }
 };
 
@@ -183,8 +175,8 @@ TEST_F(EmulatedGpu, WhatIsTooLongForAThreadOrALaunchIsRefusedBeforeMemoryIsAsked
     const std::string too_long =
         "recurrence: expected fewer than 2^31 steps of a sequence, for Backend::cuda, got 2147483648";
     for (const Method method : {Method::automatic, Method::sequential, Method::overlap, Method::shooting}) {
-        EXPECT_EQ(message([&] { evaluate(recurrence, there, {.method = method, .execution = gpu}); }), too_long);
-        EXPECT_EQ(message([&] {
+        EXPECT_EQ(message_of([&] { evaluate(recurrence, there, {.method = method, .execution = gpu}); }), too_long);
+        EXPECT_EQ(message_of([&] {
                       adjoint<float>(recurrence, there, Report(), same, {there, {written, row}, {written, row}},
                                      {.method = method, .execution = gpu});
                   }),
@@ -206,7 +198,7 @@ TEST_F(EmulatedGpu, WhatIsTooLongForAThreadOrALaunchIsRefusedBeforeMemoryIsAsked
         const BidiagonalSystem<float> system{{numbers, states, block, 0, 0}, {numbers, states, 0, 0}, {}};
         const View<float> solution(written, states, states.width, states.width * states.steps);
         const SolveOptions options{.method = method, .execution = gpu};
-        const std::string refusal = message([&] { solve(system, solution, options); });
+        const std::string refusal = message_of([&] { solve(system, solution, options); });
         EXPECT_EQ(refusal.substr(0, expected.size()), expected) << refusal;
     }
     EXPECT_EQ(emulation::machine().launches, launches);
@@ -381,7 +373,7 @@ TEST_F(EmulatedGpu, AWorkspaceDoesNotGrowIntoAGraph) {
     const Stream stream;
     Workspace workspace(Device::cuda());
     const std::string what =
-        message([&] { Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); }); });
+        message_of([&] { Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); }); });
     EXPECT_NE(what.find("options.workspace: expected one that an earlier call of the same sizes has grown"),
               std::string::npos)
         << what;
@@ -394,7 +386,7 @@ TEST_F(EmulatedGpu, AnEvaluationThatIsWaitedForIsNotCaptured) {
     const Stream stream;
     const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
     const auto refusal = [&](const auto& call) {
-        const std::string what = message([&] { Captured(stream.stream, call); });
+        const std::string what = message_of([&] { Captured(stream.stream, call); });
         EXPECT_NE(what.find("options.execution.stream: expected one that is not captured"), std::string::npos) << what;
     };
     Options options{.execution = stream.execution()};
@@ -425,7 +417,7 @@ TEST_F(EmulatedGpu, CallsInDifferentStreamsTakeTurnsInAWorkspace) {
     Workspace bound(one.execution());
     systems[0].solve(one.execution(), &bound);
     EXPECT_EQ(
-        message([&] { systems[0].solve(other.execution(), &bound); }),
+        message_of([&] { systems[0].solve(other.execution(), &bound); }),
         "options.workspace: expected a workspace of the call's stream, or one made for a Device, got one made for "
         "another stream");
     device::synchronise(one.stream);
@@ -481,7 +473,7 @@ TEST_F(EmulatedGpu, WhereSharedMemoryIsShortABlockTakesFewerSequences) {
     emulation::machine().shared_bytes = 8 << 10;
     EXPECT_TRUE(same_bits<double>(run(), expected));
     emulation::machine().shared_bytes = 4 << 10;
-    EXPECT_EQ(message(run),
+    EXPECT_EQ(message_of(run),
               "weights: expected a width of at most 128, for the 4096 bytes of shared memory that a block has on this "
               "GPU, got 200");
 }
@@ -492,10 +484,12 @@ TEST_F(EmulatedGpu, ABrokenContextIsNotTakenForMainMemory) {
     const Halves recurrence(10, 1);
     const Buffer<float> there(recurrence.shape(), Layout::steps_first, Device::cuda()), here(recurrence.shape());
     emulation::machine().broken = cudaErrorIllegalAddress;
-    EXPECT_NE(message([&] { there.on(Device::host()); }).find("illegal memory access"), std::string::npos);
-    EXPECT_NE(message([&] { device::require_on_gpu("x", there.data()); }).find("illegal memory access"),
+    EXPECT_NE(message_of<Error>([&] { there.on(Device::host()); }).find("illegal memory access"), std::string::npos);
+    EXPECT_NE(message_of<Error>([&] { device::require_on_gpu("x", there.data()); }).find("illegal memory access"),
               std::string::npos);
-    EXPECT_NE(message([&] { evaluate(recurrence, there.view(), {.execution = gpu}); }).find("illegal memory access"),
+    EXPECT_NE(message_of<Error>([&] {
+                  evaluate(recurrence, there.view(), {.execution = gpu});
+              }).find("illegal memory access"),
               std::string::npos);
     EXPECT_TRUE(same_bits<float>(here.clone(), here)) << "main memory needs no GPU";
     emulation::machine().broken = 0;
@@ -507,7 +501,8 @@ TEST_F(EmulatedGpu, GPUsThatCannotRunTheKernelsAreRefused) {
     const auto run = [&] { evaluate(recurrence, there.view(), {.execution = gpu}); };
     emulation::machine().compute_capability = 75;
     EXPECT_THROW(run(), NoDevice);
-    EXPECT_EQ(message(run), "there is no GPU to use: GPU 0 has compute capability 7.5, 8.0 or more is needed");
+    EXPECT_EQ(message_of<NoDevice>(run),
+              "there is no GPU to use: GPU 0 has compute capability 7.5, 8.0 or more is needed");
     EXPECT_FALSE(cuda_problem().empty());
     emulation::machine().compute_capability = 90;
     emulation::machine().launch_error = cudaErrorNoKernelImageForDevice;
@@ -515,7 +510,7 @@ TEST_F(EmulatedGpu, GPUsThatCannotRunTheKernelsAreRefused) {
     emulation::machine().launch_error = 0;
     emulation::machine().devices = 0;
     EXPECT_THROW(run(), NoDevice);
-    EXPECT_EQ(message([] {
+    EXPECT_EQ(message_of<NoDevice>([] {
                   Buffer<float>({1, 1, 1}, Layout::steps_first, Device::cuda());
               }),
               "there is no GPU to use: no CUDA-capable device is detected");
@@ -528,7 +523,7 @@ TEST_F(EmulatedGpu, MemoryOfAnotherGPUIsRefused) {
     int current = -1;
     cudaGetDevice(&current);
     EXPECT_EQ(current, 0) << "the current GPU stays so";
-    EXPECT_EQ(message([&] { evaluate(recurrence, other.view(), {.execution = gpu}); }),
+    EXPECT_EQ(message_of([&] { evaluate(recurrence, other.view(), {.execution = gpu}); }),
               "trajectory: expected memory of the current GPU, 0, got memory of GPU 1");
 }
 
@@ -574,7 +569,7 @@ TEST_F(EmulatedGpu, AskingHowManyBlocksFitTakesNoSharedMemoryAway) {
     };
     launch();
     EXPECT_GT(cuda::resident_blocks(halve<float>, 32, std::size_t(60) << 10), 0);
-    EXPECT_EQ(message(launch), "");
+    EXPECT_EQ(message_of(launch), nothing_thrown);
 }
 
 // --- the emulation itself: what streams do not order shows

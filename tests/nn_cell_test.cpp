@@ -15,6 +15,7 @@
 
 #include "nn/device_scope.hpp"
 #include "nn/tensors.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -167,26 +168,22 @@ TEST(Cell, TheCoresMemoryIsLibTorchsWhereItIsAskedFor) {
 
 TEST(Cell, ErrorsNameTheArgument) {
     const Tensor gates = normal({5, 2, 9}, 1), parameters = normal({3, 3}, 2);
-    const auto message = [](const auto& call) -> std::string {
-        try {
-            call();
-        } catch (const InvalidArgument& error) {
-            return error.what();
-        }
-        return "no error";
-    };
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates[0], parameters); }), HasSubstr("gates"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, normal({4, 3}, 2)); }), HasSubstr("parameters"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters.to(at::kFloat)); }), HasSubstr("parameters"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, normal({1, 3}, 3)); }), HasSubstr("initial"));
-    EXPECT_THAT(message([&] { cell(CellKind(9), gates, parameters); }), HasSubstr("kind"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kBFloat16), parameters); }),
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates[0], parameters); }), HasSubstr("gates"));
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates, normal({4, 3}, 2)); }), HasSubstr("parameters"));
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates, parameters.to(at::kFloat)); }),
+                HasSubstr("parameters"));
+    EXPECT_THAT(message_of([&] {
+                    cell(CellKind::para_gru, gates, parameters, normal({1, 3}, 3));
+                }),
+                HasSubstr("initial"));
+    EXPECT_THAT(message_of([&] { cell(CellKind(9), gates, parameters); }), HasSubstr("kind"));
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates.to(at::kBFloat16), parameters); }),
                 HasSubstr("parameters: expected BFloat16 or Float, got Double"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kInt), parameters); }), HasSubstr("gates"));
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates.to(at::kMeta), parameters); }), HasSubstr("on meta"));
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates.to(at::kInt), parameters); }), HasSubstr("gates"));
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates.to(at::kMeta), parameters); }), HasSubstr("on meta"));
     CellOptions options;
     options.evaluation.execution.backend = Backend::cuda;
-    EXPECT_THAT(message([&] { cell(CellKind::para_gru, gates, parameters, {}, options); }),
+    EXPECT_THAT(message_of([&] { cell(CellKind::para_gru, gates, parameters, {}, options); }),
                 HasSubstr("evaluation.execution.backend"));
 }
 

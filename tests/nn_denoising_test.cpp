@@ -15,6 +15,7 @@
 #include <deeppcr/nn/denoising.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -376,36 +377,28 @@ TEST(Denoising, ANetworkThatFailsIsReported) {
 TEST(Denoising, WrongArgumentsAreNamed) {
     const Given given(10);
     const DenoisingPlan plan = denoising_plan(schedule(), {Sampler::ddpm, 10, Spacing::trailing, 0});
-    const auto message = [&](const std::function<void()>& call) {
-        try {
-            call();
-        } catch (const InvalidArgument& error) {
-            return std::string(error.what());
-        }
-        return std::string("no error");
-    };
     const Denoiser narrow = [](const at::Tensor& inputs, const at::Tensor&, const at::Tensor&) {
         return inputs.slice(1, 0, 2).contiguous();
     };
-    EXPECT_THAT(message([&] { DenoisingRecurrence(plan, narrow, given.initial, {}, {}); }),
+    EXPECT_THAT(message_of([&] { DenoisingRecurrence(plan, narrow, given.initial, {}, {}); }),
                 testing::HasSubstr("random: expected Float [10, 2, 3]"));
-    EXPECT_THAT(message([&] { DenoisingRecurrence(plan, narrow, given.initial.to(at::kDouble), given.random, {}); }),
+    EXPECT_THAT(message_of([&] { DenoisingRecurrence(plan, narrow, given.initial.to(at::kDouble), given.random, {}); }),
                 testing::HasSubstr("initial_noise: expected Float"));
-    EXPECT_THAT(message([&] { evaluate(DenoisingRecurrence(plan, narrow, given.initial, given.random, {})); }),
+    EXPECT_THAT(message_of([&] { evaluate(DenoisingRecurrence(plan, narrow, given.initial, given.random, {})); }),
                 testing::HasSubstr("denoiser: expected predictions like its inputs"));
-    EXPECT_THAT(message([] {
+    EXPECT_THAT(message_of([] {
                     denoising_plan(schedule(), {Sampler::ddim, 101, Spacing::leading, 0});
                 }),
                 testing::HasSubstr("steps: expected 1 to the schedule's 100, got 101"));
-    EXPECT_THAT(message([] {
+    EXPECT_THAT(message_of([] {
                     denoising_plan(schedule(), {Sampler::ddim, 10, Spacing::leading, 1.5});
                 }),
                 testing::HasSubstr("eta: expected"));
-    EXPECT_THAT(message([] {
+    EXPECT_THAT(message_of([] {
                     denoising_plan(schedule(), {Sampler::ddpm, 10, Spacing::leading, 0.5});
                 }),
                 testing::HasSubstr("eta: expected 0"));
-    EXPECT_THAT(message([] { NoiseSchedule(std::vector<double>{0.5, 0.7}); }), testing::HasSubstr("kept_variance"));
+    EXPECT_THAT(message_of([] { NoiseSchedule(std::vector<double>{0.5, 0.7}); }), testing::HasSubstr("kept_variance"));
 }
 
 }  // namespace

@@ -14,6 +14,8 @@
 
 #include <deeppcr/nn/dense_cell.hpp>
 
+#include "tests/messages.hpp"
+
 namespace deeppcr::nn {
 namespace {
 
@@ -172,16 +174,6 @@ TEST(DenseCell, AGivenGuessIsTheLastTrajectory) {
     const Tensor second = dense_cell(DenseCellKind::gru, gates, weights, biases, initial, options, memory);
     EXPECT_EQ(memory->forward.iterations, 1);
     EXPECT_TRUE(torch::allclose(first, second, 1e-12, 1e-12));
-}
-
-template <class Action>
-std::string message_of(const Action& action) {
-    try {
-        action();
-    } catch (const std::exception& error) {
-        return error.what();
-    }
-    return "no exception";
 }
 
 TEST(DenseCell, NamesTheArgumentThatIsWrong) {

@@ -16,6 +16,7 @@
 
 #include "nn/jacobian_growth.hpp"
 #include "nn/language_model.hpp"
+#include "tests/messages.hpp"
 #include "tests/trainings.hpp"
 
 namespace deeppcr::nn {
@@ -278,12 +279,7 @@ TEST(LanguagePlan, NamesTheArgumentThatCannotBe) {
     const auto error_of = [](auto change) -> std::string {
         LanguageModelOptions options = small(Mixer::para_gru);
         change(options);
-        try {
-            completed(options);
-        } catch (const InvalidArgument& error) {
-            return error.what();
-        }
-        return "none";
+        return message_of([&] { completed(options); });
     };
     EXPECT_THAT(error_of([](auto& o) { o.width = 0; }), HasSubstr("width: expected 1 to 2^20, got 0"));
     EXPECT_THAT(error_of([](auto& o) { o.heads = 5; }), HasSubstr("width: expected a multiple of heads = 5, got 12"));
@@ -528,12 +524,7 @@ TEST_F(LanguageTrainings, RefuseWhatDoesNotContinue) {
     train_language_model(training);
     training.resume = training.checkpoint;
     const auto error_of = [&](const LanguageTrainingOptions& changed) -> std::string {
-        try {
-            train_language_model(changed);
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "none";
+        return message_of<Error>([&] { train_language_model(changed); });
     };
     const auto with = [&](auto change) {
         LanguageTrainingOptions changed = training;

@@ -13,6 +13,8 @@
 
 #include <deeppcr/nn/recurrent.hpp>
 
+#include "tests/messages.hpp"
+
 namespace deeppcr::nn {
 namespace {
 
@@ -221,35 +223,27 @@ TEST(Recurrent, ClonesSavesLoadsAndRepeatsItsSeed) {
 }
 
 TEST(Recurrent, ErrorsNameTheArgument) {
-    const auto message = [](const auto& call) -> std::string {
-        try {
-            call();
-        } catch (const InvalidArgument& error) {
-            return error.what();
-        }
-        return "no error";
-    };
-    EXPECT_THAT(message([] { ParaGRU(ParaGRUOptions(6, 4).heads(4)); }), HasSubstr("inputs"));
-    EXPECT_THAT(message([] { ParaGRU(ParaGRUOptions(6, 4).heads(3)); }), HasSubstr("hidden"));
-    EXPECT_THAT(message([] { ParaGRU(ParaGRUOptions(6, 0)); }), HasSubstr("hidden"));
-    EXPECT_THAT(message([] { ParaGRU(ParaGRUOptions(6, 4).layers(0)); }), HasSubstr("layers"));
-    EXPECT_THAT(message([] { ParaGRU(ParaGRUOptions(6, 4).dropout(2)); }), HasSubstr("dropout"));
+    EXPECT_THAT(message_of([] { ParaGRU(ParaGRUOptions(6, 4).heads(4)); }), HasSubstr("inputs"));
+    EXPECT_THAT(message_of([] { ParaGRU(ParaGRUOptions(6, 4).heads(3)); }), HasSubstr("hidden"));
+    EXPECT_THAT(message_of([] { ParaGRU(ParaGRUOptions(6, 0)); }), HasSubstr("hidden"));
+    EXPECT_THAT(message_of([] { ParaGRU(ParaGRUOptions(6, 4).layers(0)); }), HasSubstr("layers"));
+    EXPECT_THAT(message_of([] { ParaGRU(ParaGRUOptions(6, 4).dropout(2)); }), HasSubstr("dropout"));
     ParaGRU module(ParaGRUOptions(6, 4));
-    EXPECT_THAT(message([&] { module(torch::randn({2, 6})); }), HasSubstr("input"));
-    EXPECT_THAT(message([&] { module(torch::randn({2, 0, 6})); }), HasSubstr("input"));
-    EXPECT_THAT(message([&] { module(torch::randn({2, 3, 5})); }), HasSubstr("weights[0]"));
-    EXPECT_THAT(message([&] { module(normal({2, 3, 6})); }), HasSubstr("weights[0]"));
-    EXPECT_THAT(message([&] { module(torch::randn({2, 3, 6}), torch::randn({1, 2, 5})); }), HasSubstr("initial"));
+    EXPECT_THAT(message_of([&] { module(torch::randn({2, 6})); }), HasSubstr("input"));
+    EXPECT_THAT(message_of([&] { module(torch::randn({2, 0, 6})); }), HasSubstr("input"));
+    EXPECT_THAT(message_of([&] { module(torch::randn({2, 3, 5})); }), HasSubstr("weights[0]"));
+    EXPECT_THAT(message_of([&] { module(normal({2, 3, 6})); }), HasSubstr("weights[0]"));
+    EXPECT_THAT(message_of([&] { module(torch::randn({2, 3, 6}), torch::randn({1, 2, 5})); }), HasSubstr("initial"));
     RecurrentCall packed;
     for (const std::vector<std::int64_t>& sizes :
          std::vector<std::vector<std::int64_t>>{{1, 2}, {2}, {3, 0}, {}, {-3}}) {
         packed.batch_sizes = at::tensor(sizes, at::kLong);
-        EXPECT_THAT(message([&] {
+        EXPECT_THAT(message_of([&] {
                         recurrent(CellKind::para_gru, torch::randn({3, 6}), module->parameters(), {}, packed);
                     }),
                     HasSubstr("batch_sizes"));
     }
-    EXPECT_THAT(message([&] {
+    EXPECT_THAT(message_of([&] {
                     recurrent(CellKind::para_gru, torch::randn({2, 3, 6}), {}, {}, {});
                 }),
                 HasSubstr("weights"));

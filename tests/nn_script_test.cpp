@@ -16,6 +16,7 @@
 #include <files/error.hpp>
 
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -39,16 +40,6 @@ protected:
         module.define(forward);
         module.save((folder / name).string());
         return folder / name;
-    }
-
-    template <class Call>
-    static std::string message(const Call& call) {
-        try {
-            call();
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "no error";
     }
 
     std::filesystem::path folder;
@@ -103,7 +94,8 @@ TEST_F(Scripts, AStepMayHaveNoInputsOrNoDerivative) {
 TEST_F(Scripts, WhatIsWrongWithAFileIsSaid) {
     const at::Tensor inputs = torch::randn({5, 3, 2}), initial = torch::randn({3, 4});
     const auto evaluated = [&](const std::filesystem::path& file) {
-        return message([&] { evaluate(ScriptRecurrence<float>(file, inputs, initial), {.method = Method::newton}); });
+        return message_of<Error>(
+            [&] { evaluate(ScriptRecurrence<float>(file, inputs, initial), {.method = Method::newton}); });
     };
     EXPECT_THAT(evaluated(folder / "none.pt"), HasSubstr("none.pt: does not exist"));
     std::ofstream(folder / "text.pt") << "not a model";
@@ -117,9 +109,9 @@ TEST_F(Scripts, WhatIsWrongWithAFileIsSaid) {
     EXPECT_THAT(evaluated(save("three.pt", "def forward(self, x, u, v):\n    return x + u + v\n")),
                 HasSubstr("expected a forward method of one or two tensors"));
     const auto file = save("step.pt", recurrent);
-    EXPECT_THAT(message([&] { ScriptRecurrence<float>(file, inputs[0], initial); }),
+    EXPECT_THAT(message_of([&] { ScriptRecurrence<float>(file, inputs[0], initial); }),
                 HasSubstr("inputs: expected Float [steps, batch, width], got Float [3,2]"));
-    EXPECT_THAT(message([&] { ScriptRecurrence<float>(file, inputs, initial[0]); }),
+    EXPECT_THAT(message_of([&] { ScriptRecurrence<float>(file, inputs, initial[0]); }),
                 HasSubstr("initial: expected Float [3, width], got Float [4]"));
 }
 
@@ -139,9 +131,9 @@ TEST_F(Scripts, ADenoiserSamples) {
     for (index j = 0; j < 3; ++j) EXPECT_LT(std::abs(zeros(49, j, 0)), 0.5);
     const auto told = sampled("def forward(self, x, t, c):\n    return x - 0.1 * c.view(-1, 1, 1)\n", classes);
     EXPECT_NE(told(49, 0, 0), told(49, 2, 0));
-    EXPECT_THAT(message([&] { sampled("def forward(self, x, t, c):\n    return x * c.view(-1, 1, 1)\n", {}); }),
+    EXPECT_THAT(message_of([&] { sampled("def forward(self, x, t, c):\n    return x * c.view(-1, 1, 1)\n", {}); }),
                 HasSubstr("classes: expected one for each image"));
-    EXPECT_THAT(message([&] { sampled("def forward(self, x):\n    return x\n", {}); }),
+    EXPECT_THAT(message_of<Error>([&] { sampled("def forward(self, x):\n    return x\n", {}); }),
                 HasSubstr("expected a forward method of two or three tensors"));
 }
 

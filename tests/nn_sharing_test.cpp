@@ -21,6 +21,7 @@
 #include "nn/language_model.hpp"
 #include "nn/saved_state.hpp"
 #include "nn/sharing.hpp"
+#include "tests/messages.hpp"
 
 namespace deeppcr::nn {
 namespace {
@@ -323,12 +324,7 @@ TEST_P(OnRanks, WhatCannotBeSharedIsRefused) {
         const auto message = [&](Sharing share, const std::function<void(LanguageTrainingOptions&)>& change) {
             LanguageTrainingOptions options = small(share, &group);
             change(options);
-            try {
-                (void)train_language_model(options);
-            } catch (const InvalidArgument& problem) {
-                return std::string(problem.what());
-            }
-            return std::string("nothing");
+            return message_of([&] { train_language_model(options); });
         };
         EXPECT_THAT(message(Sharing::steps, [](auto& o) { o.model.mixer = Mixer::attention; }),
                     HasSubstr("share: expected sequences"));

@@ -10,6 +10,7 @@
 #include <deeppcr/nn/tasks.hpp>
 #include <files/error.hpp>
 
+#include "tests/messages.hpp"
 #include "tests/trainings.hpp"
 
 namespace deeppcr::nn {
@@ -133,12 +134,7 @@ TEST(SequenceTasks, NameTheArgumentThatCannotBe) {
     const auto error_of = [](SequenceTask task, auto change, index length = 100) -> std::string {
         SequenceTaskOptions options = of(task);
         change(options);
-        try {
-            make_batch(options, length, 1, 1, 0);
-        } catch (const InvalidArgument& error) {
-            return error.what();
-        }
-        return "none";
+        return message_of([&] { make_batch(options, length, 1, 1, 0); });
     };
     const auto same = [](auto&) {};
     EXPECT_THAT(error_of(SequenceTask::parity, same, 0), HasSubstr("length: expected at least 1, got 0"));
@@ -321,12 +317,7 @@ TEST_F(TaskTrainings, RefuseWhatCannotBeOrDoesNotContinue) {
     const auto with = [&](auto change) -> std::string {
         TaskTrainingOptions changed = training;
         change(changed);
-        try {
-            train_task(changed);
-        } catch (const Error& error) {
-            return error.what();
-        }
-        return "none";
+        return message_of<Error>([&] { train_task(changed); });
     };
     EXPECT_THAT(with([](auto& o) { o.first_length = 25; }), HasSubstr("first_length: expected 1 to length = 24, or 0"));
     EXPECT_THAT(with([](auto& o) { o.growth = 1.5; }), HasSubstr("growth: expected 0 to 1"));
