@@ -7,7 +7,6 @@
 #include <torch/types.h>
 
 #include <cmath>
-#include <functional>
 #include <vector>
 
 #include <deeppcr/check.hpp>

@@ -1122,7 +1122,9 @@ template <deeppcr::Cell C, class... Types>
 void register_on_gpu() {
     // What the concept alone names, as with 16 bits, nvcc calls unused (#177-D) in a Cell of an unnamed namespace.
     (void)[](std::array<Scalar<float>, std::size_t(C::states)> x, std::array<Scalar<float>, std::size_t(C::inputs)> u,
-             std::array<Scalar<float>, std::size_t(C::parameters)> p) { (void)C::step(x, u, p); };
+             std::array<Scalar<float>, std::size_t(C::parameters)> p) {
+        (void)C::step(x, u, p);
+    };
     (register_device_kernels<Types>(typeid(C), kernels_on_gpu<C, Types>()), ...);
 }
 
