@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <utility>
 
 #include <deeppcr/deeppcr.hpp>
 
@@ -77,6 +78,25 @@ TEST(CellLaunches, LaterCallsAllocateNothing) {
             EXPECT_EQ(back.launches, counted.backward) << report;
         }
     }
+}
+
+/// Nor do the systems that a sweep solves, where they take memory: here a tile does not hold one.
+TEST(CellLaunches, LaterSweepsAllocateNothing) {
+    const Shape shape{1200, 1, 4};
+    const Buffer<float> inputs = Buffer<float>::random({1200, 1, 3 * 4}, 1, Layout::steps_first, Device::cuda()),
+                        parameters({3, 1, 4}, Layout::steps_first, Device::cuda()),
+                        trajectory(shape, Layout::steps_first, Device::cuda());
+    const CellRecurrence<ParaGRU, float> recurrence(inputs, parameters);
+    Workspace workspace(Device::cuda());
+    const Options options{
+        .method = Method::shooting, .chunk = 2, .execution = {.backend = Backend::cuda}, .workspace = &workspace};
+    const std::size_t before = std::exchange(emulation::machine().shared_bytes, std::size_t(8) << 10);
+    Report report;
+    const auto evaluation = [&] { report = evaluate(recurrence, trajectory.view(), options); };
+    evaluation();
+    EXPECT_GT(report.iterations, 3) << report;
+    EXPECT_EQ(asked_by(evaluation, trajectory).allocations, 0);
+    emulation::machine().shared_bytes = before;
 }
 
 /// And waits for nothing; in chunks three launches more than with a wait, two rounds and what finishes.
