@@ -58,7 +58,7 @@ std::string contents(const fs::path& path) {
     return text.str();
 }
 
-/// It names the file.
+/// What is wrong with a file, by the FileError that reading it throws.
 std::string error_of(const std::function<void()>& read) { return message_of<FileError>(read); }
 
 template <class Value>
