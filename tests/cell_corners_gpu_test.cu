@@ -82,21 +82,13 @@ TEST_F(CellOnGpuCorners, WhatIsNotFiniteInGuessesIsReplaced) {
 
 TEST_F(CellOnGpuCorners, TheFirstStepThatIsNotFiniteIsFound) {
     cell::register_on_gpu<Squares, float>();
-    const Buffer<float> inputs({300, 2, 3}), parameters({1, 1, 3}), initial({1, 2, 3});
-    std::fill_n(inputs.data(), inputs.size(), 0.1F);
-    std::fill_n(parameters.data(), parameters.size(), 1.0F);
-    initial(0, 1, 2) = 1.01F;
-    const Buffer<float> there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda()),
-                        there_initial = initial.on(Device::cuda()),
-                        trajectory({300, 2, 3}, Layout::steps_first, Device::cuda());
-    const CellRecurrence<Squares, float> here(inputs, parameters, initial),
-        there(there_inputs, there_parameters, there_initial);
-    const Report expected = evaluate(here, {.method = Method::sequential}).report;
+    const TwoOfSquares overflows(300, 1.01F);
+    const Report expected = evaluate(*overflows.here, {.method = Method::sequential}).report;
     ASSERT_EQ(expected.status, Status::non_finite);
     for (const Options& options : {Options{.method = Method::sequential, .execution = gpu},
                                    Options{.method = Method::overlap, .chunk = 25, .execution = gpu},
                                    Options{.method = Method::shooting, .chunk = 25, .execution = gpu}}) {
-        const Report report = evaluate(there, trajectory.view(), options);
+        const Report report = evaluate(*overflows.there, options).report;
         EXPECT_EQ(report.status, Status::non_finite);
         EXPECT_EQ(report.sequences[0].confirmed, 300) << report;
         EXPECT_EQ(report.sequences[1].confirmed, expected.sequences[1].confirmed) << report;

@@ -137,4 +137,22 @@ struct Problem {
     std::unique_ptr<CellRecurrence<C, T>> there;
 };
 
+/// Two sequences of Squares of three channels, of which the last channel of the second begins with `last`: with 1.01 it
+/// overflows, with 0 it does not.
+struct TwoOfSquares {
+    TwoOfSquares(index steps, float last) : inputs({steps, 2, 3}), parameters({1, 1, 3}), initial({1, 2, 3}) {
+        std::fill_n(inputs.data(), inputs.size(), 0.1F);
+        std::fill_n(parameters.data(), parameters.size(), 1.0F);
+        initial(0, 1, 2) = last;
+        there_inputs = inputs.on(Device::cuda());
+        there_parameters = parameters.on(Device::cuda());
+        there_initial = initial.on(Device::cuda());
+        here = std::make_unique<CellRecurrence<Squares, float>>(inputs, parameters, initial);
+        there = std::make_unique<CellRecurrence<Squares, float>>(there_inputs, there_parameters, there_initial);
+    }
+
+    Buffer<float> inputs, parameters, initial, there_inputs, there_parameters, there_initial;
+    std::unique_ptr<CellRecurrence<Squares, float>> here, there;
+};
+
 }  // namespace deeppcr

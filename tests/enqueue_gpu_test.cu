@@ -169,27 +169,18 @@ TEST_F(Enqueue, WhatChunksDoNotMeetIsLearnt) {
 
 // With a wait or without one: chunks that do not meet for states that are not finite say nothing of others.
 TEST_F(Enqueue, WhatIsNotFiniteDoesNotGiveUpAMethod) {
-    const Shape shape{1100, 2, 3};
-    const Buffer<float> inputs(shape), parameters({1, 1, 3}), initial({1, 2, 3});
-    std::fill_n(inputs.data(), inputs.size(), 0.1F);
-    std::fill_n(parameters.data(), parameters.size(), 1.0F);
-    const Buffer<float> there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda()),
-                        small = initial.on(Device::cuda());
-    initial(0, 1, 2) = 1.01F;
-    const Buffer<float> large = initial.on(Device::cuda());
-    const CellRecurrence<Squares, float> finite(there_inputs, there_parameters, small),
-        overflows(there_inputs, there_parameters, large);
-    const Enqueued<Squares, float> found(overflows, there_inputs);
+    const TwoOfSquares finite(1100, 0), overflows(1100, 1.01F);
+    const Enqueued<Squares, float> found(*overflows.there, overflows.there_inputs);
     for (const Method method : {Method::overlap, Method::shooting})
         for (const bool waits : {true, false}) {
             const Options options{.method = method, .chunk = 100, .execution = gpu};
             if (waits) {
-                EXPECT_EQ(evaluate(overflows, options).report.status, Status::non_finite);
+                EXPECT_EQ(evaluate(*overflows.there, options).report.status, Status::non_finite);
             } else {
                 found.forward(options);
                 EXPECT_EQ(found.outcome(), Status::non_finite);
             }
-            const Report report = evaluate(finite, {.execution = gpu}).report;
+            const Report report = evaluate(*finite.there, {.execution = gpu}).report;
             EXPECT_TRUE(report.ok()) << report;
             EXPECT_EQ(std::count_if(report.candidates.begin(), report.candidates.end(),
                                     [&](const Report::Candidate& candidate) { return candidate.method == method; }),
@@ -216,15 +207,9 @@ TEST_F(Enqueue, WhatIsMeasuredIsWithoutWhatIsEnqueuedBefore) {
 }
 
 TEST_F(Enqueue, WhatIsNotFiniteIsSaidAndHasNoGradient) {
-    const Buffer<float> inputs({300, 2, 3}), parameters({1, 1, 3}), initial({1, 2, 3});
-    std::fill_n(inputs.data(), inputs.size(), 0.1F);
-    std::fill_n(parameters.data(), parameters.size(), 1.0F);
-    const auto there_inputs = inputs.on(Device::cuda()), there_parameters = parameters.on(Device::cuda());
     for (const bool overflows : {true, false, true}) {
-        initial(0, 1, 2) = overflows ? 1.01F : 0.0F;
-        const Buffer<float> there_initial = initial.on(Device::cuda());
-        const CellRecurrence<Squares, float> cell(there_inputs, there_parameters, there_initial);
-        const Enqueued<Squares, float> found(cell, there_inputs);
+        const TwoOfSquares squares(300, overflows ? 1.01F : 0);
+        const Enqueued<Squares, float> found(*squares.there, squares.there_inputs);
         for (const Options& options : every_way) {
             found.forward(options);
             found.backward(options);
