@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "newton/experience.hpp"
 #include "tests/compare.hpp"
 
 namespace deeppcr {
@@ -217,6 +218,24 @@ TEST(Automatic, OfGradientsChoosesToo) {
         EXPECT_LE(largest_difference<double>(found.initial, expected.initial), 1e-10);
     }
     EXPECT_TRUE(is_by(adjoint(chain, trajectory, report, gradient, {.window = 50}).report, "adjoint, newton"));
+}
+
+TEST(Weighing, WhatHasNotRunIsTriedUnlessItMayNotExplore) {
+    newton::Experience seen;
+    const auto best = [&](bool explores) {
+        newton::Weighing weighing(seen, 10, explores);
+        weighing.consider(Method::sequential, 40);
+        weighing.consider(Method::overlap, 30);
+        weighing.consider(Method::shooting, 60);
+        return weighing.candidates().front().method;
+    };
+    for (const bool explores : {true, false}) EXPECT_EQ(best(explores), Method::overlap);
+    seen.observed[Method::sequential] = {.seconds = 3.5, .count = 2};
+    EXPECT_EQ(best(true), Method::overlap);
+    EXPECT_EQ(best(false), Method::sequential);
+    seen.observed[Method::shooting] = {.seconds = 2.9, .count = 1};
+    EXPECT_EQ(best(true), Method::shooting);
+    EXPECT_EQ(best(false), Method::shooting);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // wrong arguments, and the accuracy of functions.
 #include "tests/cells_on_gpu.hpp"
 #include "tests/messages.hpp"
+#include "tests/streams.cuh"
 
 namespace deeppcr {
 namespace {
@@ -295,17 +296,12 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
                                            gpu);
               }),
               "state: expected a contiguous array of shape [1,1,2], got [0,1,1]");
-    cudaStream_t stream = nullptr;
-    cudaGraph_t graph = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
-    const Execution captured{.backend = Backend::cuda, .stream = stream};
-    EXPECT_EQ(message_of([&] { evaluate(*problem.there, there.view(), {.execution = captured}); }),
+    const Stream stream;
+    EXPECT_EQ(message_of([&] {
+                  Captured(stream, [&] { evaluate(*problem.there, there.view(), {.execution = stream.execution()}); });
+              }),
               "options.execution.stream: expected one that is not captured, as the host waits for the outcome, got one "
               "that is captured into a graph");
-    cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
-    cuda::check(cudaGraphDestroy(graph), "ending a graph");
-    cuda::check(cudaStreamDestroy(stream), "ending a stream");
     // Processors do not compute with numbers of 16 bits.
     const Buffer<bfloat16> few({10, 1, 2});
     const Buffer<float> parameters({2, 1, 2});

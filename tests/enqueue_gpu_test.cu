@@ -4,6 +4,7 @@
 
 #include "tests/cells_on_gpu.hpp"
 #include "tests/messages.hpp"
+#include "tests/streams.cuh"
 
 namespace deeppcr {
 namespace {
@@ -12,6 +13,13 @@ const std::vector<Options> every_way{{.method = Method::sequential, .execution =
                                      {.method = Method::overlap, .chunk = 40, .execution = gpu},
                                      {.method = Method::shooting, .chunk = 40, .execution = gpu},
                                      {.method = Method::shooting, .execution = gpu}};
+
+/// Wide enough for the tiles that the last of these takes.
+Shape shape_for(const Options& way, const Shape& narrow) {
+    return way.method == Method::shooting && way.chunk == 0 ? wide_enough(narrow) : narrow;
+}
+/// Backward it has chunks of the measured costs' choice, which may be another one a moment later.
+bool has_the_same_gradients(const Options& way) { return way.method == Method::sequential || way.chunk > 0; }
 
 /// What `enqueue` and `enqueue_adjoint` write, on the GPU.
 template <class C, class T>
@@ -69,11 +77,13 @@ testing::AssertionResult same_numbers(const Buffer<T>& there, const Buffer<T>& e
 
 template <class C, class T>
 void same_as_with_a_wait(const std::vector<SequenceStart>& starts) {
-    const Problem<C, T> problem({300, 2, 17}, 5, 0.5, Layout::steps_first, starts);
     for (const Options& options : every_way) {
+        const Problem<C, T> problem(shape_for(options, {300, 2, 17}), 5, 0.5, Layout::steps_first, starts);
         SCOPED_TRACE(to_string(options.method) + " chunk " + std::to_string(options.chunk));
         const Enqueued<C, T> found(*problem.there, problem.there_gradient);
         const auto expected = evaluate(*problem.there, options);
+        EXPECT_EQ(expected.report.method.find("tiles") != std::string::npos,
+                  options.method == Method::shooting && options.chunk == 0);
         for (int times = 0; times < 2; ++times) {
             found.forward(options);
             found.backward(options);
@@ -81,7 +91,7 @@ void same_as_with_a_wait(const std::vector<SequenceStart>& starts) {
             EXPECT_TRUE(same_numbers(found.trajectory, expected.trajectory));
             const auto gradients =
                 adjoint<T>(*problem.there, expected.trajectory, expected.report, problem.there_gradient, options);
-            if (options.method != Method::sequential && options.chunk == 0) continue;  // chunks by measured costs
+            if (!has_the_same_gradients(options)) continue;
             EXPECT_TRUE(same_numbers(found.inputs, gradients.inputs));
             EXPECT_TRUE(same_numbers(found.initial, gradients.initial));
             EXPECT_TRUE(same_numbers(found.parameters, gradients.parameters));
@@ -142,13 +152,16 @@ TEST_F(Enqueue, WhatForgetsNothingIsFinishedStepAfterStep) {
     const Buffer<double> expected = strong.expected();
     const auto here = evaluate(*strong.here, {.method = Method::sequential});
     const auto gradients = adjoint<double>(*strong.here, here.trajectory, here.report, strong.gradient);
+    double largest = 0;  // errors of rounding are amplified as much as the gradients are
+    for (index i = 0; i < gradients.parameters.size(); ++i)
+        largest = std::max(largest, std::abs(gradients.parameters.data()[i]));
     for (int times = 0; times < 3; ++times) {
         hard.forward(options);
         hard.backward(options);
         EXPECT_EQ(hard.outcome(), Status::finished_sequentially);
         EXPECT_LE(largest_difference<double>(hard.trajectory.on(Device::host()), expected), 1e-6);
         EXPECT_LE(largest_difference<double>(hard.inputs.on(Device::host()), gradients.inputs), 1e-6);
-        EXPECT_LE(largest_difference<double>(hard.parameters.on(Device::host()), gradients.parameters), 1e-6);
+        EXPECT_LE(largest_difference<double>(hard.parameters.on(Device::host()), gradients.parameters), 1e-8 * largest);
     }
 }
 
@@ -241,26 +254,20 @@ private:
 
 /// Both passes in a graph: `first`, and with the numbers of `second`. pool: where memory comes from, unless from a
 /// workspace of `options`; with neither the graph has its own.
-void a_graph_is_replayed(const Options& options, Pool* pool, const Problem<ParaGRU, float>& first,
+void a_graph_is_replayed(const Stream& stream, const Options& options, Pool* pool, const Problem<ParaGRU, float>& first,
                          const Problem<ParaGRU, float>& second) {
-    cudaStream_t const stream = options.execution.stream;
     const Enqueued<ParaGRU, float> found(*first.there, first.there_gradient);
     const auto both_passes = [&] {
         std::optional<MemorySource> source;
         if (pool != nullptr)
             source.emplace(
-                Device::cuda(), [&](index bytes) { return pool->allocate(bytes); }, stream);
+                Device::cuda(), [&](index bytes) { return pool->allocate(bytes); }, stream.stream);
         found.forward(options);
         found.backward(options);
     };
     both_passes();  // grows the workspace
-    cuda::check(cudaStreamSynchronize(stream), "running");
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
-    both_passes();
-    cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
-    cuda::check(cudaGraphInstantiate(&executable, graph, 0), "making a graph");
+    stream.wait();
+    const Captured graph(stream, both_passes);
     for (const auto* problem : {&second, &first}) {
         detail::copy(const_cast<float*>(first.there_inputs.data()), problem->inputs.data(),
                      first.there_inputs.size() * index(sizeof(float)));
@@ -269,33 +276,86 @@ void a_graph_is_replayed(const Options& options, Pool* pool, const Problem<ParaG
         const auto expected = evaluate(*first.there, options);
         const auto gradients =
             adjoint<float>(*first.there, expected.trajectory, expected.report, first.there_gradient, options);
-        cuda::check(cudaGraphLaunch(executable, stream), "launching a graph");
-        cuda::check(cudaStreamSynchronize(stream), "running");
+        graph.launch();
+        stream.wait();
         EXPECT_EQ(found.outcome(), expected.report.status);
         EXPECT_TRUE(same_numbers(found.trajectory, expected.trajectory));
-        if (options.chunk == 0 && options.method != Method::sequential) continue;  // chunks by measured costs
+        if (!has_the_same_gradients(options)) continue;
         EXPECT_TRUE(same_numbers(found.inputs, gradients.inputs));
         EXPECT_TRUE(same_numbers(found.parameters, gradients.parameters));
     }
-    cuda::check(cudaGraphExecDestroy(executable), "ending a graph");
-    cuda::check(cudaGraphDestroy(graph), "ending a graph");
 }
 
 TEST_F(Enqueue, AGraphOfBothPassesIsReplayed) {
-    cudaStream_t stream = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+    const Stream stream;
     for (const double scale : {0.5, 8.0})
         for (const std::string memory : {"workspace", "pool", "graph"})
             for (Options options : every_way) {
                 SCOPED_TRACE(memory + ", " + to_string(options.method));
-                const Problem<ParaGRU, float> first({300, 2, 17}, 21), second({300, 2, 17}, 22, scale);
-                options.execution.stream = stream;
+                const Shape shape = shape_for(options, {300, 2, 17});
+                const Problem<ParaGRU, float> first(shape, 21), second(shape, 22, scale);
+                options.execution = stream.execution();
                 Workspace workspace(Device::cuda());
                 Pool pool;
                 if (memory == "workspace") options.workspace = &workspace;
-                a_graph_is_replayed(options, memory == "pool" ? &pool : nullptr, first, second);
+                a_graph_is_replayed(stream, options, memory == "pool" ? &pool : nullptr, first, second);
             }
-    cuda::check(cudaStreamDestroy(stream), "ending a stream");
+}
+
+/// Nothing has asked for the GPU's memory, which is then that of the graph.
+TEST_F(Enqueue, TheFirstCallMayBeCaptured) {
+    const Problem<ParaGRU, float> problem({300, 2, 17}, 21);
+    const Enqueued<ParaGRU, float> found(*problem.there, problem.there_gradient);
+    const Stream stream;
+    const Options options{.method = Method::shooting, .chunk = 40, .execution = stream.execution()};
+    const Captured graph(stream, [&] { found.forward(options); });
+    graph.launch();
+    stream.wait();
+    EXPECT_EQ(found.outcome(), Status::converged);
+    EXPECT_TRUE(same_numbers(found.trajectory, evaluate(*problem.there, options).trajectory));
+}
+
+/// However few calls there were before.
+TEST_F(Enqueue, AutomaticIsCapturedAfterAnyCall) {
+    const Stream stream;
+    for (int calls = 1; calls < 5; ++calls) {
+        SCOPED_TRACE(calls);
+        const Problem<ParaLSTM, float> problem({700, index(1) << calls, 5}, 9);
+        const Enqueued<ParaLSTM, float> found(*problem.there, problem.there_gradient);
+        Workspace workspace(Device::cuda());
+        const Options options{.execution = stream.execution(), .workspace = &workspace};
+        for (int times = 0; times < calls; ++times) {
+            found.forward(options);
+            stream.wait();
+        }
+        const Captured graph(stream, [&] { found.forward(options); });
+        detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
+        graph.launch();
+        stream.wait();
+        EXPECT_EQ(found.outcome(), Status::converged);
+        EXPECT_LE(largest_difference<float>(found.trajectory.on(Device::host()), problem.expected()), 1e-4);
+    }
+}
+
+/// Those that a call took memory for, also where that call has shown that others are better: the same bits.
+TEST_F(Enqueue, ChunksThatRanAreCaptured) {
+    const Problem<ParaGRU, float> slow({3000, 1, 3}, 9, 3), fast({3000, 1, 3}, 9, 0.1);
+    const Stream stream;
+    Workspace workspace(Device::cuda());
+    Options options{.method = Method::overlap, .execution = stream.execution()};
+    EXPECT_TRUE(evaluate(*slow.there, options).report.ok());  // cells like this are expected to forget slowly
+    options.workspace = &workspace;
+    const Enqueued<ParaGRU, float> found(*fast.there, fast.there_gradient);
+    found.forward(options);
+    stream.wait();
+    const Buffer<float> expected = found.trajectory.on(Device::host());
+    EXPECT_LE(largest_difference<float>(expected, fast.expected()), 1e-4);
+    const Captured graph(stream, [&] { found.forward(options); });
+    detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
+    graph.launch();
+    stream.wait();
+    EXPECT_EQ(found.outcome(), Status::converged);
+    EXPECT_TRUE(same_numbers(found.trajectory, expected));
 }
 
 TEST_F(Enqueue, NoSteps) {
@@ -339,23 +399,16 @@ TEST_F(Enqueue, SayWhatIsWrong) {
         enqueue_adjoint(*problem.there, found.trajectory.view(), found.status(), problem.there_gradient,
                         {found.inputs.view().steps(0, 5), found.parameters, found.initial}, {.execution = gpu}),
         InvalidArgument);
-    cudaStream_t stream = nullptr;
-    cudaGraph_t graph = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
     const Problem<LeakyTanh, float> parts({10, 1, 2}, 1, 0.5, Layout::steps_first, {{0, 5}});
+    const Stream stream;
     Workspace workspace(Device::cuda());
-    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
-    const Execution captured{.backend = Backend::cuda, .stream = stream};
-    const std::string parts_refused = message_of([&] {
-        enqueue(*parts.there, found.trajectory.view(), found.status(),
-                {.execution = captured, .workspace = &workspace});
+    const Options captured{.execution = stream.execution(), .workspace = &workspace};
+    Captured(stream, [&] {
+        const std::string parts_refused =
+            message_of([&] { enqueue(*parts.there, found.trajectory.view(), found.status(), captured); });
+        EXPECT_NE(parts_refused.find("whole rows"), std::string::npos) << parts_refused;
+        EXPECT_NE(message(captured, found.status()).find("options.workspace"), std::string::npos);
     });
-    EXPECT_NE(parts_refused.find("whole rows"), std::string::npos) << parts_refused;
-    EXPECT_NE(message({.execution = captured, .workspace = &workspace}, found.status()).find("options.workspace"),
-              std::string::npos);
-    cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
-    cuda::check(cudaGraphDestroy(graph), "ending a graph");
-    cuda::check(cudaStreamDestroy(stream), "ending a stream");
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "tests/compare.hpp"
 #include "tests/gpu.hpp"
 #include "tests/messages.hpp"
+#include "tests/streams.cuh"
 
 namespace deeppcr {
 namespace {
@@ -287,38 +288,6 @@ TEST_F(EmulatedGpu, TheSecondCallAllocatesNothing) {
     EXPECT_EQ(emulation::machine().allocations, allocations);
 }
 
-/// A stream and the graph that what `call` enqueues there is captured into.
-struct Captured {
-    template <class Call>
-    explicit Captured(cudaStream_t stream, const Call& call) : stream_(stream) {
-        cudaGraph_t graph = nullptr;
-        cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
-        try {
-            call();
-        } catch (...) {
-            cudaStreamEndCapture(stream, &graph);
-            cudaGraphDestroy(graph);
-            throw;
-        }
-        cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
-        cuda::check(cudaGraphInstantiate(&executable_, graph, 0), "making a graph");
-        cuda::check(cudaGraphDestroy(graph), "ending a graph");
-    }
-    ~Captured() { cudaGraphExecDestroy(executable_); }
-    void launch() const { cuda::check(cudaGraphLaunch(executable_, stream_), "launching a graph"); }
-
-private:
-    cudaStream_t stream_;
-    cudaGraphExec_t executable_ = nullptr;
-};
-
-struct Stream {
-    Stream() { cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream"); }
-    ~Stream() { cudaStreamDestroy(stream); }
-    Execution execution() const { return {.backend = Backend::cuda, .stream = stream}; }
-    cudaStream_t stream = nullptr;
-};
-
 /// A system whose scan needs memory.
 struct Scanned {
     explicit Scanned(index steps)
@@ -346,7 +315,7 @@ TEST_F(EmulatedGpu, AWorkspaceKeepsWhatAGraphUses) {
     Workspace workspace(Device::cuda());
     small.solve(stream.execution(), &workspace);
     const void* memory = nullptr;
-    const Captured graph(stream.stream, [&] {
+    const Captured graph(stream, [&] {
         small.solve(stream.execution(), &workspace);
         const Workspace::Use use(workspace, stream.execution());
         const Workspace::Scope scope(workspace);
@@ -361,7 +330,7 @@ TEST_F(EmulatedGpu, AWorkspaceKeepsWhatAGraphUses) {
     EXPECT_TRUE(device::is_on_gpu(memory));
     detail::fill_zeros(small.solution.data(), small.solution.size() * 4, Device::cuda());
     graph.launch();
-    device::synchronise(stream.stream);
+    stream.wait();
     EXPECT_TRUE(same_bits<float>(small.solution.on(Device::host()), expected));
     const long allocations = emulation::machine().allocations;
     large.solve(stream.execution(), &workspace);
@@ -373,12 +342,27 @@ TEST_F(EmulatedGpu, AWorkspaceDoesNotGrowIntoAGraph) {
     const Stream stream;
     Workspace workspace(Device::cuda());
     const std::string what =
-        message_of([&] { Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); }); });
+        message_of([&] { Captured(stream, [&] { system.solve(stream.execution(), &workspace); }); });
     EXPECT_NE(what.find("options.workspace: expected one that an earlier call of the same sizes has grown"),
               std::string::npos)
         << what;
     system.solve(stream.execution(), &workspace);
-    Captured(stream.stream, [&] { system.solve(stream.execution(), &workspace); });
+    Captured(stream, [&] { system.solve(stream.execution(), &workspace); });
+}
+
+TEST_F(EmulatedGpu, AGraphThatLacksMemorySaysSo) {
+    const CellProblem<> problem({200, 2, 20});
+    const Stream stream;
+    const auto status = detail::allocate(index(sizeof(index)), Device::cuda());
+    const std::size_t used = emulation::machine().used;
+    EXPECT_THROW(Captured(stream,
+                          [&] {
+                              emulation::machine().good_allocations = 0;
+                              enqueue(problem.recurrence, problem.trajectory.view(), static_cast<index*>(status.get()),
+                                      {.method = Method::overlap, .chunk = 40, .execution = stream.execution()});
+                          }),
+                 OutOfMemory);
+    EXPECT_EQ(emulation::machine().used, used);
 }
 
 TEST_F(EmulatedGpu, AnEvaluationThatIsWaitedForIsNotCaptured) {
@@ -386,7 +370,7 @@ TEST_F(EmulatedGpu, AnEvaluationThatIsWaitedForIsNotCaptured) {
     const Stream stream;
     const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda());
     const auto refusal = [&](const auto& call) {
-        const std::string what = message_of([&] { Captured(stream.stream, call); });
+        const std::string what = message_of([&] { Captured(stream, call); });
         EXPECT_NE(what.find("options.execution.stream: expected one that is not captured"), std::string::npos) << what;
     };
     Options options{.execution = stream.execution()};
@@ -410,7 +394,13 @@ TEST_F(EmulatedGpu, CallsInDifferentStreamsTakeTurnsInAWorkspace) {
         const Stream streams[2];
         Workspace workspace(Device::cuda());
         for (int i : {0, 1, 0}) systems[i].solve(streams[i].execution(), &workspace);
-        for (const Stream& stream : streams) device::synchronise(stream.stream);
+        for (const Stream& stream : streams) stream.wait();
+        for (int i : {0, 1}) EXPECT_TRUE(same_bits<float>(systems[i].solution.on(Device::host()), expected[i]));
+        // A graph is captured in between, which waits for nobody.
+        systems[0].solve(streams[0].execution(), &workspace);
+        const Captured graph(streams[1], [&] { systems[1].solve(streams[1].execution(), &workspace); });
+        systems[1].solve(streams[1].execution(), &workspace);
+        for (const Stream& stream : streams) stream.wait();
         for (int i : {0, 1}) EXPECT_TRUE(same_bits<float>(systems[i].solution.on(Device::host()), expected[i]));
     }
     const Stream one, other;
@@ -420,7 +410,7 @@ TEST_F(EmulatedGpu, CallsInDifferentStreamsTakeTurnsInAWorkspace) {
         message_of([&] { systems[0].solve(other.execution(), &bound); }),
         "options.workspace: expected a workspace of the call's stream, or one made for a Device, got one made for "
         "another stream");
-    device::synchronise(one.stream);
+    one.wait();
 }
 
 TEST_F(EmulatedGpu, WhatIsEnqueuedAllocatesNothing) {
@@ -436,7 +426,7 @@ TEST_F(EmulatedGpu, WhatIsEnqueuedAllocatesNothing) {
         evaluation.enqueue();
         EXPECT_EQ(emulation::machine().allocations, allocations);
         evaluation.finish();
-        const Captured graph(stream.stream, [&] { evaluation.enqueue(); });
+        const Captured graph(stream, [&] { evaluation.enqueue(); });
         detail::fill_zeros(trajectory.data(), trajectory.size() * 4, Device::cuda());
         graph.launch();
         EXPECT_EQ(evaluation.finish().status, Status::converged);
@@ -548,17 +538,15 @@ TEST_F(EmulatedGpu, ARecurrenceIsCheckedOnTheCurrentGPU) {
 TEST_F(EmulatedGpu, WithoutStepsGradientsAreZerosInTheStreamOfTheCall) {
     const CellProblem<> problem({0, 2, 4});
     for (int tries = 0; tries < 20; ++tries) {
-        cudaStream_t stream = nullptr;
-        cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-        device::fill_bytes(problem.parameter_gradient.data(), 1, 16, stream);
-        device::fill_bytes(problem.initial_gradient.data(), 1, 32, stream);
-        problem.run_backward({.execution = {.backend = Backend::cuda, .stream = stream}});
-        cudaStreamSynchronize(stream);
+        const Stream stream;
+        device::fill_bytes(problem.parameter_gradient.data(), 1, 16, stream.stream);
+        device::fill_bytes(problem.initial_gradient.data(), 1, 32, stream.stream);
+        problem.run_backward({.execution = stream.execution()});
+        stream.wait();
         for (const Buffer<float>* gradients : {&problem.parameter_gradient, &problem.initial_gradient}) {
             const Buffer<float> here = gradients->on(Device::host());
             for (index i = 0; i < here.size(); ++i) EXPECT_EQ(here.data()[i], 0);
         }
-        cudaStreamDestroy(stream);
     }
 }
 

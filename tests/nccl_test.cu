@@ -6,6 +6,7 @@
 
 #include "distribute/gpus.hpp"
 #include "tests/compare.hpp"
+#include "tests/streams.cuh"
 
 namespace deeppcr {
 namespace {
@@ -65,16 +66,14 @@ TEST_P(Gpus, WhatTheStreamHasBeforeAndAfterIsInOrder) {
         std::fill_n(ones.data(), count, 1.F);
         const auto there_ones = ones.on(gpu);
         const auto values = Buffer<float>({1, 1, count}, Layout::steps_first, gpu), copy = values.clone();
-        cudaStream_t stream = nullptr;
-        cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+        const Stream stream;
         const std::size_t bytes = std::size_t(count) * sizeof(float);
-        cudaMemcpyAsync(values.data(), there_ones.data(), bytes, cudaMemcpyDeviceToDevice, stream);
-        group.sum(std::span<float>(values.data(), std::size_t(count)), {.backend = Backend::cuda, .stream = stream});
-        cudaMemcpyAsync(copy.data(), values.data(), bytes, cudaMemcpyDeviceToDevice, stream);
-        cuda::check(cudaStreamSynchronize(stream), "waiting");
+        cudaMemcpyAsync(values.data(), there_ones.data(), bytes, cudaMemcpyDeviceToDevice, stream.stream);
+        group.sum(std::span<float>(values.data(), std::size_t(count)), stream.execution());
+        cudaMemcpyAsync(copy.data(), values.data(), bytes, cudaMemcpyDeviceToDevice, stream.stream);
+        stream.wait();
         const auto found = copy.on(Device::host());
         for (index i = 0; i < count; ++i) EXPECT_EQ(found.data()[i], float(group.size()));
-        cudaStreamDestroy(stream);
     });
 }
 

@@ -15,6 +15,7 @@
 #include "tests/compare.hpp"
 #include "tests/gpu.hpp"
 #include "tests/messages.hpp"
+#include "tests/streams.cuh"
 
 namespace deeppcr {
 namespace {
@@ -414,19 +415,15 @@ TYPED_TEST(NewtonOnGpu, MoreSequencesThanOneBlockGetsThrough) {
 TYPED_TEST(NewtonOnGpu, TheSameBitsEveryTimeAndInAStreamOfOnesOwn) {
     const User<Pendulum, TypeParam> recurrence(150, 2);
     const auto expected = evaluate_there<TypeParam>(recurrence, {});
-    cudaStream_t stream = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-    {
-        Workspace workspace(Device::cuda());
-        for (int times = 0; times < 2; ++times) {
-            const auto found =
-                evaluate_there<TypeParam>(recurrence, {.execution = {.stream = stream}, .workspace = &workspace});
-            EXPECT_TRUE(same_bits<TypeParam>(found.trajectory, expected.trajectory));
-            EXPECT_EQ(found.report.error, expected.report.error);
-            EXPECT_EQ(workspace.used_bytes(), 0);
-        }
+    const Stream stream;
+    Workspace workspace(Device::cuda());
+    for (int times = 0; times < 2; ++times) {
+        const auto found =
+            evaluate_there<TypeParam>(recurrence, {.execution = stream.execution(), .workspace = &workspace});
+        EXPECT_TRUE(same_bits<TypeParam>(found.trajectory, expected.trajectory));
+        EXPECT_EQ(found.report.error, expected.report.error);
+        EXPECT_EQ(workspace.used_bytes(), 0);
     }
-    cuda::check(cudaStreamDestroy(stream), "ending a stream");
 }
 
 /// Whose callbacks sleep, in main memory, so that one method is slower than the other by far. Each tag learns by
@@ -471,31 +468,20 @@ TYPED_TEST(NewtonOnGpu, AutomaticTakesWhatIsFasterByFar) {
 TYPED_TEST(NewtonOnGpu, APassThatIsCapturedIntoAGraphGivesTheSameBits) {
     const User<Network, TypeParam> recurrence(40, 3);
     const auto expected = evaluate_there<TypeParam>(recurrence, {});
-    cudaStream_t stream = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
-    const Options options{.max_iterations = 9, .execution = {.backend = Backend::cuda, .stream = stream}};
+    const Stream stream;
+    const Options options{.max_iterations = 9, .execution = stream.execution()};
     const Buffer<TypeParam> there(recurrence.shape(), Layout::steps_first, Device::cuda());
-    {
-        EnqueuedEvaluation<TypeParam> evaluation(recurrence, there.view(), options);
-        cudaGraph_t graph = nullptr;
-        cudaGraphExec_t executable = nullptr;
-        cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capturing");
-        evaluation.enqueue();
-        cuda::check(cudaStreamEndCapture(stream, &graph), "capturing");
-        cuda::check(cudaGraphInstantiate(&executable, graph, 0), "making a graph");
-        for (int times = 0; times < 2; ++times) {
-            detail::fill_zeros(there.data(), there.size() * index(sizeof(TypeParam)), Device::cuda());
-            cuda::check(cudaGraphLaunch(executable, stream), "launching a graph");
-            const Report report = evaluation.finish();
-            EXPECT_EQ(report.status, Status::converged) << report;
-            EXPECT_EQ(report.iterations, expected.report.iterations);
-            EXPECT_EQ(report.error, expected.report.error);
-            EXPECT_TRUE(same_bits<TypeParam>(there.on(Device::host()), expected.trajectory));
-        }
-        cuda::check(cudaGraphExecDestroy(executable), "ending a graph");
-        cuda::check(cudaGraphDestroy(graph), "ending a graph");
+    EnqueuedEvaluation<TypeParam> evaluation(recurrence, there.view(), options);
+    const Captured graph(stream, [&] { evaluation.enqueue(); });
+    for (int times = 0; times < 2; ++times) {
+        detail::fill_zeros(there.data(), there.size() * index(sizeof(TypeParam)), Device::cuda());
+        graph.launch();
+        const Report report = evaluation.finish();
+        EXPECT_EQ(report.status, Status::converged) << report;
+        EXPECT_EQ(report.iterations, expected.report.iterations);
+        EXPECT_EQ(report.error, expected.report.error);
+        EXPECT_TRUE(same_bits<TypeParam>(there.on(Device::host()), expected.trajectory));
     }
-    cuda::check(cudaStreamDestroy(stream), "ending a stream");
 }
 
 TYPED_TEST(NewtonOnGpu, WhatIsEnqueuedIsFinishedSequentiallyOrReported) {

@@ -16,9 +16,10 @@ namespace deeppcr {
 /// kind, until each method that is worth it was measured twice (a trajectory that is not finite does not count); and
 /// those of a recurrence with sequences that begin within rows, until their list is on the GPU; and those that load
 /// kernels or take memory for the first time, as CUDA has it.
-/// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: a call before, of the
-/// same sizes, makes the choice a good one, and grows a workspace of `options` (InvalidArgument where it lacks memory;
-/// without one or a MemorySource it is the graph's own). Sequences then do not begin within rows (InvalidArgument).
+/// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: calls before, of the
+/// same sizes, make the choice a good one, since what ran is captured rather than what did not, and grow a workspace of
+/// `options` (InvalidArgument where it lacks memory; without one or a MemorySource it is the graph's own, of which then
+/// one instance may exist at a time, and no clone). Sequences then do not begin within rows (InvalidArgument).
 /// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda,
 /// and another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>

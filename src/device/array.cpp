@@ -189,7 +189,8 @@ void Workspace::begin_use(CUstream_st* stream) {
         throw InvalidArgument("options.workspace", "a workspace of the call's stream, or one made for a Device",
                               "one made for another stream");
     capturing_ = device::is_captured(stream);
-    if (mark_ != nullptr && stream != stream_ && !capturing_) mark_->wait_in(stream);
+    if (capturing_) return;
+    if (mark_ != nullptr && stream != stream_) mark_->wait_in(stream);
     stream_ = stream;
 }
 

@@ -91,6 +91,23 @@ int current_ordinal() {
     return ordinal;
 }
 
+/// While it lives, this thread may call what else would break a capture that goes on, in its own streams or another's.
+class DespiteCaptures {
+public:
+    DespiteCaptures() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "looking at captures"); }
+    ~DespiteCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    DespiteCaptures(const DespiteCaptures&) = delete;
+    DespiteCaptures& operator=(const DespiteCaptures&) = delete;
+
+private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+/// For ends of memory, where nothing can be thrown: nobody else is to take the error for one of their own.
+void forget_error(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+}
+
 OutOfMemory out_of_memory(index bytes) {
     cudaGetLastError();
     return OutOfMemory("cannot allocate " + std::to_string(bytes) + " bytes on GPU " +
@@ -111,6 +128,7 @@ cudaMemPool_t pool_of(int ordinal) {
     properties.location.type = cudaMemLocationTypeDevice;
     properties.location.id = ordinal;
     cudaMemPool_t pool = nullptr;
+    const DespiteCaptures despite_captures;
     check(cudaMemPoolCreate(&pool, &properties), "making a pool of memory");
     std::uint64_t threshold = kept_bytes;
     check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold), "making a pool of memory");
@@ -186,7 +204,7 @@ std::shared_ptr<void> allocate_on_gpu(index bytes, Device device) {
     const cudaError_t error = cudaMalloc(&memory, std::size_t(bytes > 0 ? bytes : 1));
     if (error == cudaErrorMemoryAllocation) throw out_of_memory(bytes);
     check(error, "allocating memory");
-    return {memory, [](void* pointer) { cudaFree(pointer); }};
+    return {memory, [](void* pointer) { forget_error(cudaFree(pointer)); }};
 }
 
 std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
@@ -202,7 +220,7 @@ std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
                 int before = 0;
                 cudaGetDevice(&before);
                 if (before != ordinal) cudaSetDevice(ordinal);
-                cudaFreeAsync(pointer, stream);
+                forget_error(cudaFreeAsync(pointer, stream));
                 if (before != ordinal) cudaSetDevice(before);
             }};
 }
@@ -237,6 +255,7 @@ void fill_bytes(void* data, int value, index bytes, CUstream_st* stream) {
 }
 
 index available_on_gpu() {
+    const DespiteCaptures despite_captures;
     std::size_t available = 0, total = 0;
     check(cudaMemGetInfo(&available, &total), "asking for memory");
     std::uint64_t reserved = 0, used = 0;
@@ -270,24 +289,35 @@ void Mark::wait_in(CUstream_st* stream) const {
 }
 
 struct Letter::Paper {
-    void* memory = nullptr;  // pinned
+    std::shared_ptr<void> memory;  // pinned
     cudaEvent_t sent = nullptr;
     enum { blank, written_on, on_its_way } state = blank;
 
-    Paper() {
-        const cudaError_t error = cudaMallocHost(&memory, std::size_t(most_bytes));
-        if (error == cudaErrorMemoryAllocation) {
-            cudaGetLastError();
-            throw OutOfMemory("cannot allocate " + std::to_string(most_bytes) + " bytes of pinned main memory");
-        }
-        check(error, "allocating pinned memory");
-        if (const cudaError_t failed = cudaEventCreateWithFlags(&sent, cudaEventDisableTiming); failed != cudaSuccess) {
-            cudaFreeHost(memory);
-            check(failed, "making an event");
-        }
+    explicit Paper(std::shared_ptr<void> where) : memory(std::move(where)) {
+        check(cudaEventCreateWithFlags(&sent, cudaEventDisableTiming), "making an event");
     }
+    ~Paper() { forget_error(cudaEventDestroy(sent)); }
     Paper(const Paper&) = delete;
     Paper& operator=(const Paper&) = delete;
+
+    /// Many at once: asking for pinned memory may wait for the GPU.
+    static std::vector<std::unique_ptr<Paper>> make_some() {
+        constexpr index count = 64;
+        const DespiteCaptures despite_captures;
+        void* made = nullptr;
+        const cudaError_t error = cudaMallocHost(&made, std::size_t(count * most_bytes));
+        if (error == cudaErrorMemoryAllocation) {
+            cudaGetLastError();
+            throw OutOfMemory("cannot allocate " + std::to_string(count * most_bytes) + " bytes of pinned main memory");
+        }
+        check(error, "allocating pinned memory");
+        const std::shared_ptr<void> all(made, [](void* pointer) { forget_error(cudaFreeHost(pointer)); });
+        std::vector<std::unique_ptr<Paper>> papers;
+        for (index i = 0; i < count; ++i)
+            papers.push_back(std::make_unique<Paper>(
+                std::shared_ptr<void>(all, static_cast<unsigned char*>(made) + i * most_bytes)));
+        return papers;
+    }
 };
 
 Letter::Letter() {
@@ -299,12 +329,12 @@ Letter::Letter() {
     std::unique_ptr<Paper> paper;
     {
         const std::lock_guard lock(mutex);
-        if (const auto found = unused.find(ordinal); found != unused.end()) {
-            paper = std::move(found->second);
-            unused.erase(found);
-        }
+        if (!unused.contains(ordinal))
+            for (std::unique_ptr<Paper>& made : Paper::make_some()) unused.emplace(ordinal, std::move(made));
+        const auto found = unused.find(ordinal);
+        paper = std::move(found->second);
+        unused.erase(found);
     }
-    if (paper == nullptr) paper = std::make_unique<Paper>();
     paper_ = {paper.release(), [ordinal](Paper* read) {
                   // Nothing may still be on its way; where that cannot be told, nobody gets it again.
                   if (read->state == Paper::on_its_way) {
@@ -323,7 +353,7 @@ Letter::Letter() {
 
 void* Letter::paper() {
     paper_->state = Paper::written_on;
-    return paper_->memory;
+    return paper_->memory.get();
 }
 
 void Letter::send(CUstream_st* stream) {
@@ -338,7 +368,7 @@ void* Letter::marked_paper(index words) {
 }
 
 const void* Letter::look(index words) {
-    auto* const memory = static_cast<std::uint64_t*>(paper_->memory);
+    auto* const memory = static_cast<std::uint64_t*>(paper_->memory.get());
     if (std::atomic_ref(memory[words]).load(std::memory_order_acquire) == 0) return nullptr;
     paper_->state = Paper::blank;
     return memory;
@@ -347,7 +377,7 @@ const void* Letter::look(index words) {
 const void* Letter::receive() {
     check(cudaEventSynchronize(paper_->sent), "running");
     paper_->state = Paper::blank;
-    return paper_->memory;
+    return paper_->memory.get();
 }
 
 void Letter::fetch(void* to, const void* from, index bytes, CUstream_st* stream) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <typeindex>
+#include <utility>
 #include <vector>
 
 #include <deeppcr/evaluate.hpp>
@@ -23,10 +24,11 @@ struct Observed {
         ++count;
     }
     bool trusted() const { return count >= 2; }
-    /// A method that was not tried twice is taken for so much faster than predicted.
-    double expect(double predicted) const {
+    /// explores: a method that was not tried twice is taken for so much faster than predicted.
+    double expect(double predicted, bool explores) const {
         constexpr double untried = 0.75;
-        return trusted() ? seconds : untried * std::min(predicted, seconds);
+        if (trusted() || (!explores && count > 0)) return seconds;
+        return explores ? untried * std::min(predicted, seconds) : predicted;
     }
 };
 
@@ -37,6 +39,7 @@ struct Experience {
     bool overlap_works = true, shooting_works = true;
     bool one_round_is_enough = true;  ///< of repairs; on a GPU, where the others are enqueued unasked if it is not
     std::map<Method, Observed> observed = {};
+    std::map<Method, index> lengths = {};  ///< of the chunks that a method last had, on a GPU
     // Of recurrences that are not a cell's:
     std::map<Method, double> predicted = {};  ///< seconds per number, from a few steps; empty: not measured yet
     double lyapunov = std::numeric_limits<double>::quiet_NaN();
@@ -44,6 +47,11 @@ struct Experience {
     Observed seen(Method method) const {
         const auto found = observed.find(method);
         return found == observed.end() ? Observed() : found->second;
+    }
+    /// 0: it did not run in chunks.
+    index length(Method method) const {
+        const auto found = lengths.find(method);
+        return found == lengths.end() ? 0 : found->second;
     }
 };
 
@@ -67,16 +75,18 @@ void learn(const ExperienceKey& key, const std::function<void(Experience&)>& cha
 /// Of the methods considered, the one that is expected to take least.
 class Weighing {
 public:
-    /// numbers: of the trajectory.
-    Weighing(const Experience& seen, double numbers) : seen_(seen), numbers_(numbers) {}
+    /// numbers: of the trajectory. explores: a method that was not tried may be the best one; else what was is better.
+    Weighing(const Experience& seen, double numbers, bool explores = true)
+        : seen_(seen), numbers_(numbers), explores_(explores) {}
 
     /// predicted: seconds. Whether it is the best so far.
     bool consider(Method method, double predicted) {
         const Observed observed = seen_.seen(method);
-        const double expected = observed.expect(predicted / numbers_);
+        const double expected = observed.expect(predicted / numbers_, explores_);
         candidates_.push_back({method, observed.trusted() ? expected * numbers_ : predicted, observed.trusted()});
-        if (expected >= least_) return false;
-        least_ = expected;
+        const std::pair<bool, double> rank{!explores_ && observed.count == 0, expected};
+        if (rank >= best_) return false;
+        best_ = rank;
         std::swap(candidates_.front(), candidates_.back());
         return true;
     }
@@ -85,7 +95,9 @@ public:
 
 private:
     const Experience& seen_;
-    double numbers_, least_ = std::numeric_limits<double>::infinity();
+    double numbers_;
+    bool explores_;
+    std::pair<bool, double> best_{true, std::numeric_limits<double>::infinity()};  // whether untried; seconds
     std::vector<Report::Candidate> candidates_;
 };
 

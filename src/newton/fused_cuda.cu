@@ -36,6 +36,7 @@
 #include "newton/rows.cuh"
 #include "newton/stopwatch.hpp"
 #include "recurrence/device_cells.hpp"
+#include "reduce/reduce.hpp"
 
 namespace deeppcr::newton {
 namespace {
@@ -351,13 +352,15 @@ protected:
         index length = 0;
         double seconds = std::numeric_limits<double>::infinity();
     };
-    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length).
+    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length). Where a
+    /// stream is captured, `before`, the length that had memory, unless 0.
     template <class Seconds>
-    Plan plan(const Seconds& seconds) const {
+    Plan plan(const Seconds& seconds, index before = 0) const {
         const auto with = [&](index length) {
             return Plan{length, seconds(double((longest_ + length - 1) / length), double(length))};
         };
         if (options_.chunk > 0) return with(std::min(options_.chunk, longest_));
+        if (captured_ && before > 0) return with(std::min(before, longest_));
         Plan best = with(std::min(shortest_chunk, longest_));
         for (index length = 2 * shortest_chunk; length < longest_; length *= 2)
             if (const Plan next = with(length); next.seconds < best.seconds) best = next;
@@ -560,19 +563,21 @@ private:
         return best;
     }
 
-    Plan plan_overlap(const DeviceCosts& cost, index repeated) const {
+    Plan plan_overlap(const DeviceCosts& cost, const Experience& seen) const {
         const double launches = 3 + rounds_expected();
-        return plan([&](double chunks, double length) {
+        const auto seconds = [&](double chunks, double length) {
             return launches * cost.launch + cost.advance.seconds(chunks * chains(), length) +
-                   cost.advance.seconds(chunks * chains(), std::min(length, double(repeated)));
-        });
+                   cost.advance.seconds(chunks * chains(), std::min(length, double(seen.repeated)));
+        };
+        return plan(seconds, seen.length(Method::overlap));
     }
-    Plan plan_shooting(const DeviceCosts& cost, double shots) const {
-        const double launches = 4 + rounds_expected() + 5 * shots;
-        return plan([&](double chunks, double length) {
+    Plan plan_shooting(const DeviceCosts& cost, const Experience& seen) const {
+        const double launches = 4 + rounds_expected() + 5 * seen.shots;
+        const auto seconds = [&](double chunks, double length) {
             return launches * cost.launch + cost.advance.seconds(chunks * chains(), length) +
-                   shots * cost.multiply.seconds(chunks * chains(), length);
-        });
+                   seen.shots * cost.multiply.seconds(chunks * chains(), length);
+        };
+        return plan(seconds, seen.length(Method::shooting));
     }
 
     /// The method; how chunks, shots and tiles are to be is set.
@@ -594,29 +599,34 @@ private:
         }
         const DeviceCosts cost = costs();
         if (automatic) groups = tile_groups([&] { return cost.tiles_at_once; });
-        const Plan overlap = plan_overlap(cost, seen.repeated);
+        const Plan overlap = plan_overlap(cost, seen);
         Plan shooting;
         if (groups > 0)
             shooting.seconds =
                 3 * cost.launch + double(longest_) * std::hypot(cost.tiles.latency * groups / fewest_tile_groups,
                                                                 cost.tiles.throughput * chains());
         else
-            shooting = plan_shooting(cost, seen.shots);
+            shooting = plan_shooting(cost, seen);
         Method best = options_.method;
         if (automatic) {
-            Weighing weighing(seen, numbers());
+            Weighing weighing(seen, numbers(), !captured_);
             weighing.consider(Method::sequential, 3 * cost.launch + cost.advance.seconds(chains(), double(longest_)));
             if (seen.overlap_works) weighing.consider(Method::overlap, overlap.seconds);
             if (seen.shooting_works) weighing.consider(Method::shooting, shooting.seconds);
             report_.candidates = weighing.candidates();
             best = report_.candidates.front().method;
         }
-        if (best == Method::overlap) cut(overlap.length);
-        if (best == Method::shooting) {
+        const bool in_tiles = best == Method::shooting && groups > 0;
+        if (in_tiles)
             all_.tile_groups = groups;
-            if (groups == 0) cut(shooting.length);
-        }
+        else if (best != Method::sequential)
+            cut_and_remember(best, best == Method::overlap ? overlap.length : shooting.length, seen);
         return best;
+    }
+    void cut_and_remember(Method method, index length, const Experience& seen) {
+        cut(length);
+        if (!captured_ && options_.chunk == 0 && seen.length(method) != length)
+            learn(key_, [&](Experience& now) { now.lengths[method] = length; });
     }
 
     void run_chunks(Method method) {
@@ -683,8 +693,8 @@ private:
                          mismatches);
             const Shape shape{all_.count - 1, all_.part_count, width};
             const View<A> corrections(mismatches, shape);
-            solve(BidiagonalSystem<A>{Jacobian<const A>(all_.products, shape, states_), corrections}, corrections,
-                  {.execution = options_.execution, .workspace = options_.workspace});
+            reduce::solve_ordered<A>({Jacobian<const A>(all_.products, shape, states_), corrections, {}, corrections},
+                                     {.execution = options_.execution, .workspace = options_.workspace});
             cuda::launch(cuda::one_each(between, stream_), correct_starts<A>, ends, mismatches, states, between,
                          tolerance_.absolute, tolerance_.relative, close, shot, all_.run, starts);
         }
@@ -853,7 +863,12 @@ private:
                               gradients_.initial.data(),
                               gradients_.initial.batch_stride(),
                               status};
-        cuda::launch(cuda::one_each(all_.part_count * width, stream_), store_gradients<T>, all_, to, account);
+        // Enough threads where the inputs' gradients may have to become NaN.
+        const index to_fill = status == nullptr ? 0
+                                                : std::min(recurrence_.inputs().shape().count(),
+                                                           index(all_.multiprocessors) * cuda::plain_threads);
+        cuda::launch(cuda::one_each(std::max(all_.part_count * width, to_fill), stream_), store_gradients<T>, all_, to,
+                     account);
     }
     static void learn_whether(const ExperienceKey& key, bool one_round_is_enough) {
         learn(key, [&](Experience& now) { now.one_round_is_enough = one_round_is_enough; });

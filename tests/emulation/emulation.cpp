@@ -217,6 +217,7 @@ struct Operation {
 struct CUgraph_st {
     std::vector<std::function<void()>> operations;
     std::map<void*, std::shared_ptr<void>> memory;  // allocated within and not freed
+    bool invalid = false;                           // something forbidden was called while it was captured
 };
 struct CUgraphExec_st : CUgraph_st {};
 struct CUmemPoolHandle_st {};
@@ -278,10 +279,24 @@ bool capturing() {
     return std::any_of(streams().begin(), streams().end(), [](const CUstream_st* s) { return s->capture != nullptr; });
 }
 
-/// Waits for `done`, unless the machine is broken or a stream is captured.
-cudaError_t wait(const std::function<bool()>& done) {
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+/// Whether the machine is broken, or a stream is captured, which this breaks off.
+cudaError_t forbidden_in_captures() {
     if (broken() != cudaSuccess) return failed(broken());
-    if (capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    if (!capturing()) return cudaSuccess;
+    for (const CUstream_st* stream : streams())
+        if (stream->capture != nullptr) stream->capture->invalid = true;
+    return failed(cudaErrorStreamCaptureUnsupported);
+}
+/// The same, but where the thread has said that it knows.
+cudaError_t unsafe_in_captures() {
+    return capture_mode == cudaStreamCaptureModeRelaxed ? failed(broken()) : forbidden_in_captures();
+}
+
+/// Waits for `done`.
+cudaError_t wait(const std::function<bool()>& done) {
+    if (const cudaError_t error = forbidden_in_captures(); error != cudaSuccess) return error;
     run_until(done);
     return cudaSuccess;
 }
@@ -326,10 +341,14 @@ cudaError_t enqueue(cudaStream_t where, std::function<void()> work) {
     if (broken() != cudaSuccess) return failed(broken());
     CUstream_st& stream = resolve(where);
     if (stream.capture != nullptr) {
+        if (stream.capture->invalid) return failed(cudaErrorStreamCaptureInvalidated);
         stream.capture->operations.push_back(std::move(work));
         return cudaSuccess;
     }
-    if (&stream == &null_stream() && capturing()) return failed(cudaErrorStreamCaptureImplicit);
+    if (&stream == &null_stream() && capturing()) {
+        forbidden_in_captures();
+        return failed(cudaErrorStreamCaptureImplicit);
+    }
     stream.operations.push_back({++operations, std::move(work)});
     return cudaSuccess;
 }
@@ -465,6 +484,8 @@ const char* cudaGetErrorString(cudaError_t error) {
             return "an illegal memory access was encountered";
         case cudaErrorStreamCaptureUnsupported:
             return "operation not permitted when stream is capturing";
+        case cudaErrorStreamCaptureInvalidated:
+            return "operation failed due to a previous error during capture";
         case cudaErrorStreamCaptureImplicit:
             return "operation would make the legacy stream depend on a capturing blocking stream";
         default:
@@ -524,8 +545,7 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 }
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
     const Lock lock(one_at_a_time);
-    if (broken() != cudaSuccess) return failed(broken());
-    if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    if (const cudaError_t error = emulation::unsafe_in_captures(); error != cudaSuccess) return error;
     return emulation::allocate(memory, bytes, emulation::current_device);
 }
 cudaError_t cudaFree(void* memory) {
@@ -537,22 +557,26 @@ cudaError_t cudaFree(void* memory) {
 }
 cudaError_t cudaMallocHost(void** memory, std::size_t bytes) {
     const Lock lock(one_at_a_time);
-    if (broken() != cudaSuccess) return failed(broken());
-    if (emulation::capturing()) return failed(cudaErrorStreamCaptureUnsupported);
+    if (const cudaError_t error = emulation::unsafe_in_captures(); error != cudaSuccess) return error;
     return emulation::allocate(memory, bytes, -1);
 }
 cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
 cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps*) {
     static CUmemPoolHandle_st one;
+    const Lock lock(one_at_a_time);
     *pool = &one;
-    return failed(broken());
+    return emulation::unsafe_in_captures();
 }
-cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return failed(broken()); }
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) {
+    const Lock lock(one_at_a_time);
+    return emulation::unsafe_in_captures();
+}
 cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+    const Lock lock(one_at_a_time);
     constexpr std::uint64_t in_use = 4096;
     const std::uint64_t bytes = in_use + (attribute == cudaMemPoolAttrReservedMemCurrent ? machine().kept : 0);
     std::memcpy(value, &bytes, sizeof bytes);
-    return failed(broken());
+    return emulation::unsafe_in_captures();
 }
 cudaError_t cudaMallocFromPoolAsync(void** memory, std::size_t bytes, cudaMemPool_t, cudaStream_t stream) {
     const Lock lock(one_at_a_time);
@@ -652,12 +676,20 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
     const Lock lock(one_at_a_time);
-    *status = resolve(stream).capture != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    const CUgraph_st* const graph = resolve(stream).capture.get();
+    *status = graph == nullptr ? cudaStreamCaptureStatusNone
+              : graph->invalid ? cudaStreamCaptureStatusInvalidated
+                               : cudaStreamCaptureStatusActive;
     return failed(broken());
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     const Lock lock(one_at_a_time);
-    *graph = resolve(stream).capture.release();
+    std::unique_ptr<CUgraph_st> captured = std::move(resolve(stream).capture);
+    *graph = captured->invalid ? nullptr : captured.release();
+    return *graph == nullptr ? failed(cudaErrorStreamCaptureInvalidated) : failed(broken());
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    std::swap(*mode, emulation::capture_mode);
     return failed(broken());
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
