@@ -289,26 +289,26 @@ void RecurrentImpl<Derived>::reset() {
 }
 
 template <class Derived>
-RecurrentCall RecurrentImpl<Derived>::call() {
+RecurrentCall RecurrentImpl<Derived>::call(const Tensor& input) {
     RecurrentCall result;
     result.bidirectional = options.bidirectional();
     result.batch_first = options.batch_first();
     result.dropout = this->is_training() ? options.dropout() : 0;
     result.evaluation = options.evaluation();
     reports_.clear();
-    if (options.reports()) result.reports = &reports_;
+    if (options.reports().value_or(!input.is_cuda())) result.reports = &reports_;
     return result;
 }
 
 template <class Derived>
 std::tuple<Tensor, Tensor> RecurrentImpl<Derived>::forward(const Tensor& input, const Tensor& initial) {
-    return recurrent(kind_, input, weights_, initial, call());
+    return recurrent(kind_, input, weights_, initial, call(input));
 }
 
 template <class Derived>
 std::tuple<PackedSequence, Tensor> RecurrentImpl<Derived>::forward_with_packed_input(const PackedSequence& input,
                                                                                      const Tensor& initial) {
-    RecurrentCall packed = call();
+    RecurrentCall packed = call(input.data());
     packed.batch_sizes = input.batch_sizes();
     const Tensor &sorted = input.sorted_indices(), &unsorted = input.unsorted_indices();
     const Tensor start = initial.defined() && sorted.defined() ? initial.index_select(1, sorted) : initial;

@@ -99,6 +99,9 @@ void equals_its_equations(const Step& step, index states) {
     module->options.reports(false);
     EXPECT_TRUE(torch::equal(std::get<0>(module->forward(input)), output));
     EXPECT_TRUE(module->reports().empty());
+    module->options.reports(true);
+    module->forward(input);
+    EXPECT_EQ(module->reports().size(), 4U);
 }
 
 TEST(Recurrent, EveryModuleEqualsItsEquationsForwardAndBackward) {

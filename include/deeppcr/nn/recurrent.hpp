@@ -31,7 +31,8 @@ struct RecurrentOptions {
     /// Of the initial parameters: a generator of the module's own; without it, LibTorch's global one.
     TORCH_ARG(std::optional<std::uint64_t>, seed) = {};
     TORCH_ARG(Options, evaluation) = {};  ///< as in CellOptions
-    TORCH_ARG(bool, reports) = true;      ///< whether reports() tells of a call; on a GPU the host waits for that
+    /// Whether reports() tells of a call; unset: on processors. On a GPU the host would wait for that, layer by layer.
+    TORCH_ARG(std::optional<bool>, reports) = {};
 };
 using ParaGRUOptions = RecurrentOptions;
 using ParaLSTMOptions = RecurrentOptions;
@@ -88,13 +89,13 @@ public:
     void reset() override;
     void pretty_print(std::ostream& stream) const override;
 
-    /// What the last call did, for each layer and direction; none without options.reports().
+    /// What the last call did, for each layer and direction; none where options.reports() has it so.
     const std::vector<Report>& reports() const { return reports_; }
 
     RecurrentOptions options;  ///< `evaluation`, `dropout`, `batch_first` and `reports` may be changed between calls
 
 private:
-    RecurrentCall call();
+    RecurrentCall call(const at::Tensor& input);
     CellKind kind_;
     std::string name_;
     std::vector<at::Tensor> weights_;
