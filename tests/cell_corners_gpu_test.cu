@@ -297,11 +297,12 @@ TEST_F(CellOnGpuCorners, SayWhatIsWrong) {
               }),
               "state: expected a contiguous array of shape [1,1,2], got [0,1,1]");
     const Stream stream;
-    EXPECT_EQ(message_of([&] {
-                  Captured(stream, [&] { evaluate(*problem.there, there.view(), {.execution = stream.execution()}); });
-              }),
-              "options.execution.stream: expected one that is not captured, as the host waits for the outcome, got one "
-              "that is captured into a graph");
+    Captured(stream, [&] {
+        EXPECT_EQ(
+            message_of([&] { evaluate(*problem.there, there.view(), {.execution = stream.execution()}); }),
+            "options.execution.stream: expected one that is not captured, as the host waits for the outcome, got one "
+            "that is captured into a graph");
+    });
     // Processors do not compute with numbers of 16 bits.
     const Buffer<bfloat16> few({10, 1, 2});
     const Buffer<float> parameters({2, 1, 2});

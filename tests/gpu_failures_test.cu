@@ -355,14 +355,29 @@ TEST_F(EmulatedGpu, AGraphThatLacksMemorySaysSo) {
     const Stream stream;
     const auto status = detail::allocate(index(sizeof(index)), Device::cuda());
     const std::size_t used = emulation::machine().used;
-    EXPECT_THROW(Captured(stream,
-                          [&] {
-                              emulation::machine().good_allocations = 0;
-                              enqueue(problem.recurrence, problem.trajectory.view(), static_cast<index*>(status.get()),
-                                      {.method = Method::overlap, .chunk = 40, .execution = stream.execution()});
-                          }),
-                 OutOfMemory);
-    EXPECT_EQ(emulation::machine().used, used);
+    for (const long good : {0, 1}) {
+        EXPECT_THROW(Captured(stream,
+                              [&] {
+                                  emulation::machine().good_allocations = good;
+                                  enqueue(problem.recurrence, problem.trajectory.view(),
+                                          static_cast<index*>(status.get()),
+                                          {.method = Method::overlap, .chunk = 2, .execution = stream.execution()});
+                              }),
+                     OutOfMemory);
+        EXPECT_EQ(emulation::machine().used, used);
+    }
+}
+
+/// Of which nobody has asked anything before.
+TEST_F(EmulatedGpu, PoolsAndLettersAreMadeDuringCaptures) {
+    emulation::machine().devices = 3;
+    cudaSetDevice(2);
+    const Stream stream;
+    const Captured graph(stream, [&] {
+        device::allocate_in_stream(1, stream.stream);
+        const device::Letter letter;
+        EXPECT_GT(device::available_on_gpu(), 0);
+    });
 }
 
 TEST_F(EmulatedGpu, AnEvaluationThatIsWaitedForIsNotCaptured) {

@@ -143,7 +143,7 @@ TEST(CellLaunches, WhatIsEnqueuedIsNotWaitedFor) {
         }
         const Asked ahead = asked_by(  // of the GPU, whose letters are not back
             [&] {
-                for (int times = 0; times < 9; ++times) {
+                for (int times = 0; times < 40; ++times) {
                     forward();
                     backward();
                 }

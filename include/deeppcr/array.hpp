@@ -367,7 +367,7 @@ private:
         bool captured = false;  // a graph may use it
     };
     Device device_;
-    CUstream_st* stream_ = nullptr;  // of the last use
+    CUstream_st* stream_ = nullptr;  // of the last use without a capture
     bool in_stream_ = false;
     std::vector<Block> blocks_;
     std::size_t block_ = 0, offset_ = 0;

@@ -18,8 +18,8 @@ namespace deeppcr {
 /// kernels or take memory for the first time, as CUDA has it.
 /// In a stream that is captured into a graph nothing waits, and nothing is learnt or measured: calls before, of the
 /// same sizes, make the choice a good one, since what ran is captured rather than what did not, and grow a workspace of
-/// `options` (InvalidArgument where it lacks memory; without one or a MemorySource it is the graph's own, of which then
-/// one instance may exist at a time, and no clone). Sequences then do not begin within rows (InvalidArgument).
+/// `options`, which must not lack memory (InvalidArgument). Without one or a MemorySource the graph has memory of its
+/// own; it may then have one instance at a time, and no clone. Sequences do not begin within rows (InvalidArgument).
 /// Deterministic as `evaluate`. Throws InvalidArgument for what `evaluate` does not take, another backend than cuda,
 /// and another on_failure than `finish`; OutOfMemory, NoDevice.
 template <class T>

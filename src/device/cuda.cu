@@ -91,7 +91,7 @@ int current_ordinal() {
     return ordinal;
 }
 
-/// While it lives, this thread may call what else would break a capture that goes on, in its own streams or another's.
+/// While it lives, this thread may make calls that CUDA forbids while a stream is captured, by whichever thread.
 class DespiteCaptures {
 public:
     DespiteCaptures() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "looking at captures"); }
@@ -221,7 +221,7 @@ std::shared_ptr<void> allocate_in_stream(index bytes, CUstream_st* stream) {
                 cudaGetDevice(&before);
                 if (before != ordinal) cudaSetDevice(ordinal);
                 forget_error(cudaFreeAsync(pointer, stream));
-                if (before != ordinal) cudaSetDevice(before);
+                if (before != ordinal) forget_error(cudaSetDevice(before));
             }};
 }
 
@@ -279,7 +279,7 @@ bool is_captured(CUstream_st* stream) {
 Mark::Mark() {
     cudaEvent_t event = nullptr;
     check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
-    event_ = {event, [](void* made) { cudaEventDestroy(static_cast<cudaEvent_t>(made)); }};
+    event_ = {event, [](void* made) { forget_error(cudaEventDestroy(static_cast<cudaEvent_t>(made))); }};
 }
 void Mark::set(CUstream_st* stream) {
     check(cudaEventRecord(static_cast<cudaEvent_t>(event_.get()), stream), "recording an event");
@@ -302,18 +302,18 @@ struct Letter::Paper {
 
     /// Many at once: asking for pinned memory may wait for the GPU.
     static std::vector<std::unique_ptr<Paper>> make_some() {
-        constexpr index count = 64;
         const DespiteCaptures despite_captures;
         void* made = nullptr;
-        const cudaError_t error = cudaMallocHost(&made, std::size_t(count * most_bytes));
+        const cudaError_t error = cudaMallocHost(&made, std::size_t(made_at_once * most_bytes));
         if (error == cudaErrorMemoryAllocation) {
             cudaGetLastError();
-            throw OutOfMemory("cannot allocate " + std::to_string(count * most_bytes) + " bytes of pinned main memory");
+            throw OutOfMemory("cannot allocate " + std::to_string(made_at_once * most_bytes) +
+                              " bytes of pinned main memory");
         }
         check(error, "allocating pinned memory");
         const std::shared_ptr<void> all(made, [](void* pointer) { forget_error(cudaFreeHost(pointer)); });
         std::vector<std::unique_ptr<Paper>> papers;
-        for (index i = 0; i < count; ++i)
+        for (index i = 0; i < made_at_once; ++i)
             papers.push_back(std::make_unique<Paper>(
                 std::shared_ptr<void>(all, static_cast<unsigned char*>(made) + i * most_bytes)));
         return papers;
@@ -329,11 +329,17 @@ Letter::Letter() {
     std::unique_ptr<Paper> paper;
     {
         const std::lock_guard lock(mutex);
-        if (!unused.contains(ordinal))
-            for (std::unique_ptr<Paper>& made : Paper::make_some()) unused.emplace(ordinal, std::move(made));
-        const auto found = unused.find(ordinal);
-        paper = std::move(found->second);
-        unused.erase(found);
+        if (const auto found = unused.find(ordinal); found != unused.end()) {
+            paper = std::move(found->second);
+            unused.erase(found);
+        }
+    }
+    if (paper == nullptr) {  // without the lock: others' GPUs do not wait for this one
+        std::vector<std::unique_ptr<Paper>> made = Paper::make_some();
+        paper = std::move(made.back());
+        made.pop_back();
+        const std::lock_guard lock(mutex);
+        for (std::unique_ptr<Paper>& other : made) unused.emplace(ordinal, std::move(other));
     }
     paper_ = {paper.release(), [ordinal](Paper* read) {
                   // Nothing may still be on its way; where that cannot be told, nobody gets it again.

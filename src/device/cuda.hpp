@@ -59,6 +59,7 @@ private:
 class Letter {
 public:
     static constexpr index most_bytes = 4096;
+    static constexpr index made_at_once = 64;
     Letter();
     /// Main memory that the kernel writes, or a copy.
     void* paper();

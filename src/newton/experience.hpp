@@ -75,7 +75,8 @@ void learn(const ExperienceKey& key, const std::function<void(Experience&)>& cha
 /// Of the methods considered, the one that is expected to take least.
 class Weighing {
 public:
-    /// numbers: of the trajectory. explores: a method that was not tried may be the best one; else what was is better.
+    /// numbers: of the trajectory. explores: a method that was not tried may be the best one; else all that were come
+    /// first.
     Weighing(const Experience& seen, double numbers, bool explores = true)
         : seen_(seen), numbers_(numbers), explores_(explores) {}
 

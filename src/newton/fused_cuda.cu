@@ -266,7 +266,7 @@ public:
     }
 
 private:
-    static constexpr std::size_t most = 64;
+    static constexpr std::size_t most = device::Letter::made_at_once / 2;  // the others are for calls on their way
     struct Outcome {
         device::Letter letter;
         Read read;
@@ -352,8 +352,8 @@ protected:
         index length = 0;
         double seconds = std::numeric_limits<double>::infinity();
     };
-    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length). Where a
-    /// stream is captured, `before`, the length that had memory, unless 0.
+    /// The best of the powers of two, or the chunk that was asked for; seconds(number of chunks, their length).
+    /// before: of the last call, whose chunks a captured one keeps, as there is memory for them; 0: there was none.
     template <class Seconds>
     Plan plan(const Seconds& seconds, index before = 0) const {
         const auto with = [&](index length) {
@@ -615,6 +615,9 @@ private:
             if (seen.shooting_works) weighing.consider(Method::shooting, shooting.seconds);
             report_.candidates = weighing.candidates();
             best = report_.candidates.front().method;
+            // What ran does not work, and a workspace may be too small for others: this one takes the least.
+            if (captured_ && options_.workspace != nullptr && !seen.observed.empty() && seen.seen(best).count == 0)
+                best = Method::sequential;
         }
         const bool in_tiles = best == Method::shooting && groups > 0;
         if (in_tiles)

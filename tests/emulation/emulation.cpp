@@ -689,7 +689,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     return *graph == nullptr ? failed(cudaErrorStreamCaptureInvalidated) : failed(broken());
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    std::swap(*mode, emulation::capture_mode);
+    if (broken() == cudaSuccess) std::swap(*mode, emulation::capture_mode);
     return failed(broken());
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
