@@ -11,7 +11,9 @@ if(DEEPPCR_BUILD_MPI)
   endif()
 endif()
 if(DEEPPCR_BUILD_MPI)
-  list(TRANSFORM MPI_CXX_INCLUDE_DIRS PREPEND "-isystem" OUTPUT_VARIABLE mpi_compile_options)
+  set(mpi_directories ${MPI_CXX_INCLUDE_DIRS})
+  list(REMOVE_ITEM mpi_directories ${CMAKE_CXX_IMPLICIT_INCLUDE_DIRECTORIES})  # naming one breaks <cstdlib>
+  list(TRANSFORM mpi_directories PREPEND "-isystem" OUTPUT_VARIABLE mpi_compile_options)
   file(REAL_PATH "${MPI_mpi_LIBRARY}" mpi_library)
   string(REGEX REPLACE "(\\.so\\.[0-9]+)\\..*" "\\1" mpi_library "${mpi_library}")  # without the minor version
 endif()

@@ -12,6 +12,7 @@
 #include <numbers>
 
 #include "nn/basics.hpp"
+#include "nn/device_scope.hpp"
 #include "nn/libtorch.hpp"
 #include "nn/sharing.hpp"
 
@@ -80,6 +81,11 @@ void Optimisation::share(deeppcr::Group& ranks, const std::vector<Tensor>& compl
         if (std::none_of(complete.begin(), complete.end(),
                          [&parameter = parameter](const Tensor& other) { return parameter.is_same(other); }))
             shared_.push_back(parameter);
+    // Ranks on GPUs are connected now, while memory is free, and not in the first step.
+    if (!shared_.empty() && shared_.front().is_cuda()) {
+        const DeviceScope here(shared_.front());
+        ranks.sums_between_gpus();
+    }
 }
 
 double Optimisation::step(index number, double loss) {

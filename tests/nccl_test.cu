@@ -1,11 +1,13 @@
 // Sums over ranks whose GPUs are different ones, from GPU to GPU. Ranks are threads here, GPUs and NCCL are emulated.
 #include <gtest/gtest.h>
+#include <nccl.h>
 
 #include <deeppcr/group.hpp>
 #include <deeppcr/launch.cuh>
 
 #include "distribute/gpus.hpp"
 #include "tests/compare.hpp"
+#include "tests/messages.hpp"
 #include "tests/streams.cuh"
 
 namespace deeppcr {
@@ -83,6 +85,45 @@ TEST_P(Gpus, RanksThatShareAGpuSumThroughMainMemory) {
         cuda::check(cudaSetDevice(shared), "choosing a GPU");
         EXPECT_FALSE(group.sums_between_gpus());
         expect_sums_of_main_memory<float>(group, 1024 * group.size(), Device::cuda(shared));
+    });
+}
+
+/// The others would wait for it.
+TEST_P(Gpus, WhereNcclFailsOnARankSumsGoThroughMainMemory) {
+    emulation::FailingNccl& failing = emulation::failing_nccl();
+    failing.rank = ranks() - 1;
+    for (const auto failure : {emulation::NcclFailure::meeting, emulation::NcclFailure::exchange}) {
+        failing.failure = failure;
+        Group::simulate(ranks(), [](Group& group) {
+            cuda::check(cudaSetDevice(group.rank()), "choosing a GPU");
+            EXPECT_FALSE(group.sums_between_gpus());
+            expect_sums_of_main_memory<float>(group, 1024 * group.size(), Device::cuda(group.rank()));
+        });
+    }
+    failing.failure = emulation::NcclFailure::none;
+}
+
+TEST_P(Gpus, SayWhatIsWrong) {
+    Group::simulate(ranks(), [](Group& group) {
+        const auto sum_on = [&](int ordinal, const Execution& execution) {
+            cuda::check(cudaSetDevice(ordinal), "choosing a GPU");
+            const Buffer<float> values({1, 1, 1024 * group.size()}, Layout::steps_first, Device::cuda(ordinal));
+            group.sum(std::span<float>(values.data(), std::size_t(values.size())), execution);
+        };
+        const int mine = group.rank(), other = (mine + 1) % group.size();
+        sum_on(mine, on_gpu);
+        EXPECT_EQ(message_of([&] { sum_on(other, on_gpu); }), "values: expected on GPU " + std::to_string(mine) +
+                                                                  ", as in the first sum of this group, got on GPU " +
+                                                                  std::to_string(other));
+        cuda::check(cudaSetDevice(mine), "choosing a GPU");
+        const Buffer<float> values({1, 1, 7}, Layout::steps_first, Device::cuda(mine));
+        const Stream stream;
+        group.barrier();
+        Captured(stream, [&] {
+            EXPECT_EQ(message_of([&] { group.sum(std::span<float>(values.data(), 7), stream.execution()); }),
+                      "execution.stream: expected one that is not captured, got one that is captured into a graph");
+        });
+        group.barrier();
     });
 }
 

@@ -30,7 +30,7 @@ public:
 };
 
 /// Between the current GPUs of all ranks, by NCCL; null where two ranks have the same one, the library is not found or
-/// cannot connect them, or this build has no NCCL (no_nccl.cpp). Collective.
+/// cannot connect them (tried by exchanging something), or this build has no NCCL (no_nccl.cpp). Collective.
 std::unique_ptr<Gpus> connect_gpus(Group& group);
 
 }  // namespace deeppcr::distribute

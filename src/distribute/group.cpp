@@ -267,6 +267,8 @@ void Group::sum(std::span<T> values, const Execution& execution) {
     if (size() == 1 || values.empty()) return;
     const index count = index(values.size()), bytes = index(values.size_bytes());
     device::require_on_gpu("values", values.data());
+    if (device::is_captured(execution.stream))
+        throw InvalidArgument("execution.stream", "one that is not captured", "one that is captured into a graph");
     if (sums_slices(count) && gpus() != nullptr) {
         gpus()->sum(*this, values.data(), count, execution.stream);
         Traffic& traffic = traffic_[std::size_t(Purpose::reduce)];

@@ -181,6 +181,8 @@ std::unique_ptr<Messages> connect_world() {
         if (!started_by_launcher()) return nullptr;
         int provided = MPI_THREAD_SINGLE;
         check("MPI_Init_thread", MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided));
+        if (provided < MPI_THREAD_SERIALIZED)  // LibTorch calls from threads of its own
+            throw Error("Group::world: this MPI allows calls from one thread alone (no MPI_THREAD_SERIALIZED)");
         // With the status that the program ends with, which atexit does not tell.
         if (on_exit(leave, nullptr) != 0) throw Error("Group::world: on_exit failed");
     }

@@ -1,12 +1,17 @@
 // Sums between GPUs. Of NCCL only send and receive are used: the order in which its own reductions add depends on how
 // the machines are wired. The library is opened when it is first needed: it has 200 MB, and most have no use for it.
+// Its calls do not block the host: a rank where one fails could not say so to the others, which would wait for it.
 #include <dlfcn.h>
 #include <nccl.h>
+#include <unistd.h>
 
 #include <array>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <deeppcr/launch.cuh>
@@ -20,7 +25,9 @@ namespace {
 struct Nccl {
     decltype(&ncclGetErrorString) error_string = nullptr;
     decltype(&ncclGetUniqueId) unique_id = nullptr;
-    decltype(&ncclCommInitRank) init_rank = nullptr;
+    decltype(&ncclCommInitRankConfig) init_rank = nullptr;
+    decltype(&ncclCommGetAsyncError) ask = nullptr;
+    decltype(&ncclCommAbort) abort = nullptr;
     decltype(&ncclGroupStart) group_start = nullptr;
     decltype(&ncclGroupEnd) group_end = nullptr;
     decltype(&ncclSend) send = nullptr;
@@ -38,7 +45,8 @@ struct Nccl {
             return function != nullptr;
         };
         found = find(error_string, "ncclGetErrorString") && find(unique_id, "ncclGetUniqueId") &&
-                find(init_rank, "ncclCommInitRank") && find(group_start, "ncclGroupStart") &&
+                find(init_rank, "ncclCommInitRankConfig") && find(ask, "ncclCommGetAsyncError") &&
+                find(abort, "ncclCommAbort") && find(group_start, "ncclGroupStart") &&
                 find(group_end, "ncclGroupEnd") && find(send, "ncclSend") && find(receive, "ncclRecv");
     }
 };
@@ -64,8 +72,17 @@ __global__ void __launch_bounds__(cuda::plain_threads)
 
 class NcclGpus final : public Gpus {
 public:
-    NcclGpus(int rank, int ranks, const ncclUniqueId& id) : rank_(rank), ranks_(ranks) {
-        check(nccl().init_rank(&communicator_, ranks, id, rank), "meeting the other ranks");
+    NcclGpus(int rank, int ranks) : rank_(rank), ranks_(ranks), ordinal_(device::current_gpu().ordinal()) {}
+
+    /// Whether all ranks have met, and have exchanged something: only then NCCL has connected them. Collective.
+    bool connect(Group& group, const ncclUniqueId& id) {
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        config.blocking = 0;
+        if (settled(group, nccl().init_rank(&communicator_, ranks_, id, rank_, &config)) && exchanged(group))
+            return true;
+        if (communicator_ != nullptr) nccl().abort(communicator_);
+        communicator_ = nullptr;
+        return false;
     }
 
     void sum(Group& group, float* values, index count, CUstream_st* stream) override {
@@ -78,27 +95,31 @@ public:
 private:
     template <class T>
     void sum_slices(Group& group, T* values, index count, CUstream_st* stream) {
+        if (const int current = device::current_gpu().ordinal(); current != ordinal_)
+            throw InvalidArgument("values",
+                                  "on GPU " + std::to_string(ordinal_) + ", as in the first sum of this group",
+                                  "on GPU " + std::to_string(current));
         const Slice mine = slice(count, rank_, ranks_);
         reserve(group, (count / ranks_ + 1) * ranks_ * index(sizeof(T)));
         done_.wait_in(stream);
         T* const received = static_cast<T*>(received_.get());
-        exchange(
+        finish(exchange(
             [&](int other, const auto& send, const auto& receive) {
                 const Slice theirs = slice(count, other, ranks_);
                 send(values + theirs.first, theirs.count());
                 receive(received + mine.count() * other, mine.count());
             },
-            stream);
+            stream));
         if (mine.count() > 0)
             cuda::launch(cuda::one_each(mine.count(), stream), add_slices<T>, received, rank_, ranks_, mine.count(),
                          values + mine.first);
-        exchange(
+        finish(exchange(
             [&](int other, const auto& send, const auto& receive) {
                 const Slice theirs = slice(count, other, ranks_);
                 send(values + mine.first, mine.count());
                 receive(values + theirs.first, theirs.count());
             },
-            stream);
+            stream));
         done_.set(stream);
     }
 
@@ -117,12 +138,11 @@ private:
     }
 
     /// For every other rank body(rank, send, receive), which call send(from, count) and receive(to, count) once. What
-    /// goes wrong is thrown when NCCL's group of calls has ended, or the next would be a part of it.
+    /// has gone wrong first, when NCCL's group of calls has ended, or the next would be a part of it.
     template <class Body>
-    void exchange(const Body& body, CUstream_st* stream) {
-        check(nccl().group_start(), "beginning an exchange");
-        ncclResult_t first = ncclSuccess;
-        const auto note = [&](ncclResult_t result) { first = first == ncclSuccess ? result : first; };
+    ncclResult_t exchange(const Body& body, CUstream_st* stream) {
+        ncclResult_t first = nccl().group_start();
+        const auto note = [&](ncclResult_t result) { first = has_failed(first) ? first : result; };
         for (int distance = 1; distance < ranks_; ++distance) {
             const int other = (rank_ + distance) % ranks_;
             body(
@@ -135,23 +155,76 @@ private:
                 });
         }
         note(nccl().group_end());
-        check(first, "exchanging values");
+        return first;
+    }
+    static bool has_failed(ncclResult_t result) { return result != ncclSuccess && result != ncclInProgress; }
+
+    /// How far what has begun so is by now.
+    ncclResult_t look(ncclResult_t result) const {
+        ncclResult_t now = result;
+        if (result == ncclInProgress && nccl().ask(communicator_, &now) != ncclSuccess) return ncclSystemError;
+        return now;
+    }
+    /// Until what has begun is in the stream, and what comes behind it may be enqueued.
+    void finish(ncclResult_t result) const {
+        while ((result = look(result)) == ncclInProgress) std::this_thread::yield();
+        check(result, "exchanging values");
+    }
+    /// Until what has begun is done on all ranks, or has failed on one, or takes longer than anything that works:
+    /// whether it is done. Collective.
+    bool settled(Group& group, ncclResult_t result) const {
+        using Clock = std::chrono::steady_clock;
+        constexpr std::chrono::minutes patience(2);
+        const Clock::time_point begin = Clock::now();
+        for (;;) {
+            result = look(result);
+            const bool fails = has_failed(result) || Clock::now() - begin > patience;
+            std::array<index, 2> told{result == ncclInProgress, fails};
+            group.maximum(std::span<index>(told));
+            if (told[1] != 0) return false;
+            if (told[0] == 0) return true;
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+    /// A byte from every rank to every other: whether it gets there. Collective.
+    bool exchanged(Group& group) {
+        ncclResult_t result = ncclSystemError;
+        try {
+            received_ = device::allocate_on_gpu(2 * ranks_, device::current_gpu());
+            auto* const bytes = static_cast<unsigned char*>(received_.get());
+            result = exchange(
+                [&](int other, const auto& send, const auto& receive) {
+                    send(bytes + other, 1);
+                    receive(bytes + ranks_ + other, 1);
+                },
+                nullptr);
+        } catch (const Error&) {
+        }
+        if (!settled(group, result)) return false;
+        device::synchronise(nullptr);
+        return true;
     }
 
-    int rank_, ranks_;
+    int rank_, ranks_, ordinal_;
     ncclComm_t communicator_ = nullptr;  // to the end of the process: its end would wait for ranks that have failed
     std::shared_ptr<void> received_;
     index bytes_ = 0;
     device::Mark done_;  // with received_
 };
 
-using Name = std::array<char, 16>;
+using Name = std::array<char, 320>;
 
+/// What NCCL tells GPUs apart by: their machine, NCCL_HOSTID where that is set, and their place on its bus.
 Name name_of_gpu() {
-    cudaDeviceProp properties{};
-    cuda::check(cudaGetDeviceProperties(&properties, device::current_gpu().ordinal()), "looking at a GPU");
+    constexpr int place_bytes = 64;
     Name name{};
-    std::memcpy(name.data(), properties.uuid.bytes, name.size());
+    cuda::check(cudaDeviceGetPCIBusId(name.data(), place_bytes, device::current_gpu().ordinal()), "looking at a GPU");
+    char* const machine = name.data() + place_bytes;
+    const std::size_t most = name.size() - place_bytes - 1;
+    if (const char* const chosen = std::getenv("NCCL_HOSTID"); chosen != nullptr)
+        std::strncpy(machine, chosen, most);
+    else
+        gethostname(machine, most);
     return name;
 }
 
@@ -167,12 +240,11 @@ bool everywhere(Group& group, bool condition) {
 std::unique_ptr<Gpus> connect_gpus(Group& group) {
     if (!everywhere(group, nccl().found)) return nullptr;
     Name name{};
-    ncclUniqueId id{};
-    bool good = true;
+    std::unique_ptr<NcclGpus> gpus;
     std::exception_ptr problem;
     try {
         name = name_of_gpu();
-        if (group.rank() == 0) good = nccl().unique_id(&id) == ncclSuccess;
+        gpus = std::make_unique<NcclGpus>(group.rank(), group.size());
     } catch (...) {
         problem = std::current_exception();
     }
@@ -181,14 +253,13 @@ std::unique_ptr<Gpus> connect_gpus(Group& group) {
     group.gather(std::span<const char>(name), std::span<char>(names));
     std::set<std::string> different;
     for (std::size_t i = 0; i < names.size(); i += name.size()) different.emplace(names.data() + i, name.size());
-    if (!everywhere(group, good && index(different.size()) == group.size())) return nullptr;
+    if (index(different.size()) < group.size()) return nullptr;
+    ncclUniqueId id{};
+    const bool good = group.rank() != 0 || nccl().unique_id(&id) == ncclSuccess;
+    if (!everywhere(group, good)) return nullptr;
     group.broadcast(std::span<char>(id.internal));
-    std::unique_ptr<Gpus> gpus;
-    try {
-        gpus = std::make_unique<NcclGpus>(group.rank(), group.size(), id);
-    } catch (const Error&) {  // no way between them, or a limit of the machine's
-    }
-    return everywhere(group, gpus != nullptr) ? std::move(gpus) : nullptr;
+    if (!gpus->connect(group, id)) return nullptr;  // no way between them, or a limit of the machine's
+    return gpus;
 }
 
 }  // namespace deeppcr::distribute

@@ -252,12 +252,8 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
-struct cudaUUID_t {
-    char bytes[16];
-};
 struct cudaDeviceProp {
     char name[256];
-    cudaUUID_t uuid;
 };
 
 const char* cudaGetErrorString(cudaError_t error);
@@ -267,6 +263,7 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaDeviceGetPCIBusId(char* id, int most, int device);
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);
 cudaError_t cudaMalloc(void** memory, std::size_t bytes);
 cudaError_t cudaFree(void* memory);

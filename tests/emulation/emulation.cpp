@@ -534,7 +534,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     std::snprintf(properties->name, sizeof properties->name, "emulated GPU %d", device);
-    properties->uuid = {{char(device)}};
+    return failed(broken());
+}
+cudaError_t cudaDeviceGetPCIBusId(char* id, int most, int device) {
+    std::snprintf(id, std::size_t(most), "0000:%02x:00.0", device);
     return failed(broken());
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {

@@ -1,24 +1,51 @@
-// NCCL over the emulation of CUDA, as far as this library uses it. Ranks are threads of this process. What is enqueued
-// happens when a group of calls ends: as if each rank waited for the others there.
+// NCCL over the emulation of CUDA, as far as this library uses it: without blocking the host. Ranks are threads of this
+// process. What is enqueued happens when it is asked for: as if each rank waited for the others there.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 
 #include <cuda_runtime.h>
 
-enum ncclResult_t { ncclSuccess = 0, ncclInvalidArgument = 4, ncclInvalidUsage = 5 };
+enum ncclResult_t {
+    ncclSuccess = 0,
+    ncclSystemError = 2,
+    ncclInvalidArgument = 4,
+    ncclInvalidUsage = 5,
+    ncclInProgress = 7
+};
 enum ncclDataType_t { ncclUint8 = 1 };
 struct ncclUniqueId {
     char internal[128];
 };
+struct ncclConfig_t {
+    int blocking;
+};
+#define NCCL_CONFIG_INITIALIZER \
+    { 1 }
 struct ncclComm;
 using ncclComm_t = ncclComm*;
+
+namespace emulation {
+
+/// Where NCCL fails, and on which rank alone: the others wait for it for ever.
+enum class NcclFailure { none, meeting, exchange };
+struct FailingNccl {
+    std::atomic<NcclFailure> failure = NcclFailure::none;
+    std::atomic<int> rank = 0;
+};
+FailingNccl& failing_nccl();
+
+}  // namespace emulation
 
 extern "C" {
 const char* ncclGetErrorString(ncclResult_t result);
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id);
-/// Returns when all ranks have called it. ncclInvalidUsage where two have the same GPU.
-ncclResult_t ncclCommInitRank(ncclComm_t* communicator, int ranks, ncclUniqueId id, int rank);
+/// In progress until all ranks have called it; then ncclInvalidUsage on those that have another's GPU.
+ncclResult_t ncclCommInitRankConfig(ncclComm_t* communicator, int ranks, ncclUniqueId id, int rank,
+                                    ncclConfig_t* config);
+ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t* state);
+ncclResult_t ncclCommAbort(ncclComm_t communicator);
 ncclResult_t ncclGroupStart();
 ncclResult_t ncclGroupEnd();
 ncclResult_t ncclSend(const void* from, std::size_t count, ncclDataType_t type, int to, ncclComm_t communicator,
