@@ -90,17 +90,32 @@ TEST_P(Gpus, RanksThatShareAGpuSumThroughMainMemory) {
 
 /// The others would wait for it.
 TEST_P(Gpus, WhereNcclFailsOnARankSumsGoThroughMainMemory) {
+    using emulation::NcclFailure;
     emulation::FailingNccl& failing = emulation::failing_nccl();
     failing.rank = ranks() - 1;
-    for (const auto failure : {emulation::NcclFailure::meeting, emulation::NcclFailure::exchange}) {
+    for (const NcclFailure failure : {NcclFailure::meeting_at_once, NcclFailure::meeting, NcclFailure::exchange_at_once,
+                                      NcclFailure::exchange, NcclFailure::wrong_bytes}) {
+        SCOPED_TRACE(int(failure));
         failing.failure = failure;
+        failing.aborts = 0;
         Group::simulate(ranks(), [](Group& group) {
             cuda::check(cudaSetDevice(group.rank()), "choosing a GPU");
             EXPECT_FALSE(group.sums_between_gpus());
             expect_sums_of_main_memory<float>(group, 1024 * group.size(), Device::cuda(group.rank()));
         });
+        EXPECT_EQ(failing.aborts, ranks() - (failure == NcclFailure::meeting_at_once ? 1 : 0));
     }
-    failing.failure = emulation::NcclFailure::none;
+    failing.failure = NcclFailure::none;
+}
+
+/// One rank has no memory for the first exchange.
+TEST_P(Gpus, WithoutMemoryOnARankSumsGoThroughMainMemory) {
+    Group::simulate(ranks(), [](Group& group) {
+        cuda::check(cudaSetDevice(group.rank()), "choosing a GPU");
+        if (group.rank() == 0) emulation::machine().good_allocations = 0;
+        EXPECT_FALSE(group.sums_between_gpus());
+    });
+    EXPECT_EQ(emulation::machine().good_allocations, -1);
 }
 
 TEST_P(Gpus, SayWhatIsWrong) {

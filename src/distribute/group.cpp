@@ -287,7 +287,10 @@ void Group::sum(std::span<T> values, const Execution& execution) {
 bool Group::sums_between_gpus() { return size() > 1 && gpus() != nullptr; }
 
 distribute::Gpus* Group::gpus() {
-    if (!gpus_) gpus_ = distribute::connect_gpus(*this);
+    if (gpus_) return gpus_->get();
+    const auto before = traffic_;
+    gpus_ = distribute::connect_gpus(*this);
+    traffic_ = before;  // without messages that are as many as time has it
     return gpus_->get();
 }
 

@@ -175,17 +175,19 @@ private:
 }  // namespace
 
 std::unique_ptr<Messages> connect_world() {
-    int initialised = 0;
+    static bool initialised_here = false;
+    int initialised = 0, provided = MPI_THREAD_SERIALIZED;
     check("MPI_Initialized", MPI_Initialized(&initialised));
     if (initialised == 0) {
         if (!started_by_launcher()) return nullptr;
-        int provided = MPI_THREAD_SINGLE;
         check("MPI_Init_thread", MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided));
-        if (provided < MPI_THREAD_SERIALIZED)  // LibTorch calls from threads of its own
-            throw Error("Group::world: this MPI allows calls from one thread alone (no MPI_THREAD_SERIALIZED)");
+        initialised_here = true;
         // With the status that the program ends with, which atexit does not tell.
         if (on_exit(leave, nullptr) != 0) throw Error("Group::world: on_exit failed");
     }
+    if (initialised_here) check("MPI_Query_thread", MPI_Query_thread(&provided));
+    if (provided < MPI_THREAD_SERIALIZED)  // LibTorch calls from threads of its own
+        throw Error("Group::world: this MPI allows calls from one thread alone (no MPI_THREAD_SERIALIZED)");
     return std::make_unique<WorldMessages>();
 }
 

@@ -9,6 +9,8 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -59,6 +61,13 @@ void check(ncclResult_t result, const char* doing) {
     if (result != ncclSuccess) throw Error(std::string("NCCL, ") + doing + ": " + nccl().error_string(result));
 }
 
+/// Whether a condition holds on every rank.
+bool everywhere(Group& group, bool condition) {
+    index missing = condition ? 0 : 1;
+    group.maximum(std::span(&missing, 1));
+    return missing == 0;
+}
+
 /// own[i] = slices[0][i] + slices[1][i] + ..., from the first rank to the last; own itself is what `rank` has.
 template <class T>
 __global__ void __launch_bounds__(cuda::plain_threads)
@@ -74,15 +83,17 @@ class NcclGpus final : public Gpus {
 public:
     NcclGpus(int rank, int ranks) : rank_(rank), ranks_(ranks), ordinal_(device::current_gpu().ordinal()) {}
 
-    /// Whether all ranks have met, and have exchanged something: only then NCCL has connected them. Collective.
+    /// Whether all ranks have met, and bytes have come from all of them: only then NCCL has connected them. Collective.
     bool connect(Group& group, const ncclUniqueId& id) {
-        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-        config.blocking = 0;
-        if (settled(group, nccl().init_rank(&communicator_, ranks_, id, rank_, &config)) && exchanged(group))
-            return true;
-        if (communicator_ != nullptr) nccl().abort(communicator_);
-        communicator_ = nullptr;
-        return false;
+        bool connected = false;
+        try {
+            connected = meets(group, id) && exchanges(group);
+        } catch (...) {
+            abort();
+            throw;
+        }
+        if (!connected) abort();
+        return connected;
     }
 
     void sum(Group& group, float* values, index count, CUstream_st* stream) override {
@@ -171,38 +182,67 @@ private:
         check(result, "exchanging values");
     }
     /// Until what has begun is done on all ranks, or has failed on one, or takes longer than anything that works:
-    /// whether it is done. Collective.
-    bool settled(Group& group, ncclResult_t result) const {
+    /// whether it is done. now(): how far it is here. Collective.
+    template <class Now>
+    static bool settles(Group& group, const Now& now) {
         using Clock = std::chrono::steady_clock;
-        constexpr std::chrono::minutes patience(2);
-        const Clock::time_point begin = Clock::now();
+        constexpr std::chrono::minutes patience(5);
+        std::optional<Clock::time_point> begin;  // when all ranks were here
         for (;;) {
-            result = look(result);
-            const bool fails = has_failed(result) || Clock::now() - begin > patience;
-            std::array<index, 2> told{result == ncclInProgress, fails};
+            const ncclResult_t state = now();
+            const bool in_progress = state == ncclInProgress;
+            const bool late = in_progress && begin && Clock::now() - *begin > patience;
+            std::array<index, 2> told{in_progress, has_failed(state) || late};
             group.maximum(std::span<index>(told));
             if (told[1] != 0) return false;
             if (told[0] == 0) return true;
+            if (!begin) begin = Clock::now();
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         }
     }
-    /// A byte from every rank to every other: whether it gets there. Collective.
-    bool exchanged(Group& group) {
-        ncclResult_t result = ncclSystemError;
+    bool meets(Group& group, const ncclUniqueId& id) {
+        ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+        config.blocking = 0;
+        ncclResult_t state = nccl().init_rank(&communicator_, ranks_, id, rank_, &config);
+        return settles(group, [&] { return state = look(state); });
+    }
+    /// A byte from every rank to every other.
+    bool exchanges(Group& group) {
+        const auto byte_of = [](int rank) { return static_cast<unsigned char>(rank + 1); };
+        ncclResult_t state = ncclSystemError;
         try {
-            received_ = device::allocate_on_gpu(2 * ranks_, device::current_gpu());
+            received_ = device::allocate_on_gpu(ranks_, device::current_gpu());
             auto* const bytes = static_cast<unsigned char*>(received_.get());
-            result = exchange(
+            device::fill_bytes(bytes, 0, ranks_, nullptr);
+            device::fill_bytes(bytes + rank_, byte_of(rank_), 1, nullptr);
+            state = exchange(
                 [&](int other, const auto& send, const auto& receive) {
-                    send(bytes + other, 1);
-                    receive(bytes + ranks_ + other, 1);
+                    send(bytes + rank_, 1);
+                    receive(bytes + other, 1);
                 },
                 nullptr);
-        } catch (const Error&) {
+        } catch (...) {  // as with any other failure, there are sums through main memory
         }
-        if (!settled(group, result)) return false;
-        device::synchronise(nullptr);
-        return true;
+        const auto now = [&]() -> ncclResult_t {
+            if ((state = look(state)) != ncclSuccess) return state;
+            // It is in the stream. What happens on the way is told there, or, later, by NCCL.
+            if (const ncclResult_t later = look(ncclInProgress); later != ncclSuccess) return later;
+            const cudaError_t done = cudaStreamQuery(nullptr);
+            return done == cudaSuccess         ? ncclSuccess
+                   : done == cudaErrorNotReady ? ncclInProgress
+                                               : ncclUnhandledCudaError;
+        };
+        if (!settles(group, now)) return false;
+        std::vector<unsigned char> bytes(static_cast<std::size_t>(ranks_));
+        device::copy_by_gpu(bytes.data(), received_.get(), ranks_);
+        bool right = true;
+        for (int other = 0; other < ranks_; ++other) right = right && bytes[std::size_t(other)] == byte_of(other);
+        return everywhere(group, right);
+    }
+    /// Ends what NCCL may still be doing, also on the GPU. Not collective.
+    void abort() {
+        if (communicator_ != nullptr) nccl().abort(communicator_);
+        communicator_ = nullptr;
     }
 
     int rank_, ranks_, ordinal_;
@@ -212,27 +252,25 @@ private:
     device::Mark done_;  // with received_
 };
 
-using Name = std::array<char, 320>;
+using Name = std::array<char, 384>;
 
-/// What NCCL tells GPUs apart by: their machine, NCCL_HOSTID where that is set, and their place on its bus.
+/// What NCCL tells GPUs apart by: their machine as it runs, or NCCL_HOSTID where that is set, and their place on its
+/// bus.
 Name name_of_gpu() {
     constexpr int place_bytes = 64;
     Name name{};
     cuda::check(cudaDeviceGetPCIBusId(name.data(), place_bytes, device::current_gpu().ordinal()), "looking at a GPU");
-    char* const machine = name.data() + place_bytes;
-    const std::size_t most = name.size() - place_bytes - 1;
-    if (const char* const chosen = std::getenv("NCCL_HOSTID"); chosen != nullptr)
-        std::strncpy(machine, chosen, most);
-    else
-        gethostname(machine, most);
+    std::string machine;
+    if (const char* const chosen = std::getenv("NCCL_HOSTID"); chosen != nullptr) {
+        machine = chosen;
+    } else {
+        std::array<char, 256> host{};
+        gethostname(host.data(), host.size() - 1);
+        std::ifstream("/proc/sys/kernel/random/boot_id") >> machine;
+        machine += host.data();
+    }
+    machine.copy(name.data() + place_bytes, name.size() - place_bytes);
     return name;
-}
-
-/// Whether a condition holds on every rank.
-bool everywhere(Group& group, bool condition) {
-    index missing = condition ? 0 : 1;
-    group.maximum(std::span(&missing, 1));
-    return missing == 0;
 }
 
 }  // namespace

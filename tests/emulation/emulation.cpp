@@ -641,6 +641,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t where) {
     const CUstream_st& stream = resolve(where);
     return emulation::wait([&] { return stream.operations.empty(); });
 }
+/// What is enqueued happens now, but is not said to be done before the next time.
+cudaError_t cudaStreamQuery(cudaStream_t where) {
+    const Lock lock(one_at_a_time);
+    const CUstream_st& stream = resolve(where);
+    const bool done = stream.operations.empty();
+    const cudaError_t error = emulation::wait([&] { return stream.operations.empty(); });
+    return error == cudaSuccess && !done ? cudaErrorNotReady : error;
+}
 cudaError_t cudaDeviceSynchronize() {
     const Lock lock(one_at_a_time);
     return emulation::wait(emulation::all_done);

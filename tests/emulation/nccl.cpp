@@ -58,6 +58,8 @@ bool fails(emulation::NcclFailure where, int rank) {
 
 /// The meeting's mutex is held.
 ncclResult_t look(ncclComm& here) {
+    if (fails(here.met ? emulation::NcclFailure::exchange : emulation::NcclFailure::meeting, here.rank))
+        return ncclSystemError;
     if (!here.met) {
         if (int(here.meeting.gpus.size()) < here.ranks) return ncclInProgress;
         const int gpu = here.meeting.gpus.at(here.rank);
@@ -71,6 +73,7 @@ ncclResult_t look(ncclComm& here) {
         if (letters.empty()) return ncclInProgress;
         if (letters.front().size() != call.bytes) return ncclInvalidArgument;
         std::copy(letters.front().begin(), letters.front().end(), static_cast<std::byte*>(call.memory));
+        if (fails(emulation::NcclFailure::wrong_bytes, here.rank)) std::memset(call.memory, 0, call.bytes);
         letters.pop_front();
         here.awaited.pop_back();
     }
@@ -106,8 +109,9 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* communicator, int ranks, ncclUni
     cudaGetDevice(&gpu);
     Meeting& meeting = meeting_of(number);
     const std::lock_guard lock(meeting.mutex);
+    *communicator = nullptr;
+    if (fails(emulation::NcclFailure::meeting_at_once, rank)) return ncclSystemError;
     *communicator = meeting.communicators.emplace_back(new ncclComm{rank, ranks, meeting}).get();
-    if (fails(emulation::NcclFailure::meeting, rank)) return (*communicator)->state = ncclSystemError;
     meeting.gpus[rank] = gpu;
     return ncclInProgress;
 }
@@ -120,6 +124,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t* state)
 }
 
 ncclResult_t ncclCommAbort(ncclComm_t communicator) {
+    ++emulation::failing_nccl().aborts;
+    const std::lock_guard lock(communicator->meeting.mutex);
     communicator->awaited.clear();
     communicator->state = ncclSystemError;
     return ncclSuccess;
@@ -135,7 +141,7 @@ ncclResult_t ncclGroupEnd() {
     in_group = false;
     if (all.empty()) return ncclSuccess;
     ncclComm& here = *all.front().communicator;
-    if (fails(emulation::NcclFailure::exchange, here.rank)) return here.state = ncclSystemError;
+    if (fails(emulation::NcclFailure::exchange_at_once, here.rank)) return here.state = ncclSystemError;
     cudaStreamSynchronize(all.front().stream);
     const std::lock_guard lock(here.meeting.mutex);
     for (const Call& call : all) {

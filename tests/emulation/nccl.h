@@ -9,6 +9,7 @@
 
 enum ncclResult_t {
     ncclSuccess = 0,
+    ncclUnhandledCudaError = 1,
     ncclSystemError = 2,
     ncclInvalidArgument = 4,
     ncclInvalidUsage = 5,
@@ -28,11 +29,12 @@ using ncclComm_t = ncclComm*;
 
 namespace emulation {
 
-/// Where NCCL fails, and on which rank alone: the others wait for it for ever.
-enum class NcclFailure { none, meeting, exchange };
+/// Where NCCL fails, by the call itself or when it is asked, and on which rank alone: the others wait for it for ever.
+enum class NcclFailure { none, meeting_at_once, meeting, exchange_at_once, exchange, wrong_bytes };
 struct FailingNccl {
     std::atomic<NcclFailure> failure = NcclFailure::none;
     std::atomic<int> rank = 0;
+    std::atomic<int> aborts = 0;
 };
 FailingNccl& failing_nccl();
 
