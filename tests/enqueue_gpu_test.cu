@@ -38,6 +38,16 @@ struct Enqueued {
     void backward(const Options& options) const {
         enqueue_adjoint(recurrence, trajectory.view(), status(), gradient, {inputs, parameters, initial}, options);
     }
+    /// `forward` as a graph, which finds no trajectory there. Waits.
+    void capture_and_launch(const Stream& stream, const Options& options) const {
+        const Captured graph(stream, [&] { forward(options); });
+        clear_trajectory();
+        graph.launch();
+        stream.wait();
+    }
+    void clear_trajectory() const {
+        detail::fill_zeros(trajectory.data(), trajectory.size() * index(sizeof(T)), Device::cuda());
+    }
     /// Waits.
     Status outcome() const {
         index told = -1;
@@ -112,7 +122,7 @@ TEST_F(Enqueue, AutomaticIsRightFromTheFirstCallOn) {
     const Enqueued<ParaLSTM, float> found(*problem.there, problem.there_gradient);
     const Buffer<float> expected = problem.expected();
     for (int times = 0; times < 12; ++times) {
-        detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
+        found.clear_trajectory();
         found.forward({.execution = gpu});
         EXPECT_EQ(found.outcome(), Status::converged) << times;
         EXPECT_LE(largest_difference<float>(found.trajectory.on(Device::host()), expected), 1e-4) << times;
@@ -315,17 +325,14 @@ TEST_F(Enqueue, AutomaticIsCapturedAfterAnyCall) {
             found.forward(options);
             stream.wait();
         }
-        const Captured graph(stream, [&] { found.forward(options); });
-        detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
-        graph.launch();
-        stream.wait();
+        found.capture_and_launch(stream, options);
         EXPECT_EQ(found.outcome(), Status::converged);
         EXPECT_LE(largest_difference<float>(found.trajectory.on(Device::host()), problem.expected()), 1e-4);
     }
 }
 
 /// After a call whose method will not be chosen again.
-TEST_F(Enqueue, WhatDoesNotWorkIsNotCaptured) {
+TEST_F(Enqueue, ACaptureAfterWhatDoesNotWorkIsRight) {
     const Problem<DiagonalElman, float> problem({3000, 1, 3}, 3, 8);
     const Enqueued<DiagonalElman, float> found(*problem.there, problem.there_gradient);
     const Stream stream;
@@ -334,10 +341,7 @@ TEST_F(Enqueue, WhatDoesNotWorkIsNotCaptured) {
     for (int calls = 1; calls < 4; ++calls) {
         found.forward(options);
         stream.wait();
-        const Captured graph(stream, [&] { found.forward(options); });
-        detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
-        graph.launch();
-        stream.wait();
+        found.capture_and_launch(stream, options);
         EXPECT_LE(found.outcome(), Status::finished_sequentially);
         EXPECT_LE(problem.residual(found.trajectory.on(Device::host()), 0, 3000), 1e-4) << calls;
     }
@@ -357,10 +361,7 @@ TEST_F(Enqueue, ChunksThatRanAreCaptured) {
     stream.wait();
     const Buffer<float> expected = found.trajectory.on(Device::host());
     EXPECT_LE(largest_difference<float>(expected, fast.expected()), 1e-4);
-    const Captured graph(stream, [&] { found.forward(options); });
-    detail::fill_zeros(found.trajectory.data(), found.trajectory.size() * index(sizeof(float)), Device::cuda());
-    graph.launch();
-    stream.wait();
+    found.capture_and_launch(stream, options);
     EXPECT_EQ(found.outcome(), Status::converged);
     EXPECT_TRUE(same_numbers(found.trajectory, expected));
 }

@@ -120,16 +120,16 @@ TEST_P(Gpus, WithoutMemoryOnARankSumsGoThroughMainMemory) {
 
 TEST_P(Gpus, SayWhatIsWrong) {
     Group::simulate(ranks(), [](Group& group) {
-        const auto sum_on = [&](int ordinal, const Execution& execution) {
+        const auto sum_on = [&](int ordinal) {
             cuda::check(cudaSetDevice(ordinal), "choosing a GPU");
             const Buffer<float> values({1, 1, 1024 * group.size()}, Layout::steps_first, Device::cuda(ordinal));
-            group.sum(std::span<float>(values.data(), std::size_t(values.size())), execution);
+            group.sum(std::span<float>(values.data(), std::size_t(values.size())), on_gpu);
         };
         const int mine = group.rank(), other = (mine + 1) % group.size();
-        sum_on(mine, on_gpu);
-        EXPECT_EQ(message_of([&] { sum_on(other, on_gpu); }), "values: expected on GPU " + std::to_string(mine) +
-                                                                  ", as in the first sum of this group, got on GPU " +
-                                                                  std::to_string(other));
+        sum_on(mine);
+        EXPECT_EQ(message_of([&] { sum_on(other); }), "values: expected on GPU " + std::to_string(mine) +
+                                                          ", as in the first sum of this group, got on GPU " +
+                                                          std::to_string(other));
         cuda::check(cudaSetDevice(mine), "choosing a GPU");
         const Buffer<float> values({1, 1, 7}, Layout::steps_first, Device::cuda(mine));
         const Stream stream;

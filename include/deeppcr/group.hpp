@@ -83,7 +83,7 @@ public:
     /// The same sums, bit for bit, of values that lie in the current GPU's memory where `execution` is on one; float
     /// and double. Where the ranks' GPUs are different ones, and NCCL is found, many values go from GPU to GPU, and the
     /// call returns before its stream has done it; else they go through main memory. The first such call decides, and
-    /// with it the GPU of each rank.
+    /// with it the GPU of each rank. Throws InvalidArgument on another one then, and in a stream that is captured.
     template <class T>
     void sum(std::span<T> values, const Execution& execution);
     /// Whether it goes from GPU to GPU. Collective if it is the first such call.

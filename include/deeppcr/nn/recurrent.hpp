@@ -89,7 +89,7 @@ public:
     void reset() override;
     void pretty_print(std::ostream& stream) const override;
 
-    /// What the last call did, for each layer and direction; none where options.reports() has it so.
+    /// What the last call did, for each layer and direction; none unless options.reports() has it so.
     const std::vector<Report>& reports() const { return reports_; }
 
     RecurrentOptions options;  ///< `evaluation`, `dropout`, `batch_first` and `reports` may be changed between calls
