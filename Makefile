@@ -44,8 +44,8 @@ format:
 tidy:
 	@tools/install-packages build test
 	@$(CONFIGURE) -DDEEPPCR_BUILD_TESTS=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF
-	git ls-files 'src/*.cpp' 'files/*.cpp' 'cli/*.cpp' 'nn/*.cpp' | \
-	    xargs --max-args=1 --max-procs=$(JOBS) clang-tidy-14 -p build --quiet
+	sed -n 's/^ *"file": "\(.*\)",\{0,1\}$$/\1/p' build/compile_commands.json | grep -v '\.cu$$' | \
+	    xargs --max-args=1 --max-procs=$(JOBS) clang-tidy-14 --config-file=.clang-tidy -p build --quiet
 
 clean:
 	rm -rf build

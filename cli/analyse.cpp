@@ -21,7 +21,7 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct AnalyseArguments {
     std::string file, inputs, module;
     index steps = 4096, batch = 1, heads = 1;
     std::uint64_t seed = 1;
@@ -222,8 +222,8 @@ Json to_json(const std::string& description, const Shape& shape, const Analysis&
 }
 
 template <class T>
-Analysis analyse_with_progress(const Recurrence<T>& recurrence, const std::string& title, const Arguments& arguments,
-                               bool trials) {
+Analysis analyse_with_progress(const Recurrence<T>& recurrence, const std::string& title,
+                               const AnalyseArguments& arguments, bool trials) {
     Progress progress(title, 1);
     AnalysisOptions options{
         .evaluation = {.tolerance = arguments.tolerance, .execution = {.threads = arguments.threads}},
@@ -249,7 +249,7 @@ std::string shape_text(const Shape& shape, bool float64) {
 
 /// Normal numbers, or those of a file; of the type that the model has.
 template <class T>
-Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
+Buffer<T> inputs_of(const AnalyseArguments& arguments, const ModelFile& model) {
     index width = 0;
     if (__builtin_mul_overflow(model.inputs(), model.recurrent() ? arguments.heads : 1, &width))
         throw InvalidArgument("--heads", "a number of heads that fits the memory", std::to_string(arguments.heads));
@@ -286,7 +286,7 @@ Buffer<T> inputs_of(const Arguments& arguments, const ModelFile& model) {
 }
 
 template <class T>
-void analyse_model(const Arguments& arguments, const ModelFile& model, Output& output) {
+void analyse_model(const AnalyseArguments& arguments, const ModelFile& model, Output& output) {
     Buffer<T> input = inputs_of<T>(arguments, model);
     for (index layer = 0; layer < model.layers(); ++layer) {
         Buffer<T> next;
@@ -346,7 +346,7 @@ struct Solution {
 };
 
 template <class T>
-std::vector<Solution> try_solutions(const BidiagonalSystem<T>& system, const Arguments& arguments) {
+std::vector<Solution> try_solutions(const BidiagonalSystem<T>& system, const AnalyseArguments& arguments) {
     std::vector<Solution> solutions{{Reduction::sequential, "substitution"},
                                     {Reduction::scan, "scan"},
                                     {Reduction::pcr, "parallel cyclic reduction"},
@@ -373,7 +373,7 @@ std::vector<Solution> try_solutions(const BidiagonalSystem<T>& system, const Arg
 
 /// Jacobians of a file: how they make errors grow, and how their linear recurrence is solved fastest.
 template <class T>
-void analyse_jacobians(const Arguments& arguments, const BlockShape& problem, Output& output) {
+void analyse_jacobians(const AnalyseArguments& arguments, const BlockShape& problem, Output& output) {
     const auto& [shape, block] = problem;
     const std::vector<T> jacobians = read_finite<T>(arguments.file);
     const bool random = arguments.inputs.empty();
@@ -431,7 +431,7 @@ void analyse_jacobians(const Arguments& arguments, const BlockShape& problem, Ou
     output.result["recurrences"].push_back(result);
 }
 
-void analyse_jacobian_file(const Arguments& arguments, Output& output) {
+void analyse_jacobian_file(const AnalyseArguments& arguments, Output& output) {
     const files::NpyHeader header = files::read_npy_header(arguments.file);
     const BlockShape problem = block_shape_of(arguments.file, header.shape);
     if (problem.states.count() < 1)
@@ -446,7 +446,7 @@ void analyse_jacobian_file(const Arguments& arguments, Output& output) {
         analyse_jacobians<float>(arguments, problem, output);
 }
 
-Exit run_analyse(const Arguments& arguments, Output& output) {
+Exit run_analyse(const AnalyseArguments& arguments, Output& output) {
     if (!(arguments.tolerance >= 0 && std::isfinite(arguments.tolerance)))
         throw InvalidArgument("--tolerance", "a finite number of 0 or more", std::to_string(arguments.tolerance));
     if (arguments.file.ends_with(".npy")) {
@@ -464,7 +464,7 @@ Exit run_analyse(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_analyse(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<AnalyseArguments>();
     CLI::App& command = program.add(
         "analyse", "Tell whether a recurrence can be evaluated in parallel, how, and whether that pays here",
         "  deeppcr analyse model.safetensors --inputs u.npy\n"

@@ -18,7 +18,7 @@ namespace {
 
 using files::Tensor;
 
-struct Arguments {
+struct EvaluateArguments {
     std::string model, inputs, initial, output;
     index steps = 0, width = 0;
     bool compare = false, overwrite = false;
@@ -35,7 +35,8 @@ const std::vector<T>& values_of(const Tensor& tensor, const std::string& file) {
 }
 
 template <class T>
-Exit evaluate_file(const Arguments& arguments, const Options& given, const Tensor& inputs_file, Output& output) {
+Exit evaluate_file(const EvaluateArguments& arguments, const Options& given, const Tensor& inputs_file,
+                   Output& output) {
     // [T,B,U], or [T,U] for one sequence.
     std::vector<index> shape = inputs_file.shape;
     if (shape.size() == 2) shape.insert(shape.begin() + 1, 1);
@@ -115,7 +116,7 @@ Exit evaluate_file(const Arguments& arguments, const Options& given, const Tenso
     return report.ok() ? Exit::done : Exit::failed;
 }
 
-Exit run_evaluate(const Arguments& arguments, Output& output) {
+Exit run_evaluate(const EvaluateArguments& arguments, Output& output) {
     Options options;
     arguments.given->apply(options);
     if (arguments.inputs.empty() == (arguments.steps == 0))
@@ -153,7 +154,7 @@ Exit run_evaluate(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_evaluate(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<EvaluateArguments>();
     CLI::App& command = program.add("evaluate", "Evaluate a step of your own, from a TorchScript file, in parallel",
                                     "  deeppcr evaluate --model step.pt --inputs u.npy --width 16 -o x.npy\n"
                                     "  deeppcr evaluate --model map.pt --steps 10000 --initial x0.npy --compare",

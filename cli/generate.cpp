@@ -9,12 +9,12 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct GenerateArguments {
     std::string model, device = "cpu";
     std::unique_ptr<GivenOptions<nn::TextOptions>> given;
 };
 
-Exit run_generate(const Arguments& arguments, Output& output) {
+Exit run_generate(const GenerateArguments& arguments, Output& output) {
     nn::TextOptions options;
     arguments.given->apply(options);
     const nn::TextGenerator generator(arguments.model, arguments.device);
@@ -46,7 +46,7 @@ Exit run_generate(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_generate(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<GenerateArguments>();
     CLI::App& command =
         program.add("generate", "Generate text by a language model",
                     "  deeppcr generate lm.safetensors --prompt \"In the beginning\" --temperature 0.8 --top-p 0.95",

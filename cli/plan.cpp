@@ -10,7 +10,7 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct PlanArguments {
     std::string configuration;
     std::unique_ptr<GivenOptions<nn::LanguagePlanOptions>> given;
 };
@@ -22,7 +22,7 @@ std::string bytes_text(double bytes) {
     return number_text(bytes) + " " + units[unit];
 }
 
-Exit run_plan(const Arguments& arguments, Output& output) {
+Exit run_plan(const PlanArguments& arguments, Output& output) {
     nn::LanguagePlanOptions options;
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
@@ -88,7 +88,7 @@ void print_plan(const nn::LanguagePlan& plan, const nn::LanguagePlanOptions& opt
 }
 
 void add_plan(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<PlanArguments>();
     CLI::App& command = program.add("plan", "Parameters, memory and operations that a language model takes",
                                     "  deeppcr plan --configuration 7B --vocabulary 32000 --batch 512 --devices 64 "
                                     "--micro-batch 1 --recompute 1 --number-bytes 2",

@@ -10,7 +10,7 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct PrepareArguments {
     std::vector<std::string> texts;
     std::string output = "text.tokens", sentencepiece;
     index pieces = 0;
@@ -18,7 +18,7 @@ struct Arguments {
     bool overwrite = false;
 };
 
-Exit run_prepare(const Arguments& arguments, Output& output) {
+Exit run_prepare(const PrepareArguments& arguments, Output& output) {
     nn::PrepareOptions options;
     options.texts.assign(arguments.texts.begin(), arguments.texts.end());
     options.output = arguments.output;
@@ -53,7 +53,7 @@ Exit run_prepare(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_prepare(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<PrepareArguments>();
     CLI::App& command = program.add("prepare", "Turn text into the tokens that a language model is trained on",
                                     "  deeppcr prepare book.txt more.txt -o text.tokens\n"
                                     "  deeppcr prepare book.txt --pieces 4000\n"

@@ -16,7 +16,7 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct ReproduceArguments {
     std::string part = "all";
     std::filesystem::path output = "deeppcr-report";
     Experiment experiment;
@@ -228,13 +228,13 @@ std::string report_page(const Json& results) {
 
 /// Both files, each whole or untouched. With `complete` false until the last part is done, so that what was finished
 /// outlives whatever goes wrong later.
-void write_report(const Arguments& arguments, const Json& results) {
+void write_report(const ReproduceArguments& arguments, const Json& results) {
     files::write_file(arguments.output / "report.html", report_page(results));
     files::write_file(arguments.output / "results.json",
                       results.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
-void prepare_folder(const Arguments& arguments) {
+void prepare_folder(const ReproduceArguments& arguments) {
     std::error_code error;
     std::filesystem::create_directories(arguments.output, error);
     if (error || !std::filesystem::is_directory(arguments.output))
@@ -243,7 +243,7 @@ void prepare_folder(const Arguments& arguments) {
     for (const char* name : {"report.html", "results.json"}) files::check_writable(arguments.output / name);
 }
 
-Exit reproduce(const Arguments& arguments, Output& output) {
+Exit reproduce(const ReproduceArguments& arguments, Output& output) {
     const double tolerance = arguments.experiment.tolerance;
     if (!(tolerance > 0 && std::isfinite(tolerance)))
         throw InvalidArgument("--tolerance", "a finite number above 0", std::to_string(tolerance));
@@ -325,7 +325,7 @@ Exit reproduce(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_reproduce(Program& program) {
-    auto arguments = std::make_shared<Arguments>();
+    auto arguments = std::make_shared<ReproduceArguments>();
     CLI::App& command =
         program.add("reproduce", "Compare parallel with sequential evaluation on this machine and write a report",
                     "  deeppcr reproduce mlp --output report",

@@ -366,7 +366,7 @@ Plot residual_plot(const Json& diffusion) {
     return plot;
 }
 
-std::vector<std::string> verdicts(const Json& diffusion) {
+std::vector<std::string> diffusion_verdicts(const Json& diffusion) {
     std::vector<std::string> sentences;
     const Json* best = nullptr;
     for (const Json& entry : diffusion["trials"])
@@ -470,7 +470,7 @@ void describe_diffusion(const Json& diffusion, Page& page) {
         " training steps) generates images by denoising steps. As a recurrence over the steps they are evaluated in "
         "parallel, from the same noise; the baseline is the sampler itself, one call of the network per step "
         "for all images.");
-    page.list(verdicts(diffusion));
+    page.list(diffusion_verdicts(diffusion));
     if (diffusion["picture"].is_string())
         page.picture("Sequential above, parallel below: " + diffusion["picture_of"].get<std::string>(),
                      diffusion["picture"].get<std::string>());
@@ -484,7 +484,7 @@ std::string summarise_diffusion(const Json& diffusion) {
     std::string summary = text(trials_table(diffusion)) + "\n";
     if (diffusion["quality"].is_object()) summary += text(quality_table(diffusion["quality"])) + "\n";
     if (!diffusion["in_flight"].empty()) summary += text(in_flight_table(diffusion)) + "\n";
-    for (const std::string& sentence : verdicts(diffusion)) summary += sentence + "\n";
+    for (const std::string& sentence : diffusion_verdicts(diffusion)) summary += sentence + "\n";
     return summary;
 }
 

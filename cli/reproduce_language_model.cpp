@@ -347,7 +347,7 @@ const Json* speed_of(const Json& lm, const std::string& mixer) {
     return found == lm["speed"].end() ? nullptr : &*found;
 }
 
-Table results_table(const Json& lm) {
+Table language_model_results_table(const Json& lm) {
     Table table{.title = "Perplexity per byte at equal parameters and tokens",
                 .caption = "On " + count_text(lm["final_tokens"].get<index>()) +
                            " bytes of text that the training did not see. Against LSTM: of the same seed. Tokens/s: of "
@@ -540,7 +540,7 @@ Plot generation_plot(const Json& lm) {
     return plot;
 }
 
-std::vector<std::string> verdicts(const Json& lm) {
+std::vector<std::string> language_model_verdicts(const Json& lm) {
     std::vector<std::string> sentences;
     for (const MixerArm& arm : mixer_arms) {
         if (!arm.is_cell) continue;
@@ -658,9 +658,9 @@ void describe_language_model(const Json& lm, Page& page) {
                    " tokens, one learning rate for all, none tuned. Cells are evaluated in parallel over time, by "
                    "shooting in chunks of " +
                    count_text(lm["chunk"].get<index>()) + " steps.");
-    page.list(verdicts(lm));
+    page.list(language_model_verdicts(lm));
     if (lm["trainings"].empty()) return;
-    page.table(results_table(lm));
+    page.table(language_model_results_table(lm));
     page.plots(loss_plots(lm));
     page.plots(newton_plots(first_trainings(lm, true)));
     page.table(comparison_table(lm));
@@ -677,10 +677,10 @@ void describe_language_model(const Json& lm, Page& page) {
 
 std::string summarise_language_model(const Json& lm) {
     if (lm["trainings"].empty()) return {};
-    std::string summary = text(results_table(lm)) + "\n" + text(comparison_table(lm)) + "\n";
+    std::string summary = text(language_model_results_table(lm)) + "\n" + text(comparison_table(lm)) + "\n";
     if (!lm["speed"].empty()) summary += text(speed_table(lm)) + "\n";
     if (!lm["generation"].empty()) summary += text(generation_table(lm)) + "\n";
-    for (const std::string& sentence : verdicts(lm)) summary += sentence + "\n";
+    for (const std::string& sentence : language_model_verdicts(lm)) summary += sentence + "\n";
     return summary;
 }
 

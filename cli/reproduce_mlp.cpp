@@ -398,7 +398,7 @@ Table ratios(const Json& mlp, index batch, const std::string& pass) {
 }
 
 /// What the measurements say, in sentences.
-std::vector<std::string> verdicts(const Json& mlp) {
+std::vector<std::string> mlp_verdicts(const Json& mlp) {
     index configurations = 0, unconverged = 0;
     double state = 0, gradient = 0, fewest = INFINITY, most = 0;
     for (const Json& entry : mlp["configurations"]) {
@@ -503,7 +503,7 @@ void describe_mlp(const Json& mlp, Page& page) {
     page.paragraph(
         "Times are medians of interleaved repetitions in this one run, after a pass to warm up. Differences are the "
         "largest over the trajectory or over all weights and biases, relative to the largest value there.");
-    page.list(verdicts(mlp));
+    page.list(mlp_verdicts(mlp));
     if (mlp["configurations"].empty()) return;
 
     const std::vector<index> widths = measured_values(mlp, "width");
@@ -520,7 +520,7 @@ std::string summarise_mlp(const Json& mlp) {
     std::string summary;
     for (const index batch : measured_values(mlp, "batch"))
         for (const char* pass : {"forward", "backward"}) summary += text(ratios(mlp, batch, pass)) + "\n";
-    for (const std::string& sentence : verdicts(mlp)) summary += sentence + "\n";
+    for (const std::string& sentence : mlp_verdicts(mlp)) summary += sentence + "\n";
     return summary;
 }
 

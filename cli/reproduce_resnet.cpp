@@ -244,7 +244,7 @@ Plot seconds_plot(const Json& resnet) {
     return plot;
 }
 
-Table results_table(const Json& resnet) {
+Table resnet_results_table(const Json& resnet) {
     Table table{.title = "Two trainings from the same seed",
                 .caption = "Trunk: the residual layers alone.",
                 .columns = {{"", false}, {"sequential, fused"}, {"DeepPCR"}, {"DeepPCR is"}},
@@ -295,7 +295,7 @@ Table comparison_table(const Json& resnet) {
     return table;
 }
 
-std::vector<std::string> verdicts(const Json& resnet) {
+std::vector<std::string> resnet_verdicts(const Json& resnet) {
     std::vector<std::string> sentences;
     const std::vector<double> differences = loss_differences(resnet);
     if (!differences.empty())
@@ -388,15 +388,15 @@ void describe_resnet(const Json& resnet, Page& page) {
         ", a learning rate of up to " + number_text(number(resnet["learning_rate"]), 1) +
         " (the layers': that divided by their number), a linear start and a cosine to 0. The baseline is " +
         resnet["baseline"].get<std::string>() + ".");
-    page.list(verdicts(resnet));
+    page.list(resnet_verdicts(resnet));
     page.plots({loss_plot(resnet), loss_difference_plot(resnet), iterations_plot(resnet), seconds_plot(resnet)});
-    page.table(results_table(resnet));
+    page.table(resnet_results_table(resnet));
     page.table(comparison_table(resnet));
 }
 
 std::string summarise_resnet(const Json& resnet) {
-    std::string summary = text(results_table(resnet)) + "\n" + text(comparison_table(resnet)) + "\n";
-    for (const std::string& sentence : verdicts(resnet)) summary += sentence + "\n";
+    std::string summary = text(resnet_results_table(resnet)) + "\n" + text(comparison_table(resnet)) + "\n";
+    for (const std::string& sentence : resnet_verdicts(resnet)) summary += sentence + "\n";
     return summary;
 }
 

@@ -834,7 +834,7 @@ void add_accuracy_verdict(const Json& rnn, std::vector<std::string>& sentences) 
     sentences.push_back(sentence);
 }
 
-std::vector<std::string> verdicts(const Json& rnn) {
+std::vector<std::string> rnn_verdicts(const Json& rnn) {
     std::vector<std::string> sentences;
     for (const Json& entry : rnn["training"]) {
         if (entry.contains("failure")) {
@@ -986,7 +986,7 @@ void describe_rnn(const Json& rnn, Page& page) {
                        " steps ago. Measured is the channel with the largest Lyapunov exponent, the one that forgets "
                        "most slowly.");
     }
-    page.list(verdicts(rnn));
+    page.list(rnn_verdicts(rnn));
     if (!rnn["single"].empty()) {
         page.plots({ratio_plot(rnn), iterations_plot(rnn, "newton"), iterations_plot(rnn, "shooting")});
         std::vector<Plot> seconds;
@@ -1009,7 +1009,7 @@ std::string summarise_rnn(const Json& rnn) {
     std::string summary;
     if (!rnn["single"].empty()) summary += text(single_table(rnn, true)) + "\n";
     for (const std::string& cell : cells_of(rnn["map"])) summary += text(winners(rnn, cell)) + "\n";
-    for (const std::string& sentence : verdicts(rnn)) summary += sentence + "\n";
+    for (const std::string& sentence : rnn_verdicts(rnn)) summary += sentence + "\n";
     return summary;
 }
 

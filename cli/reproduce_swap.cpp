@@ -292,7 +292,7 @@ std::string with_deviation(const Sample& found, bool sign) {
     return points_text(found.mean(), sign) + (std::isfinite(deviation) ? " ± " + points_text(deviation, false) : "");
 }
 
-Table results_table(const Json& swap) {
+Table swap_results_table(const Json& swap) {
     const std::size_t seeds = swap["trials"].size();
     Table table{
         .title = "Test accuracy, paired by seed",
@@ -394,7 +394,7 @@ Plot line_plot(const Json& swap) {
     return plot;
 }
 
-std::vector<std::string> verdicts(const Json& swap) {
+std::vector<std::string> swap_verdicts(const Json& swap) {
     if (swap["trials"].empty()) return {};
     const auto against = [&](const std::string& arm, const std::string& words) {
         return "SWAP less " + words + ": " + with_deviation(differences(swap, arm), true) + " points.";
@@ -492,9 +492,9 @@ void describe_swap(const Json& swap, Page& page) {
         ", about the images of SWAP's workers together; SWA goes on from phase 1 with one worker over as many images "
         "at a "
         "constant rate and averages the ends of its epochs.");
-    page.list(verdicts(swap));
+    page.list(swap_verdicts(swap));
     if (!swap["trials"].empty()) {
-        page.table(results_table(swap));
+        page.table(swap_results_table(swap));
         page.plots({accuracy_plot(swap), line_plot(swap)});
     }
     page.table(search_table(swap));
@@ -502,8 +502,8 @@ void describe_swap(const Json& swap, Page& page) {
 
 std::string summarise_swap(const Json& swap) {
     std::string summary = text(search_table(swap)) + "\n";
-    if (!swap["trials"].empty()) summary += text(results_table(swap)) + "\n";
-    for (const std::string& sentence : verdicts(swap)) summary += sentence + "\n";
+    if (!swap["trials"].empty()) summary += text(swap_results_table(swap)) + "\n";
+    for (const std::string& sentence : swap_verdicts(swap)) summary += sentence + "\n";
     return summary;
 }
 

@@ -180,7 +180,7 @@ Sample sample(const Json& trainings, const MixerArm& arm, const char* field) {
     return found;
 }
 
-Table results_table(const Json& tasks, const std::string& task) {
+Table tasks_results_table(const Json& tasks, const std::string& task) {
     const Json trainings = trainings_of(tasks, task);
     const index seeds = tasks["seeds"].get<index>();
     Table table{
@@ -327,14 +327,14 @@ void describe_tasks(const Json& tasks, Page& page) {
                        ", steps at most: " + count_text(setting["steps"].get<index>()) +
                        ", first length: " + count_text(setting["first_length"].get<index>()) +
                        ", learning rate: " + number_text(number(setting["learning_rate"]), 2) + ".");
-        page.table(results_table(tasks, task));
+        page.table(tasks_results_table(tasks, task));
         page.plots(plots_of(tasks, task));
     }
 }
 
 std::string summarise_tasks(const Json& tasks) {
     std::string summary;
-    for (const std::string& task : task_names()) summary += text(results_table(tasks, task)) + "\n";
+    for (const std::string& task : task_names()) summary += text(tasks_results_table(tasks, task)) + "\n";
     return summary;
 }
 

@@ -26,7 +26,7 @@ struct Target {
     nn::ScriptModelOptions script;
 };
 
-struct Arguments {
+struct SampleArguments {
     std::string model, output = "samples.png";
     std::vector<index> classes, shape;
     index columns = 8;
@@ -34,7 +34,7 @@ struct Arguments {
     std::unique_ptr<GivenOptions<Target>> given;
 };
 
-nn::Generation generate(const Arguments& arguments, const Target& target, bool script) {
+nn::Generation generate(const SampleArguments& arguments, const Target& target, bool script) {
     if (script) return nn::generate_by_script(arguments.model, target.script, target.generation);
     return nn::DiffusionModel(arguments.model).generate(target.generation);
 }
@@ -55,7 +55,7 @@ std::optional<std::pair<index, index>> picture_size(const std::vector<index>& sh
     return {};
 }
 
-void write_samples(const Arguments& arguments, const nn::Generation& result) {
+void write_samples(const SampleArguments& arguments, const nn::Generation& result) {
     if (arguments.output.ends_with(".npy")) {
         std::vector<std::int64_t> shape{result.images};
         shape.insert(shape.end(), result.shape.begin(), result.shape.end());
@@ -77,7 +77,7 @@ double largest_difference(const nn::Generation& a, const nn::Generation& b) {
     return largest;
 }
 
-Exit run_sample(const Arguments& arguments, Output& output) {
+Exit run_sample(const SampleArguments& arguments, Output& output) {
     Target target;
     arguments.given->apply(target);
     nn::GenerationOptions& options = target.generation;
@@ -152,7 +152,7 @@ Exit run_sample(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_sample(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<SampleArguments>();
     CLI::App& command =
         program.add("sample", "Generate images by a diffusion model, its denoising steps in parallel",
                     "  deeppcr sample diffusion.safetensors --steps 1000 --sampler ddim -o samples.png\n"

@@ -27,7 +27,7 @@ const std::map<std::string, Reduction> methods = {{"automatic", Reduction::autom
 const std::map<std::string, Backend> backends = {
     {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"reference", Backend::reference}};
 
-struct Arguments {
+struct SolveArguments {
     std::string subdiagonal, right_side, solution;
     std::string method = "automatic", backend = "cpu";
     int threads = 0;
@@ -49,7 +49,7 @@ Buffer<T> on_gpu(const std::vector<T>& numbers) {
 }
 
 template <class T>
-Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& output) {
+Exit solve_files(const SolveArguments& arguments, const BlockShape& problem, Output& output) {
     const std::vector<T> subdiagonal = read_finite<T>(arguments.subdiagonal);
     const std::vector<T> right_side = read_finite<T>(arguments.right_side);
     if (interrupted()) throw Interrupted();
@@ -119,7 +119,7 @@ Exit solve_files(const Arguments& arguments, const BlockShape& problem, Output& 
     return Exit::done;
 }
 
-Exit run_solve(const Arguments& arguments, Output& output) {
+Exit run_solve(const SolveArguments& arguments, Output& output) {
     for (const std::string& input : {arguments.subdiagonal, arguments.right_side}) {
         std::error_code error;
         if (std::filesystem::equivalent(input, arguments.solution, error))
@@ -152,7 +152,7 @@ std::vector<std::string> names(const std::map<std::string, Value>& values) {
 }  // namespace
 
 void add_solve(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<SolveArguments>();
     CLI::App& command = program.add("solve", "Solve x_t = A_t x_{t-1} + b_t, t = 1..T, with x_0 = 0",
                                     "  deeppcr solve A.npy b.npy -o x.npy\n"
                                     "  deeppcr solve A.npy b.npy -o x.npy --method scan --threads 2 --json",

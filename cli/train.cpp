@@ -15,7 +15,7 @@ namespace {
 
 using nn::TrainingOptions;
 
-struct Arguments {
+struct TrainArguments {
     TrainingFiles files;
     std::string data;
     std::unique_ptr<GivenOptions<TrainingOptions>> given;
@@ -64,7 +64,7 @@ private:
     std::deque<nn::StepRecord> steps_;
 };
 
-TrainingOptions gather(const Arguments& arguments, Group& group) {
+TrainingOptions gather(const TrainArguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::checkpoint_options);
     arguments.given->apply(options);
     options.group = &group;
@@ -121,7 +121,7 @@ std::string describe_steps(const std::vector<nn::StepRecord>& steps, Method meth
     return text;
 }
 
-Exit run_train(const Arguments& arguments, Output& output) {
+Exit run_train(const TrainArguments& arguments, Output& output) {
     const TrainingOptions options = gather(arguments, output.group());
     Log log(arguments.files, output);
     output.line("Fashion-MNIST, " + describe(options));
@@ -168,7 +168,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_train(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<TrainArguments>();
     CLI::App& command =
         program.add("train resnet", "Train a deep residual network on Fashion-MNIST",
                     "  deeppcr train resnet --layers 1024 --width 16 --epochs 3\n"

@@ -13,7 +13,7 @@ namespace {
 
 using nn::DiffusionOptions;
 
-struct Arguments {
+struct TrainDiffusionArguments {
     TrainingFiles files;
     std::string data;
     std::unique_ptr<GivenOptions<DiffusionOptions>> given;
@@ -28,7 +28,7 @@ Json to_json(const nn::DiffusionStep& step) {
             {"seconds", step.seconds}};
 }
 
-DiffusionOptions gather(const Arguments& arguments, Group& group) {
+DiffusionOptions gather(const TrainDiffusionArguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::diffusion_options);
     arguments.given->apply(options);
     options.group = &group;
@@ -37,7 +37,7 @@ DiffusionOptions gather(const Arguments& arguments, Group& group) {
     return options;
 }
 
-Exit run_train_diffusion(const Arguments& arguments, Output& output) {
+Exit run_train_diffusion(const TrainDiffusionArguments& arguments, Output& output) {
     const DiffusionOptions options = gather(arguments, output.group());
     Log log(arguments.files, output);
     output.line("Fashion-MNIST, a diffusion model of " +
@@ -85,7 +85,7 @@ Exit run_train_diffusion(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_train_diffusion(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<TrainDiffusionArguments>();
     CLI::App& command = program.add("train diffusion", "Train a diffusion model of Fashion-MNIST",
                                     "  deeppcr train diffusion --latents 32 --steps 20000\n"
                                     "  deeppcr train diffusion --space pixel --hidden 16 --blocks 3\n"

@@ -12,7 +12,7 @@ namespace {
 
 using nn::LanguageTrainingOptions;
 
-struct Arguments {
+struct TrainLanguageModelArguments {
     TrainingFiles files;
     std::string configuration, tokens;
     bool plan = false;
@@ -41,7 +41,7 @@ Json to_json(const nn::LanguageValidation& validation) {
             {"seconds", validation.seconds}};
 }
 
-LanguageTrainingOptions gather(const Arguments& arguments, Group& group) {
+LanguageTrainingOptions gather(const TrainLanguageModelArguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::language_options);
     apply_configuration(arguments.configuration, options.model);
     arguments.given->apply(options);
@@ -64,7 +64,7 @@ Exit run_plan(const LanguageTrainingOptions& options, Output& output) {
     return Exit::done;
 }
 
-Exit run_train(const Arguments& arguments, Output& output) {
+Exit run_train(const TrainLanguageModelArguments& arguments, Output& output) {
     Group& group = output.group();
     const LanguageTrainingOptions options = gather(arguments, group);
     if (arguments.plan) return run_plan(options, output);
@@ -135,7 +135,7 @@ Exit run_train(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_train_language_model(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<TrainLanguageModelArguments>();
     CLI::App& command = program.add("train lm", "Train a language model on tokens of `deeppcr prepare`",
                                     "  deeppcr train lm --tokens text.tokens --configuration 1M --steps 2000\n"
                                     "  deeppcr train lm --mixer lstm --checkpoint lstm.safetensors\n"

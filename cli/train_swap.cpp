@@ -16,7 +16,7 @@ namespace {
 
 using nn::SwapOptions;
 
-struct Arguments {
+struct TrainSwapArguments {
     TrainingFiles files;
     std::string data, configuration;
     bool compare = false;
@@ -50,7 +50,7 @@ Json to_json(const nn::SwapEpoch& epoch) {
             {"held_out", to_json(epoch.held_out)}};
 }
 
-SwapOptions gather(const Arguments& arguments, Group& group) {
+SwapOptions gather(const TrainSwapArguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::swap_options);
     apply_configuration(arguments.configuration, options.language);
     if (!arguments.files.continues() && group.size() > 1) options.workers = group.size();
@@ -115,7 +115,7 @@ void print(const nn::SwapComparison& comparison, const Output& output) {
     output.line("averaged, statistics too: test accuracy " + describe(comparison.averaged_statistics));
 }
 
-Exit run_train_swap(const Arguments& arguments, Output& output) {
+Exit run_train_swap(const TrainSwapArguments& arguments, Output& output) {
     const SwapOptions options = gather(arguments, output.group());
     Log log(arguments.files, output);
     output.line(describe(options));
@@ -168,7 +168,7 @@ Exit run_train_swap(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_train_swap(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<TrainSwapArguments>();
     CLI::App& command = program.add(
         "train swap", "Train a classifier or language model by workers whose weights are averaged",
         "  deeppcr train swap --workers 8 --compare\n"

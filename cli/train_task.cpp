@@ -12,7 +12,7 @@ namespace {
 
 using nn::TaskTrainingOptions;
 
-struct Arguments {
+struct TrainTaskArguments {
     TrainingFiles files;
     std::string task, configuration;
     std::unique_ptr<GivenOptions<TaskTrainingOptions>> given;
@@ -31,7 +31,7 @@ Json to_json(const nn::TaskStep& step) {
     return json;
 }
 
-TaskTrainingOptions gather(const Arguments& arguments, Group& group) {
+TaskTrainingOptions gather(const TrainTaskArguments& arguments, Group& group) {
     auto options = arguments.files.options(nn::task_options);
     if (!arguments.task.empty()) options.task.task = nn::choice_of(nn::sequence_task_names, "task", arguments.task);
     apply_configuration(arguments.configuration, options.model);
@@ -41,7 +41,7 @@ TaskTrainingOptions gather(const Arguments& arguments, Group& group) {
     return options;
 }
 
-Exit run_train(const Arguments& arguments, Output& output) {
+Exit run_train(const TrainTaskArguments& arguments, Output& output) {
     const TaskTrainingOptions options = gather(arguments, output.group());
     Log log(arguments.files, output);
     output.line(std::string(nn::name_of(nn::sequence_task_names, options.task.task)) + " of " +
@@ -109,7 +109,7 @@ std::string validation_text(const nn::TaskValidation& validation) {
 }
 
 void add_train_task(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<TrainTaskArguments>();
     CLI::App& command = program.add("train task", "Train a model of sequences on parity, recall or k-hop induction",
                                     "  deeppcr train task parity --mixer para_gru\n"
                                     "  deeppcr train task recall --mixer lstm --pairs 4 --log recall.log\n"

@@ -14,7 +14,7 @@
 namespace deeppcr::program {
 namespace {
 
-struct Arguments {
+struct ValidateArguments {
     const CLI::App* command = nullptr;
     std::string checkpoint, data;
     index length = 0;
@@ -23,7 +23,7 @@ struct Arguments {
 };
 
 /// Options that say nothing about such a checkpoint.
-void refuse(const Arguments& arguments, const std::string& what, std::initializer_list<const char*> options) {
+void refuse(const ValidateArguments& arguments, const std::string& what, std::initializer_list<const char*> options) {
     for (const char* option : options)
         if (arguments.command->count(option) > 0)
             throw InvalidArgument(option, "no such option for " + what, arguments.checkpoint);
@@ -32,7 +32,7 @@ void refuse(const Arguments& arguments, const std::string& what, std::initialize
 /// The options for a model of cells, which refuses a guess that only a network of layers has. evaluation: that of its
 /// checkpoint.
 template <class Validation>
-Validation options_for_cells(const Arguments& arguments, const std::string& what, const Options& evaluation) {
+Validation options_for_cells(const ValidateArguments& arguments, const std::string& what, const Options& evaluation) {
     nn::ValidationOptions given;
     given.evaluation = evaluation;
     arguments.given->apply(given);
@@ -57,7 +57,7 @@ auto measured(Options& options, const Measure& measure) {
 }
 
 /// A language model's, on the validation part of a token file.
-Exit run_validate_text(const Arguments& arguments, Output& output) {
+Exit run_validate_text(const ValidateArguments& arguments, Output& output) {
     refuse(arguments, "a language model", {"--length", "--held-out"});
     auto options = options_for_cells<nn::LanguageValidationOptions>(
         arguments, "a language model", nn::language_options(arguments.checkpoint).evaluation);
@@ -78,7 +78,7 @@ Exit run_validate_text(const Arguments& arguments, Output& output) {
     return Exit::done;
 }
 
-Exit validate_swap(const Arguments& arguments, Output& output) {
+Exit validate_swap(const ValidateArguments& arguments, Output& output) {
     refuse(arguments, "a network of averaged workers",
            {"--method", "--surrogate", "--reduction", "--chunk", "--guess", "--tolerance", "--window", "--on-failure",
             "--threads", "--device", "--batch", "--length"});
@@ -96,7 +96,7 @@ Exit validate_swap(const Arguments& arguments, Output& output) {
 }
 
 /// A task's, on sequences of the training's length or another.
-Exit run_validate_task(const Arguments& arguments, Output& output) {
+Exit run_validate_task(const ValidateArguments& arguments, Output& output) {
     refuse(arguments, "a task", {"--data", "--held-out"});
     auto options = options_for_cells<nn::TaskValidationOptions>(arguments, "a task",
                                                                 nn::task_options(arguments.checkpoint).evaluation);
@@ -109,7 +109,7 @@ Exit run_validate_task(const Arguments& arguments, Output& output) {
     return Exit::done;
 }
 
-Exit run_validate(const Arguments& arguments, Output& output) {
+Exit run_validate(const ValidateArguments& arguments, Output& output) {
     if (nn::is_language_model(arguments.checkpoint)) return run_validate_text(arguments, output);
     if (nn::is_task(arguments.checkpoint)) return run_validate_task(arguments, output);
     if (nn::is_swap(arguments.checkpoint)) return validate_swap(arguments, output);
@@ -146,7 +146,7 @@ Exit run_validate(const Arguments& arguments, Output& output) {
 }  // namespace
 
 void add_validate(Program& program) {
-    const auto arguments = std::make_shared<Arguments>();
+    const auto arguments = std::make_shared<ValidateArguments>();
     CLI::App& command = program.add(
         "validate", "Accuracy of a trained network on the test set or on its task, or perplexity of a language model",
         "  deeppcr validate resnet.safetensors\n"
