@@ -3,7 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 
 #include <deeppcr/deeppcr.hpp>
@@ -161,6 +163,64 @@ TEST(CellLaunches, WhatIsEnqueuedIsNotWaitedFor) {
     }
     EXPECT_GT(waits, 0);
     EXPECT_EQ(last, 0);
+}
+
+/// Beyond the `buffers` that the gradients of a call are.
+template <class R>
+void expect_nothing_more_allocated(const R& recurrence, long buffers) {
+    const Buffer<float> trajectory(recurrence.shape(), Layout::steps_first, Device::cuda()),
+        gradient = Buffer<float>::random(recurrence.shape(), 3, Layout::steps_first, Device::cuda());
+    const Execution execution{.backend = Backend::cuda};
+    const Report report =
+        evaluate(recurrence, trajectory.view(), {.method = Method::sequential, .execution = execution});
+    struct Case {
+        Method method;
+        Reduction reduction;
+    };
+    for (const Case& by : {Case{Method::sequential, Reduction::automatic}, Case{Method::newton, Reduction::sequential},
+                           Case{Method::newton, Reduction::pcr}, Case{Method::newton, Reduction::scan}}) {
+        Workspace workspace(Device::cuda());
+        const Options options{
+            .method = by.method, .reduction = by.reduction, .execution = execution, .workspace = &workspace};
+        Report told;
+        const auto backward = [&] { told = adjoint(recurrence, trajectory, report, gradient, options).report; };
+        backward();
+        EXPECT_EQ(asked_by(backward, trajectory).allocations, buffers) << told;
+        EXPECT_EQ(told.workspace_bytes, workspace.peak_bytes()) << told;
+    }
+}
+
+/// Those are returned in new memory.
+TEST(AdjointLaunches, LaterCallsAllocateTheGradientsOnly) {
+    const auto random = [](const Shape& shape, unsigned seed) {
+        auto numbers = Buffer<float>::random(shape, seed);
+        for (index i = 0; i < numbers.size(); ++i) numbers.data()[i] *= 0.3F;
+        return numbers.on(Device::cuda());
+    };
+    const index steps = 30, batch = 3, width = 24;
+    const Buffer<float> initial = random({1, batch, width}, 4);
+    for (const index skip : {0, 2}) {
+        SCOPED_TRACE("a chain with skip " + std::to_string(skip));
+        const index layers = steps * std::max<index>(skip, 1);
+        const Buffer<float> weights = random({layers, width, width}, 1), biases = random({layers, 1, width}, 2);
+        const DenseChain<float> chain(weights, biases, initial, {.skip = skip});
+        expect_nothing_more_allocated(chain, 3);
+        SCOPED_TRACE("as any recurrence");
+        expect_nothing_more_allocated<Recurrence<float>>(chain, 2);
+    }
+    for (const DenseCellKind kind : {DenseCellKind::elman_tanh, DenseCellKind::gru, DenseCellKind::lstm}) {
+        SCOPED_TRACE("a cell of kind " + std::to_string(int(kind)));
+        const index gates = gate_count(kind), hidden = width / (state_width(kind, width) / width);
+        const Buffer<float> inputs = random({steps, batch, gates * hidden}, 1),
+                            weights = random({gates, hidden, hidden}, 2), biases = random({gates, 1, hidden}, 3);
+        const DenseCell<float> cell(kind, inputs, weights, biases, initial);
+        expect_nothing_more_allocated(cell, 4);
+        SCOPED_TRACE("as any recurrence");
+        expect_nothing_more_allocated<Recurrence<float>>(cell, 2);
+    }
+    SCOPED_TRACE("a cell that works on channels, as any recurrence");
+    const Buffer<float> inputs = random({300, batch, 3 * width}, 1), parameters = random({3, 1, width}, 2);
+    expect_nothing_more_allocated<Recurrence<float>>(CellRecurrence<ParaGRU, float>(inputs, parameters), 2);
 }
 
 /// tanh layers of one sequence, small enough for Newton's method to take a few passes.

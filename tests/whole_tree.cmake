@@ -71,27 +71,41 @@ add_consumer(find_package "-DCMAKE_PREFIX_PATH=${prefix}")
 set_tests_properties(consumer.find_package PROPERTIES FIXTURES_REQUIRED installed)
 add_consumer(add_subdirectory "-DDEEPPCR_SOURCE=${PROJECT_SOURCE_DIR}")
 
-# What the hot kernels take of a GPU, as the assembler says.
+# What kernels take of a GPU, as the assembler says: registers of the hot ones, and none spills but those named.
 if(DEEPPCR_BUILD_CUDA)
-  function(add_resource_test name source registers hot)
-    add_test(NAME cuda.${name}
-             COMMAND "${CMAKE_COMMAND}" "-DREPORT=${PROJECT_BINARY_DIR}/CMakeFiles/deeppcr.dir/${source}.o.report"
-                     "-DREGISTERS=${registers}" "-DHOT=${hot}" ${ARGN}
-                     -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
-    set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
-  endfunction()
   set_target_properties(deeppcr PROPERTIES
                         RULE_LAUNCH_COMPILE "${CMAKE_CURRENT_SOURCE_DIR}/keep_assembler_report.sh <OBJECT>")
   target_compile_options(deeppcr PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>")
-  add_resource_test(cells src/recurrence/cells_cuda.cu 128 "[0-9](advance|multiply|repair|backward|shoot_tiles)_kernel.*((ParaGRU|ParaLSTM)Ef|ParaGRUENS_8bfloat16E)Lb1")
-  add_resource_test(dense_chain src/recurrence/dense_chain_cuda.cu 128 "advance.*(Forward|Repair|Backward)If.*LayoutILi32E")
-  add_resource_test(dense_cells src/recurrence/dense_cells_cuda.cu 255
-                    "advanceI.*(ForwardI[fd]|BackwardI[fd]|RepairI[fd]Li[13]E)|linearise_statesI(d|fLi[13]E)")
-  add_resource_test(newton src/newton/newton_cuda.cu 64 "(test|settle|advance)_")
-  add_resource_test(bidiagonal src/reduce/scan_tiles_cuda.cu 128 "scan_tileI(f|N)")
-  add_resource_test(bidiagonal_small src/reduce/scan_dense_cuda.cu 220 "(summarise|substitute)_smallI(f|N)" -DSTACK=40)
-  add_resource_test(bidiagonal_dense src/reduce/scan_dense_cuda.cu 220 "run_largeI(f|N)")
-  add_resource_test(bidiagonal_tensor_cores src/reduce/scan_dense_cuda.cu 160 "run_large.*TensorCoresE[12]E")
+  function(add_resource_test name)
+    cmake_parse_arguments(PARSE_ARGV 1 test "" "" "SOURCES;REGISTERS;SPILLS")
+    list(TRANSFORM test_SOURCES REPLACE "(.+)" "${PROJECT_BINARY_DIR}/CMakeFiles/deeppcr.dir/src/\\1.o.report")
+    add_test(NAME cuda.${name}
+             COMMAND "${CMAKE_COMMAND}" "-DREPORTS=${test_SOURCES}" "-DREGISTERS=${test_REGISTERS}" "-DSPILLS=${test_SPILLS}"
+                     -P "${CMAKE_CURRENT_SOURCE_DIR}/kernel_resources.cmake")
+    set_tests_properties(cuda.${name} PROPERTIES LABELS cuda TIMEOUT 600)
+  endfunction()
+  add_resource_test(cells SOURCES recurrence/cells_cuda.cu SPILLS "advance_kernel.*8ParaLSTMEd=8" REGISTERS
+                    "shoot_tiles_kernel.*(ParaGRU|ParaLSTM)Ef=64" "shoot_tiles_kernel.*(Diagonal|Para).*E(f|NS.*)Lb1=80"
+                    "[0-9](advance|multiply|repair)_kernel.*(Diagonal|Para).*E(f|NS.*)Lb1=128"
+                    "[0-9](backward|correct)_kernel.*(Diagonal|GRU).*E(f|NS.*)Lb1=128"
+                    "[0-9](backward|correct)_kernel.*ParaLSTMEf=128" "[0-9](backward|correct)_kernel.*ParaLSTMENS.*Lb1=168"
+                    "[0-9](advance|repair)_kernel.*SLSTM.*E(f|NS.*)Lb1=136")
+  add_resource_test(dense_cells SOURCES recurrence/dense_cells_cuda.cu
+                    SPILLS "RepairI[fd]Li4E.*LayoutILi32E=124" "linearise_statesIfLi4E.*LayoutILi(8|16)E=24"
+                    REGISTERS "linearise_states=255" "advance.*(Forward|Backward)I[fd]=252" "RepairIfLi[13]E=128" "RepairIfLi4E=160")
+  add_resource_test(dense_chain SOURCES recurrence/dense_chain_cuda.cu
+                    SPILLS "RepairIf.*LayoutILi(8|16)E.*ELi1EEE=8" "ForwardIf.*LayoutILi(8|16)E.*ELi4EEE=8"
+                    REGISTERS "advance.*(Forward|Backward)If.*LayoutILi4E.*ELi1EEE=64"
+                    "advance.*(Forward|Backward)If.*LayoutILi16E.*ELi1EEE=128" "advance.*ForwardIf.*LayoutILi8E.*ELi1EEE=128"
+                    "advance.*(Forward|Repair|Backward)If.*LayoutILi32E=128" "linearise_layersIf=84" "add_outer_productsIf=64")
+  add_resource_test(newton SOURCES newton/newton_cuda.cu newton/fused_cuda.cu newton/overlap_cuda.cu newton/update_cuda.cu
+                    REGISTERS "(test|settle|advance)_=64" "collect=32" "(update|measure)_rows=40")
+  add_resource_test(bidiagonal SOURCES reduce/scan_tiles_cuda.cu reduce/reduce_cuda.cu
+                    REGISTERS "scan_tileI(f|N)=128" "substitute_rowsIf=64" "substitute_rows=110")
+  add_resource_test(bidiagonal_dense SOURCES reduce/scan_dense_cuda.cu
+                    SPILLS "summarise_smallId.*Li32E=8" "summarise_smallId.*Li16E=48" "summarise_smallIf.*Li32E=40"
+                    REGISTERS "(summarise|substitute)_smallI(f|N)=220" "run_large.*TensorCoresE[12]E=160" "run_largeI(f|N)=220")
+  add_resource_test(others SOURCES recurrence/diagonal_cuda.cu recurrence/gather_cuda.cu distribute/nccl.cu REGISTERS "I[fd]=32")
 endif()
 
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).

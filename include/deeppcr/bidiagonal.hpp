@@ -79,7 +79,7 @@ struct SolveOptions {
 /// `solution` hold these, and `initial` counts on the first rank. Every part is reduced to one long step, one exclusive
 /// scan tells each rank the state before its part, and `method` solves it from there: at most twice a scan's products,
 /// ceil(log2(ranks)) messages per rank of B * D * (block + 1) numbers. The same bits every time for a number of
-/// ranks. Throws on all ranks what one throws (Group::agree); InvalidArgument with Backend::cuda.
+/// ranks. Throws on all ranks what one throws (Group::agree). With Backend::cuda: docs/scaling.md.
 template <class T>
 Reduction solve(const BidiagonalSystem<T>& system, View<std::type_identity_t<T>> solution,
                 const SolveOptions& options = {});
