@@ -87,12 +87,13 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
     T* const after_memory = workspace.take<T>(whole.count());
     T* const adjoint_memory = workspace.take<T>(whole.count());
     T* const jacobian_memory = workspace.take<T>(whole.count() * recurrence.block());
+    const bool on_gpu = options.execution.backend == Backend::cuda;
     std::vector<index> sequences(static_cast<std::size_t>(batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
 
     for (index last = steps; last > 0;) {
         const index first = std::max<index>(0, last - length), rows = last - first;
-        const Section section{first, last, sequences, options.execution};
+        const Section section{first, last, sequences, options.execution, on_gpu ? &workspace : nullptr};
         const Shape shape{rows, batch, width};
         const View<T> before(before_memory, shape), after(after_memory, shape), adjoint(adjoint_memory, shape);
         const Jacobian<T> jacobian(jacobian_memory, shape, recurrence.block());
@@ -118,7 +119,7 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
         report.update.seconds += seconds_since(visited);
         last = first;
     }
-    if (options.execution.backend == Backend::cuda) device::synchronise(options.execution.stream);
+    if (on_gpu) device::synchronise(options.execution.stream);
     for (index j = 0; j < batch; ++j) report.sequences.push_back({.confirmed = steps});
     report.seconds = seconds_since(begin);
     report.workspace_bytes = workspace.peak_bytes();
@@ -195,7 +196,7 @@ void run_backward(const DenseChain<T>& chain, View<const T> trajectory, View<con
     std::iota(sequences.begin(), sequences.end(), index(0));
     const Workspace::Scope scope(workspace);
     if (options.execution.backend == Backend::cuda) {
-        const Section all{0, steps, sequences, options.execution};
+        const Section all{0, steps, sequences, options.execution, &workspace};
         const auto [before, gradient] = gather_on_gpu<T>(chain, trajectory, output_gradient, all, workspace);
         chain.run_backward(all, before, slopes, gradient, result.weights, result.biases, {}, result.initial);
         return device::synchronise(options.execution.stream);
@@ -304,7 +305,7 @@ void run_backward(const DenseCell<T>& cell, View<const T> trajectory, View<const
     std::iota(sequences.begin(), sequences.end(), index(0));
     const Workspace::Scope scope(workspace);
     if (options.execution.backend == Backend::cuda) {
-        const Section all{0, steps, sequences, options.execution};
+        const Section all{0, steps, sequences, options.execution, &workspace};
         const auto [before, gradient] = gather_on_gpu<T>(cell, trajectory, output_gradient, all, workspace);
         cell.run_backward(all, before, gradient, result.inputs, result.weights, result.biases, result.initial);
         return device::synchronise(options.execution.stream);

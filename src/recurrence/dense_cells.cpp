@@ -24,8 +24,12 @@ Shape state_shape(DenseCellKind kind, const View<const T>& inputs, const View<co
 }
 
 dense_cell::Extent extent_of(const Section& section) {
-    return {section.first, section.steps(), section.sequences, device::thread_count(section.execution),
-            section.execution.stream};
+    return {section.first,
+            section.steps(),
+            section.sequences,
+            device::thread_count(section.execution),
+            section.execution.stream,
+            section.workspace};
 }
 
 template <class T>

@@ -150,7 +150,8 @@ struct Sequences {
 
 class SequencesOnGpu {
 public:
-    explicit SequencesOnGpu(const Extent& extent) : list_(consecutive(extent) ? 0 : extent.batch(), extent.stream) {
+    explicit SequencesOnGpu(const Extent& extent)
+        : list_(consecutive(extent) ? 0 : extent.batch(), extent.stream, extent.workspace) {
         if (list_.data() != nullptr) numbers_on_gpu(extent.sequences, list_.data(), extent.stream);
         sequences_ = {extent.sequences.empty() ? 0 : extent.sequences[0], list_.data()};
     }
@@ -616,7 +617,7 @@ void backward(const Cell<T>& cell, const Extent& extent, const T* before, const 
     if (extent.steps == 0 || extent.batch() == 0) return;
     const index hidden = cell.hidden(), lines = cell.gates() * hidden, states = extent.steps * extent.batch();
     const bool apart = cell.kind == DenseCellKind::gru;  // gradients of sums and inputs
-    const Scratch<T> products(apart ? states * lines : 0, extent.stream);
+    const Scratch<T> products(apart ? states * lines : 0, extent.stream, extent.workspace);
     Linearised<T> to;
     if (state == nullptr) {
         to.adjoint = gradient;
@@ -625,8 +626,8 @@ void backward(const Cell<T>& cell, const Extent& extent, const T* before, const 
         linearise_all(cell, extent, before, to);
     } else {
         on_gates(cell.kind, [&]<int gates> {
-            const Scratch<T> factors(states * Gates<gates>::factors * hidden, extent.stream);
-            const Scratch<T> transposed(lines * hidden, extent.stream);
+            const Scratch<T> factors(states * Gates<gates>::factors * hidden, extent.stream, extent.workspace);
+            const Scratch<T> transposed(lines * hidden, extent.stream, extent.workspace);
             to.factors = factors.data();
             linearise_all(cell, extent, before, to);
             persistent::transpose(cell.weights.data(), 1, lines, hidden, transposed.data(), extent.stream);
@@ -647,7 +648,7 @@ void backward(const Cell<T>& cell, const Extent& extent, const T* before, const 
     }
     const index blocks = (lines + 3) / 4 * ((hidden + 3) / 4), enough = index(device::multiprocessors()) * 1024;
     const index parts = std::clamp<index>(enough / blocks, 1, (states + 31) / 32);
-    const Scratch<T> sums(parts * lines * (hidden + 1), extent.stream);
+    const Scratch<T> sums(parts * lines * (hidden + 1), extent.stream, extent.workspace);
     cuda::launch(cuda::one_each(parts * blocks, extent.stream), sum_outer_products<T>, states, int(parts), int(lines),
                  int(hidden), int(cell.width()), apart ? products.data() : inputs, before, sums.data());
     cuda::launch(cuda::one_each(lines * (hidden + 1), extent.stream), add_parts<T>, sums.data(), int(parts),

@@ -35,7 +35,8 @@ struct Extent {
     index first, steps;
     std::span<const index> sequences;
     int threads;
-    CUstream_st* stream;  // cuda
+    CUstream_st* stream;             // cuda
+    Workspace* workspace = nullptr;  // as in a Section
 
     index batch() const { return index(sequences.size()); }
 };

@@ -373,9 +373,9 @@ void back(const Network<T>& network, const Extent& extent, const T* before, cons
           T* weights, T* biases, T* adjoint, T* initial) {
     const index width = network.width(), depth = network.depth(), layers = extent.steps * depth;
     const index row = extent.batch * width;
-    const Scratch<T> deltas(layers * row, extent.stream);
-    const Scratch<T> own_slopes(slopes == nullptr ? layers * row : 0, extent.stream);
-    const Scratch<T> own_inputs(depth > 1 ? layers * row : 0, extent.stream);
+    const Scratch<T> deltas(layers * row, extent.stream, extent.workspace);
+    const Scratch<T> own_slopes(slopes == nullptr ? layers * row : 0, extent.stream, extent.workspace);
+    const Scratch<T> own_inputs(depth > 1 ? layers * row : 0, extent.stream, extent.workspace);
     if (slopes == nullptr || depth > 1)
         run_each_step<T>(network, extent, before, nullptr, slopes == nullptr ? own_slopes.data() : nullptr,
                          own_inputs.data());
@@ -389,7 +389,7 @@ void back(const Network<T>& network, const Extent& extent, const T* before, cons
     } else {
         const index layer_bytes = width * width * index(sizeof(T));
         const index piece = std::clamp<index>(transposed_bytes / (layer_bytes * depth), 1, extent.steps);
-        const Scratch<T> transposed(piece * depth * width * width, extent.stream);
+        const Scratch<T> transposed(piece * depth * width * width, extent.stream, extent.workspace);
         for (index last = extent.steps; last > 0; last -= std::min(last, piece)) {
             const index first = std::max<index>(0, last - piece);
             const Extent part{extent.first + first, last - first, extent.batch, 1, extent.stream};
