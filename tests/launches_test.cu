@@ -10,6 +10,9 @@
 
 #include <deeppcr/deeppcr.hpp>
 
+#include "tests/compare.hpp"
+#include "tests/streams.cuh"
+
 namespace deeppcr {
 namespace {
 
@@ -217,6 +220,71 @@ TEST(AdjointLaunches, LaterCallsAllocateTheGradientsOnly) {
         SCOPED_TRACE("as any recurrence");
         expect_nothing_more_allocated<Recurrence<float>>(cell, 2);
     }
+}
+
+/// None where it is enqueued into the caller's, and then nothing waits.
+TEST(AdjointLaunches, WhatIsEnqueuedAllocatesNothingAndIsNotWaitedFor) {
+    const index layers = 200, width = 6;
+    const Buffer<float> weights = Buffer<float>::random({layers, width, width}, 1, Layout::steps_first, Device::cuda()),
+                        biases = Buffer<float>::random({layers, 1, width}, 2, Layout::steps_first, Device::cuda()),
+                        initial = Buffer<float>::random({1, 2, width}, 3, Layout::steps_first, Device::cuda());
+    const DenseChain<float> chain(weights, biases, initial, {});
+    const Buffer<float> trajectory = Buffer<float>::random(chain.shape(), 4, Layout::steps_first, Device::cuda()),
+                        gradient = Buffer<float>::random(chain.shape(), 5, Layout::steps_first, Device::cuda()),
+                        states(chain.shape(), Layout::steps_first, Device::cuda()),
+                        initial_gradient(initial.shape(), Layout::steps_first, Device::cuda());
+    for (const index window : {0, 70})
+        for (const Reduction reduction : {Reduction::automatic, Reduction::scan, Reduction::pcr}) {
+            Workspace workspace(Device::cuda());
+            const Options options{.reduction = reduction,
+                                  .window = window,
+                                  .execution = {.backend = Backend::cuda},
+                                  .workspace = &workspace};
+            const auto backward = [&] {
+                enqueue_adjoint(chain, trajectory, gradient, states.view(), initial_gradient.view(), options);
+            };
+            backward();
+            const Asked again = asked_by(backward, states);
+            EXPECT_EQ(again.allocations, 0) << window << ", " << int(reduction);
+            EXPECT_EQ(again.waits, 0) << window << ", " << int(reduction);
+        }
+}
+
+/// Systems of every kind of kernel, in both directions; captured too.
+TEST(SolveLaunches, LaterCallsAllocateNothingAndAreNotWaitedFor) {
+    const Stream stream;
+    for (const index block : {1, 2, 3, 4, 6, 16, 40})
+        for (const Reduction method : {Reduction::automatic, Reduction::scan, Reduction::sequential, Reduction::pcr})
+            for (const bool transposed : {false, true}) {
+                SCOPED_TRACE("blocks of " + std::to_string(block) + ", method " + std::to_string(int(method)));
+                const Shape shape{50, 2, block};
+                Buffer<float> factors = Buffer<float>::random({shape.steps, shape.batch, block * block}, 1);
+                for (index i = 0; i < factors.size(); ++i) factors.data()[i] *= 0.5F / float(block);
+                const Buffer<float> there = factors.on(Device::cuda()),
+                                    right_side = Buffer<float>::random(shape, 2, Layout::steps_first, Device::cuda()),
+                                    solution(shape, Layout::steps_first, Device::cuda());
+                Workspace workspace(Device::cuda());
+                const auto call = [&] {
+                    const BidiagonalSystem<float> system{Jacobian<const float>(there.data(), shape, block), right_side};
+                    const SolveOptions options{
+                        .method = method, .execution = stream.execution(), .workspace = &workspace};
+                    if (transposed)
+                        solve_transposed<float>(system, solution.view(), options);
+                    else
+                        solve<float>(system, solution.view(), options);
+                };
+                call();
+                const Asked again = asked_by(call, solution);
+                EXPECT_EQ(again.allocations, 0);
+                EXPECT_EQ(again.waits, 0);
+                stream.wait();
+                const Buffer<float> expected = solution.on(Device::host());
+                const Captured graph(stream, call);
+                detail::fill_zeros(solution.data(), solution.size() * index(sizeof(float)), Device::cuda());
+                graph.launch();
+                stream.wait();
+                EXPECT_TRUE(same_bits<float>(solution.on(Device::host()), expected));
+            }
 }
 
 /// tanh layers of one sequence, small enough for Newton's method to take a few passes.

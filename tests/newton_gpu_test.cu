@@ -532,6 +532,45 @@ TYPED_TEST(NewtonOnGpu, AdjointsEqualTheProcessors) {
     adjoints_agree<Network, TypeParam>(45, 2);
 }
 
+/// Without a wait, also replayed with another gradient of the loss, in one window and in several.
+TYPED_TEST(NewtonOnGpu, AnAdjointThatIsEnqueuedHasTheSameBits) {
+    using T = TypeParam;
+    const User<Network, T> recurrence(45, 2);
+    const auto here = evaluate(recurrence, {.method = Method::sequential});
+    const Buffer<T> trajectory = here.trajectory.on(Device::cuda()),
+                    gradient(recurrence.shape(), Layout::batch_first, Device::cuda()),
+                    states(recurrence.shape(), Layout::batch_first, Device::cuda()),
+                    initial({1, 2, recurrence.shape().width}, Layout::steps_first, Device::cuda());
+    const Stream stream;
+    for (const index window : {0, 16}) {
+        Workspace workspace(Device::cuda());
+        const Options options{.window = window, .execution = stream.execution(), .workspace = &workspace};
+        const auto enqueued = [&] {
+            enqueue_adjoint(recurrence, trajectory, gradient, states.view(), initial.view(), options);
+        };
+        enqueued();
+        const Captured graph(stream, enqueued);
+        for (const unsigned seed : {3U, 4U}) {
+            const Buffer<T> numbers = Buffer<T>::random(recurrence.shape(), seed, Layout::batch_first);
+            detail::copy(gradient.data(), numbers.data(), numbers.size() * index(sizeof(T)));
+            const auto expected =
+                adjoint<T>(recurrence, trajectory, here.report, gradient, {.window = window, .execution = gpu});
+            graph.launch();
+            stream.wait();
+            EXPECT_TRUE(same_bits<T>(states.on(Device::host()), expected.states.on(Device::host())));
+            EXPECT_TRUE(same_bits<T>(initial.on(Device::host()), expected.initial.on(Device::host())));
+        }
+    }
+    const auto refusal = [&](const Buffer<T>& to, const Execution& execution) {
+        return message_of([&] {
+            enqueue_adjoint(recurrence, trajectory, gradient, to.view(), initial.view(), {.execution = execution});
+        });
+    };
+    EXPECT_EQ(refusal(states, {}), "options.execution.backend: expected cuda, got cpu");
+    EXPECT_NE(refusal(here.trajectory, gpu).find("states: expected "), std::string::npos);
+    EXPECT_NE(refusal(initial, gpu).find("states: expected "), std::string::npos);
+}
+
 /// The same on the processor, another one on the GPU.
 class Different : public User<Network, double> {
 public:

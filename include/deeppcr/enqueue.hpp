@@ -1,4 +1,5 @@
-// Cells on a GPU without a wait: trajectories and gradients that the host enqueues, and goes on.
+// On a GPU without a wait: trajectories and gradients that the host enqueues, and goes on. Of cells both; of any other
+// recurrence the gradients, whose trajectories are EnqueuedEvaluation's.
 #pragma once
 
 #include <deeppcr/cell.hpp>
@@ -32,5 +33,16 @@ template <class T>
 void enqueue_adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                      const index* status, View<const std::type_identity_t<T>> output_gradient,
                      const CellGradientViews<std::type_identity_t<T>>& gradients, const Options& options);
+
+/// `adjoint` of any recurrence that runs on the current GPU, likewise without a wait: dL/dx_t to `states`, of the
+/// recurrence's shape, dL/dx_0 to `initial`, [1,batch,width], contiguous. The recurrence's callbacks are called at
+/// once, window after window, and nothing may be freed or changed before the stream gets there. Whether the trajectory
+/// is right is not asked: EnqueuedEvaluation::finish tells. Once options.workspace has grown nothing is allocated; a
+/// captured stream as for `enqueue`. Deterministic, the bits of `adjoint`. Throws InvalidArgument, OutOfMemory,
+/// NoDevice, and what the callbacks throw.
+template <class T>
+void enqueue_adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
+                     View<const std::type_identity_t<T>> output_gradient, View<std::type_identity_t<T>> states,
+                     View<std::type_identity_t<T>> initial, const Options& options);
 
 }  // namespace deeppcr

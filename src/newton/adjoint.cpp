@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include <deeppcr/evaluate.hpp>
+#include <deeppcr/enqueue.hpp>
 
 #include "device/cuda.hpp"
 #include "newton/across_ranks.hpp"
@@ -16,6 +16,7 @@
 #include "newton/overlap.hpp"
 #include "newton/stopwatch.hpp"
 #include "newton/trajectory.hpp"
+#include "recurrence/arguments.hpp"
 
 namespace deeppcr {
 namespace newton {
@@ -59,15 +60,10 @@ namespace {
 template <class T>
 using Visit = std::function<void(const Section& section, View<const T> before, View<const T> adjoint)>;
 
+/// Of one rank. Nothing waits for a GPU.
 template <class T>
-Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
-                        const Options& options, View<T> initial, const Visit<T>& visit) {
-    if (is_shared(options))
-        return sweep_across_ranks<T>(
-            recurrence,
-            {.trajectory = trajectory, .output_gradient = output_gradient, .initial = initial, .visit = visit}, options,
-            nullptr);
-    const Clock::time_point begin = Clock::now();
+Report sweep_windows(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                     const Options& options, View<T> initial, const Visit<T>& visit) {
     Report report;
     Options solving = options;
     solving.surrogate = Surrogate::full;
@@ -119,10 +115,23 @@ Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajector
         report.update.seconds += seconds_since(visited);
         last = first;
     }
-    if (on_gpu) device::synchronise(options.execution.stream);
     for (index j = 0; j < batch; ++j) report.sequences.push_back({.confirmed = steps});
-    report.seconds = seconds_since(begin);
     report.workspace_bytes = workspace.peak_bytes();
+    return report;
+}
+
+template <class T>
+Report transposed_sweep(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                        const Options& options, View<T> initial, const Visit<T>& visit) {
+    if (is_shared(options))
+        return sweep_across_ranks<T>(
+            recurrence,
+            {.trajectory = trajectory, .output_gradient = output_gradient, .initial = initial, .visit = visit}, options,
+            nullptr);
+    const Clock::time_point begin = Clock::now();
+    Report report = sweep_windows(recurrence, trajectory, output_gradient, options, initial, visit);
+    if (options.execution.backend == Backend::cuda) device::synchronise(options.execution.stream);
+    report.seconds = seconds_since(begin);
     return report;
 }
 
@@ -164,6 +173,28 @@ Adjoint<T> adjoint_states(const Recurrence<T>& recurrence, View<const T> traject
             copy_states<T>(adjoint, result.states.view().steps(section.first, section.last), options.execution);
         });
     return result;
+}
+
+template <class T>
+void enqueue_adjoint_states(const Recurrence<T>& recurrence, View<const T> trajectory, View<const T> output_gradient,
+                            View<T> states, View<T> initial, const Options& options) {
+    check_values(options);
+    require_alone(options);
+    if (options.execution.backend != Backend::cuda)
+        throw InvalidArgument("options.execution.backend", "cuda",
+                              options.execution.backend == Backend::cpu ? "cpu" : "reference");
+    const Shape& shape = recurrence.shape();
+    require_shape("trajectory", trajectory, shape);
+    require_shape("output_gradient", output_gradient, shape);
+    require_shape("states", states, shape);
+    require_contiguous("initial", initial, {1, shape.batch, shape.width});
+    check_device<T>(recurrence, trajectory, output_gradient, options);
+    if (!states.empty()) device::require_on_gpu("states", states.data());
+    if (!initial.empty()) device::require_on_gpu("initial", initial.data());
+    sweep_windows<T>(recurrence, trajectory, output_gradient, options, initial,
+                     [&](const Section& section, View<const T>, View<const T> adjoint) {
+                         copy_states<T>(adjoint, states.steps(section.first, section.last), options.execution);
+                     });
 }
 
 /// On a GPU: x_{t-1} and dL/dx_t of all steps, contiguous.
@@ -370,6 +401,18 @@ template <>
 Adjoint<double> adjoint(const Recurrence<double>& recurrence, View<const double> trajectory, const Report& report,
                         View<const double> output_gradient, const Options& options) {
     return newton::adjoint_states(recurrence, trajectory, report, output_gradient, options);
+}
+template <>
+void enqueue_adjoint(const Recurrence<float>& recurrence, View<const float> trajectory,
+                     View<const float> output_gradient, View<float> states, View<float> initial,
+                     const Options& options) {
+    newton::enqueue_adjoint_states(recurrence, trajectory, output_gradient, states, initial, options);
+}
+template <>
+void enqueue_adjoint(const Recurrence<double>& recurrence, View<const double> trajectory,
+                     View<const double> output_gradient, View<double> states, View<double> initial,
+                     const Options& options) {
+    newton::enqueue_adjoint_states(recurrence, trajectory, output_gradient, states, initial, options);
 }
 template <>
 DenseChainGradients<float> adjoint(const DenseChain<float>& chain, View<const float> trajectory, const Report& report,
