@@ -10,11 +10,12 @@
 #           sanitizer  a share of them under compute-sanitizer: memcheck, racecheck, synccheck
 #           measure    what is to be known first: copy, functions of the hardware, CUB's scan, the sequential cell
 #           solves, cells, map, chains     see benchmarks/gpu/*.cu; chains wants cuBLAS, of a toolkit or of PyTorch
-#           nn         nn/ built there against python3's PyTorch 2 (with nvcc, CMake and ninja), tested, measured
+#           nn         nn/ built there against python3's PyTorch 2 (with nvcc, CMake and ninja), tested
+#           layers, sampling    the layers of nn/, and sampling by it, against sequential ones; after nn
 #           torch      against PyTorch, Triton and JAX, where python3 has them, through nn/ where that is built; with
 #                      --pararnn against a checkout of apple/ml-pararnn, which is built in a copy where it is not yet
 #           all        every one of them (the default)
-#       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of the library's kernels.
+#       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of each of the library's kernels.
 #
 # Results go to FOLDER, by default benchmarks/results/<date>/: gpu.md has everything in tables, that of earlier runs into
 # this folder too, gpu-*.json and gpu-*.log what it comes from. What fails is named there and at the end, the rest still
@@ -108,8 +109,9 @@ sanitizer() {
 benchmark() { attempt "$1" "$part_seconds" "$programs/gpu_benchmark" "$1" --json "$output/gpu-$1.json"; }
 
 profile() {
-    attempt "profile-$1" 150 ncu --clock-control none --section SpeedOfLight --section Occupancy \
-        --kernel-name-base demangled --kernel-name 'regex:deeppcr::(cell|reduce|newton|chain)' --launch-count 40 \
+    attempt "profile-$1" 240 ncu --clock-control none --section SpeedOfLight --section Occupancy \
+        --section WarpStateStats --section MemoryWorkloadAnalysis --filter-mode per-launch-config --launch-count 1 \
+        --kernel-name-base demangled --kernel-name 'regex:deeppcr::(cell|reduce|newton|chain)' \
         --csv --page raw --log-file "$output/gpu-profile-$1.csv" "$programs/gpu_benchmark" "$1"
 }
 
@@ -125,7 +127,7 @@ cells() {
 map() { benchmark map; }
 chains() { benchmark chains; }
 
-nn_library="build/gpu-nn/libdeeppcr_nn.so"
+nn_library="${DEEPPCR_GPU_NN:-build/gpu-nn/libdeeppcr_nn.so}"
 nn() {
     local script version
     version="$(python3 -c 'import torch; print(torch.__version__)' 2>/dev/null)" || {
@@ -135,14 +137,20 @@ nn() {
     attempt nn-configure 100 sh -c "cmake -S benchmarks/gpu/nn -B '$(dirname "$nn_library")' -G Ninja \
         -DDEEPPCR_CARRIED='$(realpath "$programs")' \
         -DTorch_DIR=\"\$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch\""
-    attempt nn-build 250 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
+    attempt nn-build 300 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
     for script in nn_torch_library_test nn_samplers_test nn_gpu_test; do
         attempt "$script" 100 python3 "tests/$script.py" "$nn_library" "$version"
     done
-    attempt sampling_benchmark 120 python3 benchmarks/gpu/sampling_benchmark.py "$nn_library" \
-        --json "$output/gpu-sampling.json"
-    attempt nn_benchmark 150 python3 benchmarks/gpu/nn_benchmark.py "$nn_library" --json "$output/gpu-nn.json"
 }
+with_nn() {
+    if [ -f "$nn_library" ]; then
+        attempt "$1" "$part_seconds" python3 "benchmarks/gpu/$1.py" "$nn_library" --json "$output/$2.json"
+    else
+        note "$1" "there is no $nn_library: part nn builds it" 1 0
+    fi
+}
+layers() { with_nn nn_benchmark gpu-nn; }
+sampling() { with_nn sampling_benchmark gpu-sampling; }
 
 torch() {
     local more=()
@@ -198,7 +206,7 @@ report() {
 
 run() {
     set -uo pipefail # not -e: what fails is noted, and the next command runs
-    local all=(tests sanitizer measure solves cells map chains nn torch) parts=() part
+    local all=(tests sanitizer measure solves cells map chains nn layers sampling torch) parts=() part
     arguments="$*"
     output="benchmarks/results/$(date +%Y-%m-%d)" pararnn="" profile=""
     failed=()

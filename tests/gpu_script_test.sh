@@ -6,7 +6,7 @@ script="$(realpath "$1")" benchmark="$(realpath "$2")"
 here="$(mktemp -d)"
 trap 'rm -rf "$here"' EXIT
 mkdir "$here/programs" "$here/path"
-export DEEPPCR_GPU_PROGRAMS="$here/programs" PATH="$here/path:$PATH"
+export DEEPPCR_GPU_PROGRAMS="$here/programs" DEEPPCR_GPU_NN="$here/libdeeppcr_nn.so" PATH="$here/path:$PATH"
 
 stand_in() { # FILE LINES
     printf '#!/usr/bin/env bash\n%s\n' "$2" >"$1"
@@ -64,6 +64,19 @@ expect "the table" '| tiny sizes |' "$here/out/gpu.md"
 expect_not "the table" '| yes |' "$here/out/gpu.md"
 expect_not "the table" '| no |' "$here/out/gpu.md"
 expect "the table" "| ParaGRU forward | | | | Apple's fused kernel | | 6x | not run | |" "$here/out/gpu.md"
+
+# What needs nn/, without it and with it.
+run 1 layers sampling
+for part in nn_benchmark sampling_benchmark; do
+    expect "$part" "| $part | there is no $here/libdeeppcr_nn.so: part nn builds it |" "$here/out/gpu.md"
+done
+touch "$here/libdeeppcr_nn.so"
+stand_in "$here/path/python3" '[[ $1 = */nn_benchmark.py && $2 = */libdeeppcr_nn.so ]] || exit 5
+echo all layers; echo "[]" >"$4"'
+run 1 layers sampling
+expect "layers" 'all layers' "$here/out/gpu.md"
+expect "layers" '| nn_benchmark | passed |' "$here/out/gpu.md"
+expect "sampling" '| sampling_benchmark | exit code 5 |' "$here/out/gpu.md"
 
 expect "earlier runs" '| gpu_second_test | exit code 3 |' "$here/out/gpu.md"
 
