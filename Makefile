@@ -43,7 +43,7 @@ format:
 
 tidy:
 	@tools/install-packages build test
-	@$(CONFIGURE) -DDEEPPCR_BUILD_TESTS=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF
+	@$(CONFIGURE) -DDEEPPCR_BUILD_TESTS=OFF -DDEEPPCR_BUILD_EXAMPLES=OFF -DDEEPPCR_BUILD_BENCHMARKS=OFF
 	sed -n 's/^ *"file": "\(.*\)",\{0,1\}$$/\1/p' build/compile_commands.json | grep -v '\.cu$$' | \
 	    xargs --max-args=1 --max-procs=$(JOBS) clang-tidy-14 --config-file=.clang-tidy -p build --quiet
 

@@ -15,7 +15,7 @@
 #           torch      against PyTorch, Triton and JAX, where python3 has them, through nn/ where that is built; with
 #                      --pararnn against a checkout of apple/ml-pararnn, which is built in a copy where it is not yet
 #           all        every one of them (the default)
-#       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of each of the library's kernels.
+#       Each part ends within 8 minutes. --profile: after solves and cells, ncu's view of the first call of each kernel.
 #
 # Results go to FOLDER, by default benchmarks/results/<date>/: gpu.md has everything in tables, that of earlier runs into
 # this folder too, gpu-*.json and gpu-*.log what it comes from. What fails is named there and at the end, the rest still
@@ -110,8 +110,8 @@ benchmark() { attempt "$1" "$part_seconds" "$programs/gpu_benchmark" "$1" --json
 
 profile() {
     attempt "profile-$1" 240 ncu --clock-control none --section SpeedOfLight --section Occupancy \
-        --section WarpStateStats --section MemoryWorkloadAnalysis --filter-mode per-launch-config --launch-count 1 \
-        --kernel-name-base demangled --kernel-name 'regex:deeppcr::(cell|reduce|newton|chain)' \
+        --section WarpStateStats --section MemoryWorkloadAnalysis \
+        --kernel-name-base demangled --kernel-id '::regex:deeppcr:1' \
         --csv --page raw --log-file "$output/gpu-profile-$1.csv" "$programs/gpu_benchmark" "$1"
 }
 
@@ -134,10 +134,11 @@ nn() {
         note nn "python3 has no torch here" 1 0
         return
     }
-    attempt nn-configure 100 sh -c "cmake -S benchmarks/gpu/nn -B '$(dirname "$nn_library")' -G Ninja \
+    rm -f "$nn_library" # or a failing build would leave that of another version to be measured
+    attempt nn-configure 60 sh -c "cmake -S benchmarks/gpu/nn -B '$(dirname "$nn_library")' -G Ninja \
         -DDEEPPCR_CARRIED='$(realpath "$programs")' \
         -DTorch_DIR=\"\$(python3 -c 'import torch; print(torch.utils.cmake_prefix_path)')/Torch\""
-    attempt nn-build 300 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
+    attempt nn-build 250 cmake --build "$(dirname "$nn_library")" --target deeppcr_torch_library
     for script in nn_torch_library_test nn_samplers_test nn_gpu_test; do
         attempt "$script" 100 python3 "tests/$script.py" "$nn_library" "$version"
     done

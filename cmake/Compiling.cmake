@@ -36,7 +36,11 @@ endif()
 # Compiles sources of a target together that are listed in one argument, "one.cpp two.cpp": where what they include takes
 # longer than they themselves do. One name then means one thing in all of them, in unnamed namespaces too. The property
 # TOGETHER of each is the file that CMake writes to include them all.
+option(DEEPPCR_COMPILE_TOGETHER "Compile files together whose headers take longest: in half the time, where processors are few" ON)
 function(compile_together target)
+  if(NOT DEEPPCR_COMPILE_TOGETHER)
+    return()
+  endif()
   set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
   foreach(sources IN LISTS ARGN)
     separate_arguments(sources)

@@ -2,6 +2,7 @@
 // against the cpu backend.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -569,6 +570,18 @@ TYPED_TEST(NewtonOnGpu, AnAdjointThatIsEnqueuedHasTheSameBits) {
     EXPECT_EQ(refusal(states, {}), "options.execution.backend: expected cuda, got cpu");
     EXPECT_NE(refusal(here.trajectory, gpu).find("states: expected "), std::string::npos);
     EXPECT_NE(refusal(initial, gpu).find("states: expected "), std::string::npos);
+    const std::string captured = message_of([&] {
+        Captured(stream, [&] {
+            enqueue_adjoint(recurrence, trajectory, gradient, states.view(), initial.view(),
+                            {.execution = stream.execution()});
+        });
+    });
+    EXPECT_NE(captured.find("options.workspace: expected one that an earlier call"), std::string::npos) << captured;
+    const User<Network, T> nothing(0, 2);
+    const Buffer<T> none(nothing.shape(), Layout::steps_first, Device::cuda());
+    enqueue_adjoint(nothing, none, none, none.view(), initial.view(), {.execution = gpu});
+    const Buffer<T> cleared = initial.on(Device::host());
+    EXPECT_TRUE(std::all_of(cleared.data(), cleared.data() + cleared.size(), [](T x) { return x == 0; }));
 }
 
 /// The same on the processor, another one on the GPU.

@@ -92,7 +92,7 @@ if(DEEPPCR_BUILD_CUDA)
                     "[0-9](advance|repair)_kernel.*SLSTM.*E(f|NS.*)Lb1=136")
   add_resource_test(dense_cells SOURCES recurrence/dense_cells_cuda.cu
                     SPILLS "RepairI[fd]Li4E.*LayoutILi32E=124" "linearise_statesIfLi4E.*LayoutILi(8|16)E=24"
-                    REGISTERS "linearise_states=255" "advance.*(Forward|Backward)I[fd]=252" "RepairIfLi[13]E=128" "RepairIfLi4E=160")
+                    REGISTERS "linearise_statesIf=128" "advance.*(Forward|Backward)I[fd]=252" "RepairIfLi[13]E=128" "RepairIfLi4E=160")
   add_resource_test(dense_chain SOURCES recurrence/dense_chain_cuda.cu
                     SPILLS "RepairIf.*LayoutILi(8|16)E.*ELi1EEE=8" "ForwardIf.*LayoutILi(8|16)E.*ELi4EEE=8"
                     REGISTERS "advance.*(Forward|Backward)If.*LayoutILi4E.*ELi1EEE=64"
@@ -105,7 +105,10 @@ if(DEEPPCR_BUILD_CUDA)
   add_resource_test(bidiagonal_dense SOURCES reduce/scan_dense_cuda.cu
                     SPILLS "summarise_smallId.*Li32E=8" "summarise_smallId.*Li16E=48" "summarise_smallIf.*Li32E=40"
                     REGISTERS "(summarise|substitute)_smallI(f|N)=220" "run_large.*TensorCoresE[12]E=160" "run_largeI(f|N)=220")
-  add_resource_test(others SOURCES recurrence/diagonal_cuda.cu recurrence/gather_cuda.cu distribute/nccl.cu REGISTERS "I[fd]=32")
+  if(DEEPPCR_BUILD_NCCL)
+    set(nccl distribute/nccl.cu)
+  endif()
+  add_resource_test(others SOURCES recurrence/diagonal_cuda.cu recurrence/gather_cuda.cu ${nccl} REGISTERS "I[fd]=32")
 endif()
 
 # Style: clang-format over everything, clang-tidy over what does not include LibTorch (`make tidy` does that too).
@@ -124,16 +127,18 @@ foreach(source IN LISTS sources)
   file(RELATIVE_PATH name "${PROJECT_SOURCE_DIR}" "${source}")
   if(name MATCHES "^(src|files|cli)/.*\\.cpp$" AND NOT name MATCHES "/no_[a-z]+\\.cpp$")  # no part of this build
     # Where several are compiled together, they are looked at together.
-    foreach(directory IN ITEMS . cli)
-      get_source_file_property(together "${source}" DIRECTORY "${PROJECT_SOURCE_DIR}/${directory}" TOGETHER)
-      if(together)
-        set(source "${together}")
-        file(RELATIVE_PATH name "${PROJECT_BINARY_DIR}" "${source}")
-        break()
+    set(together "")
+    if(name MATCHES "^src/")
+      get_source_file_property(together "${source}" TARGET_DIRECTORY deeppcr_host TOGETHER)
+    elseif(TARGET deeppcr_program AND name MATCHES "^cli/")
+      get_source_file_property(together "${source}" TARGET_DIRECTORY deeppcr_program TOGETHER)
+    endif()
+    if(together)
+      set(source "${together}")
+      file(RELATIVE_PATH name "${PROJECT_BINARY_DIR}" "${source}")
+      if(TEST tidy.${name})
+        continue()
       endif()
-    endforeach()
-    if(TEST tidy.${name})
-      continue()
     endif()
     add_test(NAME tidy.${name} COMMAND "${CLANG_TIDY}" "--config-file=${PROJECT_SOURCE_DIR}/.clang-tidy" -p "${PROJECT_BINARY_DIR}"
                                        --quiet "${source}")

@@ -37,9 +37,9 @@ void enqueue_adjoint(const ChannelwiseRecurrence<T>& recurrence, View<const std:
 /// `adjoint` of any recurrence that runs on the current GPU, likewise without a wait: dL/dx_t to `states`, of the
 /// recurrence's shape, dL/dx_0 to `initial`, [1,batch,width], contiguous. The recurrence's callbacks are called at
 /// once, window after window, and nothing may be freed or changed before the stream gets there. Whether the trajectory
-/// is right is not asked: EnqueuedEvaluation::finish tells. Once options.workspace has grown nothing is allocated; a
-/// captured stream as for `enqueue`. Deterministic, the bits of `adjoint`. Throws InvalidArgument, OutOfMemory,
-/// NoDevice, and what the callbacks throw.
+/// is right is not asked: EnqueuedEvaluation::finish tells. Once options.workspace has grown nothing is allocated. A
+/// captured stream wants one that has (InvalidArgument), and options.window where memory bounds it. Deterministic, the
+/// bits of `adjoint` with the same window. Throws InvalidArgument, OutOfMemory, NoDevice, and what callbacks throw.
 template <class T>
 void enqueue_adjoint(const Recurrence<T>& recurrence, View<const std::type_identity_t<T>> trajectory,
                      View<const std::type_identity_t<T>> output_gradient, View<std::type_identity_t<T>> states,

@@ -69,8 +69,10 @@ Report sweep_windows(const Recurrence<T>& recurrence, View<const T> trajectory, 
     solving.surrogate = Surrogate::full;
     report.method = "adjoint, " + describe(solving);
     const auto [steps, batch, width] = recurrence.shape();
-    clear(initial.data(), batch * width, options.execution);
-    if (recurrence.shape().count() == 0) return report;
+    if (recurrence.shape().count() == 0) {
+        clear(initial.data(), batch * width, options.execution);
+        return report;
+    }
 
     Workspace own(options.execution);
     Workspace& workspace = options.workspace != nullptr ? *options.workspace : own;
@@ -87,6 +89,7 @@ Report sweep_windows(const Recurrence<T>& recurrence, View<const T> trajectory, 
     std::vector<index> sequences(static_cast<std::size_t>(batch));
     std::iota(sequences.begin(), sequences.end(), index(0));
 
+    clear(initial.data(), batch * width, options.execution);
     for (index last = steps; last > 0;) {
         const index first = std::max<index>(0, last - length), rows = last - first;
         const Section section{first, last, sequences, options.execution, on_gpu ? &workspace : nullptr};
