@@ -98,6 +98,26 @@ TYPED_TEST(CellOnGpu, SequencesInOneRow) {
                                   problem.here->final_states(trajectory)));
 }
 
+/// A group has two channels there, which begin together; or one, at the end of an odd width.
+TYPED_TEST(CellOnGpu, SequencesInOneRowInEveryTypeOf16Bits) {
+    const auto agrees = [](auto type, index width) {
+        using T = decltype(type);
+        const std::vector<SequenceStart> starts{{0, 4}, {0, 5}, {2, 230}};
+        const Problem<TypeParam, T> problem({300, 3, width}, 5, 0.5, Layout::steps_first, starts);
+        const auto expected = problem.expected();
+        for (const Method method : {Method::sequential, Method::overlap, Method::shooting})
+            for (const index chunk : {0, 50}) {
+                const auto [trajectory, report] = problem.evaluate_there({.method = method, .chunk = chunk});
+                EXPECT_TRUE(report.ok()) << report;
+                EXPECT_TRUE(near(trajectory, expected, 10 * rounding<T>)) << width << " channels, " << report;
+            }
+    };
+    for (const index width : {12, 13}) {
+        agrees(bfloat16(), width);
+        agrees(float16(), width);
+    }
+}
+
 TYPED_TEST(CellOnGpu, MoreSequencesThanALetterTellsOf) {
     const Problem<TypeParam, double> problem({130, 101, 1}, 5);
     for (const index chunk : {20, 50, 130}) {
