@@ -183,9 +183,7 @@ void enqueue_adjoint_states(const Recurrence<T>& recurrence, View<const T> traje
                             View<T> states, View<T> initial, const Options& options) {
     check_values(options);
     require_alone(options);
-    if (options.execution.backend != Backend::cuda)
-        throw InvalidArgument("options.execution.backend", "cuda",
-                              options.execution.backend == Backend::cpu ? "cpu" : "reference");
+    require_cuda(options);
     const Shape& shape = recurrence.shape();
     require_shape("trajectory", trajectory, shape);
     require_shape("output_gradient", output_gradient, shape);

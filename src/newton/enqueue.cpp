@@ -13,9 +13,7 @@ namespace deeppcr {
 namespace {
 
 void check(const Options& options, const index* status) {
-    if (options.execution.backend != Backend::cuda)
-        throw InvalidArgument("options.execution.backend", "cuda",
-                              options.execution.backend == Backend::cpu ? "cpu" : "reference");
+    newton::require_cuda(options);
     newton::check_values(options);
     newton::require_alone(options);
     if (options.method == Method::newton)

@@ -72,6 +72,12 @@ void require_alone(const Options& options) {
                               "one of " + std::to_string(options.group->size()));
 }
 
+void require_cuda(const Options& options) {
+    if (options.execution.backend != Backend::cuda)
+        throw InvalidArgument("options.execution.backend", "cuda",
+                              options.execution.backend == Backend::cpu ? "cpu" : "reference");
+}
+
 template <class T>
 void check_arguments(const Recurrence<T>& recurrence, View<const T> trajectory, const Options& options) {
     check_options(options);

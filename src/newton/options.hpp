@@ -19,6 +19,8 @@ void check_options(const Options& options);
 
 /// For what one process computes alone: throws InvalidArgument where options.group has other ranks.
 void require_alone(const Options& options);
+/// For what a GPU alone does: throws InvalidArgument for another backend.
+void require_cuda(const Options& options);
 
 /// Throws InvalidArgument for arguments of `evaluate` that do not fit each other.
 template <class T>
